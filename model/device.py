@@ -1,0 +1,33 @@
+"""Which device and precision to compute on, found once."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+
+import torch
+
+
+def best_device() -> torch.device:
+    """CUDA if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """True where bf16 matrix products beat float32: CUDA, and CPUs with AMX tiles.
+
+    On a CPU that only emulates bf16 it is several times *slower* than float32, so never guess.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def training_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Mixed precision for training: bf16 where it is fast, else plain float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
+
+
+def use_threads(count: int | None) -> None:
+    """Compute with ``count`` threads; None means every core this process may run on."""
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or 1)

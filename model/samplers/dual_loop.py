@@ -1,0 +1,109 @@
+"""Dual-loop: easy patches take the whole step at once, hard ones take it in several small ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from model.samplers.base import Sampler, State, blank, easy_patches, estimate, require
+from model.types import Plan, Prediction
+
+
+@dataclass(frozen=True)
+class DualLoopState(State):
+    """Adds where the inner loop stands."""
+
+    inner: int = 0
+    """Evaluations done within this step."""
+    easy: Tensor | None = None
+    """``(P,)`` bool, fixed by the step's first evaluation."""
+    hard: Tensor | None = None
+    """``(a,)`` long: the other patches."""
+
+
+@dataclass(frozen=True)
+class DualLoop(Sampler[DualLoopState]):
+    """Spec §6. Unless ``exact``, only hard patches are evaluated once the easy ones have moved.
+
+    The first inner evaluation runs every patch, so that the easy ones' keys and values at their new time are
+    there for the rest: cached from *before* they moved, they cost visible quality (our trials).
+    """
+
+    quantile: float = 0.4
+    inner_steps: int = 4
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.quantile <= 1, "quantile", "must be between 0 and 1")
+        require(self.inner_steps >= 1, "inner_steps", "must be at least 1")
+
+    @property
+    def evaluations(self) -> int:
+        return self.steps * self.inner_steps
+
+    def start(self, noise: Tensor) -> DualLoopState:
+        return DualLoopState(**blank(noise))
+
+    def plan(self, state: DualLoopState) -> Plan | None:
+        if state.step == self.steps:
+            return None
+        if state.easy is None:
+            return Plan(state.x, (self.time(state.step),), guidance=self.guidance)
+        if state.inner == 1 or self.exact:
+            times = self.inner_time(state), self.time(state.step + 1)
+            keep = not self.exact and self.inner_steps > 2
+            return Plan(state.x, times, state.easy.long(), guidance=self.guidance, keep=keep)
+        return Plan(state.x, (self.inner_time(state),), None, state.hard, self.guidance, keep=True)
+
+    def advance(self, state: DualLoopState, prediction: Prediction) -> DualLoopState:
+        if state.easy is None:
+            return self._after_outer(state, prediction)
+        return self._after_inner(state, prediction)
+
+    def inner_time(self, state: DualLoopState) -> float:
+        """Where the hard patches stand."""
+        return (state.step + state.inner / self.inner_steps) / self.steps
+
+    def _after_outer(self, state: DualLoopState, prediction: Prediction) -> DualLoopState:
+        easy = easy_patches(prediction, self.quantile)
+        stride = torch.where(easy, 1 / self.steps, 1 / (self.steps * self.inner_steps)).to(state.x.dtype)
+        start = self.time(state.step)
+        moved = replace(
+            state,
+            x=state.x + stride[:, None] * prediction.velocity,
+            times=start + stride,
+            estimate=estimate(state.x, start, prediction.velocity),
+            difficulty=prediction.difficulty,
+            inner=1,
+            easy=easy,
+            hard=(~easy).nonzero()[:, 0],
+            evaluations=state.evaluations + 1,
+        )
+        return self._close(moved)
+
+    def _after_inner(self, state: DualLoopState, prediction: Prediction) -> DualLoopState:
+        hard, velocity, difficulty = state.hard, prediction.velocity, prediction.difficulty
+        if velocity.shape[0] == self.grid.patches:
+            velocity, difficulty = velocity[hard], difficulty[hard]
+        before = state.x[hard]
+        inner = replace(state, inner=state.inner + 1)
+        moved = replace(
+            inner,
+            x=state.x.index_copy(0, hard, before + velocity / (self.steps * self.inner_steps)),
+            times=state.times.index_fill(0, hard, self.inner_time(inner)),
+            estimate=state.estimate.index_copy(0, hard, estimate(before, self.inner_time(state), velocity)),
+            difficulty=state.difficulty.index_copy(0, hard, difficulty),
+            evaluations=state.evaluations + 1,
+        )
+        return self._close(moved)
+
+    def _close(self, state: DualLoopState) -> DualLoopState:
+        """End the step once the hard patches have caught up."""
+        if state.inner < self.inner_steps:
+            return state
+        end = self.time(state.step + 1)
+        times = state.times.new_full(state.times.shape, end)  # exactly, whatever rounding the small steps left
+        return replace(state, times=times, step=state.step + 1, inner=0, easy=None, hard=None)

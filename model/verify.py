@@ -1,0 +1,158 @@
+"""Checks an implementation of the method against golden vectors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.attention import Layout
+from model.denoiser import Condition, Denoiser
+from model.errors import BundleError
+from model.generate import Trajectory, run
+from model.guidance import Branch
+from model.pft import PFT, PFTConfig
+from model.samplers import make_sampler
+from model.text_pft import TextPFT, TextPFTConfig
+from model.training.loss import patch_forcing_loss
+
+OPTIONS = {"p": "quantile", "inner": "inner_steps", "ratio": "ratio", "steps": "steps", "cfg": "guidance"}
+INTEGERS = {"inner_steps", "steps"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest absolute difference (NLL: relative) of one golden key; ``packed`` with all keys' pictures at once."""
+
+    key: str
+    alone: float
+    packed: float | None = None
+
+    @property
+    def worst(self) -> float:
+        return max(self.alone, self.packed or 0.0)
+
+
+class Golden:
+    """A golden file: weights, inputs, expected outputs, and the network's config in its metadata."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `BundleError` if the file is not a golden file."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.config: dict[str, Any] = json.loads((file.metadata() or {})["config"])
+                self.tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            self.network = self._load_network()
+            self.x = self.tensors["in.x"]
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise BundleError(f"{path} is not a golden file: {error}") from error
+        self.grid = self.network.grid
+        self.denoiser = Denoiser(self.network)
+
+    def _load_network(self) -> PFT | TextPFT:
+        text = "txt_in_dim" in self.config
+        network = TextPFT(TextPFTConfig(**self.config)) if text else PFT(PFTConfig(**self.config))
+        prefix = "model."
+        network.load_state_dict({k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)})
+        return network
+
+    @torch.inference_mode()
+    def conditions(self) -> list[Condition]:
+        """What each picture of the batch is conditioned on."""
+        if isinstance(self.network, PFT):
+            null = self.network.null_class
+            return [{Branch.NULL: null, Branch.CONDITIONAL: label} for label in self.tensors["in.y"].tolist()]
+        null_text = self.network.refine(self.tensors["in.null_text"])
+        return [
+            {Branch.NULL: null_text, Branch.CONDITIONAL: self.network.refine(text[None])}
+            for text in self.tensors["in.text"]
+        ]
+
+    def trajectories(self, key: str) -> list[Trajectory]:
+        """Fresh runs of the sampler a ``sample.*`` key names, one a picture, evaluated exactly as the paper does."""
+        name, options = parse_sample_key(key)
+        if name == "dual_loop":
+            options["exact"] = True
+        sampler = make_sampler(name, self.grid, **options)
+        noises = self.grid.patchify(self.x)
+        return [Trajectory.begin(sampler, c, noise) for c, noise in zip(self.conditions(), noises, strict=True)]
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The dense batch: ``x`` ``(b, c, h, w)``, ``t`` ``(b, P)`` → network output ``(b, P, out)``."""
+        values, times = self.grid.patchify(x).flatten(0, 1), t.flatten()
+        batch, patches = t.shape
+        if isinstance(self.network, PFT):
+            labels = self.tensors["in.y"].repeat_interleave(patches)
+            out = self.network(values, times, labels, None, Layout.dense(batch, patches, x.device))
+        else:
+            context = self.network.refine(self.tensors["in.text"])
+            out = self.network(values, times, None, Layout.dense(batch, patches, x.device, context))
+        return out.unflatten(0, (batch, patches))
+
+    def latents(self, trajectories: list[Trajectory]) -> Tensor:
+        """``(b, c, h, w)``."""
+        return self.grid.unpatchify(torch.stack([each.state.x for each in trajectories]))
+
+
+def parse_sample_key(key: str) -> tuple[str, dict[str, Any]]:
+    """``sample.dual_loop.p0.4.inner4.steps6.cfg2.5`` → the sampler's name and options.
+
+    Raises:
+        BundleError: the key names something this does not know.
+    """
+    _, name, rest = key.split(".", 2)
+    options: dict[str, Any] = {}
+    for word in re.split(r"\.(?=[a-z])", rest):
+        match = re.fullmatch(r"([a-z_]+)([0-9.]+)", word)
+        if match is None or match[1] not in OPTIONS:
+            raise BundleError(f"{key}: cannot read {word!r}")
+        option = OPTIONS[match[1]]
+        options[option] = int(match[2]) if option in INTEGERS else float(match[2])
+    return name, options
+
+
+def verify(path: Path) -> Iterator[Difference]:
+    """Compare every output of a golden file with this implementation, in float32 on the CPU.
+
+    Samples are run twice: key by key with the file's batch in one evaluation, and all keys' pictures as single
+    requests packed together, so that samplers, step counts and guidance mix.
+
+    Raises:
+        BundleError: the file is not a golden file.
+    """
+    golden = Golden(path)
+    yield from _verify_forward(golden)
+    if "train.xt" in golden.tensors:
+        yield from _verify_loss(golden)
+    keys = sorted(key for key in golden.tensors if key.startswith("sample."))
+    packed = {key: golden.trajectories(key) for key in keys}
+    run(golden.denoiser, [each for runs in packed.values() for each in runs])
+    for key in keys:
+        alone = golden.trajectories(key)
+        run(golden.denoiser, alone)
+        expected = golden.tensors[key]
+        differences = [(golden.latents(runs) - expected).abs().max().item() for runs in (alone, packed[key])]
+        yield Difference(key, *differences)
+
+
+def _verify_forward(golden: Golden) -> Iterator[Difference]:
+    output = golden.grid.unpatchify(golden.forward(golden.x, golden.tensors["in.t"]))
+    for key, found in (("out.velocity", output[:, :-1]), ("out.logvar", output[:, -1:])):
+        yield Difference(key, (found - golden.tensors[key]).abs().max().item())
+
+
+def _verify_loss(golden: Golden) -> Iterator[Difference]:
+    output = golden.forward(golden.tensors["train.xt"], golden.tensors["train.t"]).flatten(0, 1)
+    velocity = golden.grid.patchify(golden.tensors["train.ut"]).flatten(0, 1)
+    loss = patch_forcing_loss(output, velocity)
+    flow, nll = (golden.tensors[f"train.{key}"].item() for key in ("flow_loss", "uncertainty_nll"))
+    yield Difference("train.flow_loss", abs(loss.flow.item() - flow))
+    yield Difference("train.uncertainty_nll", abs(loss.nll.item() - nll) / abs(nll))
