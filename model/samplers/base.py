@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,12 @@ class State:
     """Whole steps done."""
     evaluations: int = 0
     """Network evaluations done."""
+
+    @classmethod
+    def initial(cls, noise: Tensor) -> Self:
+        """At t = 0, from noise ``(P, D)``."""
+        patches = noise.shape[0]
+        return cls(noise, noise.new_zeros(patches), torch.zeros_like(noise), noise.new_ones(patches))
 
 
 S = TypeVar("S", bound=State)
@@ -85,17 +91,6 @@ def require(condition: bool, field: str, message: str) -> None:
     """Raise `ParameterError` for ``field`` unless ``condition`` holds (NaN never does)."""
     if not condition:
         raise ParameterError(field, message)
-
-
-def blank(noise: Tensor) -> dict[str, Tensor]:
-    """The tensor fields of a fresh state."""
-    patches = noise.shape[0]
-    return {
-        "x": noise,
-        "times": noise.new_zeros(patches),
-        "estimate": torch.zeros_like(noise),
-        "difficulty": noise.new_ones(patches),
-    }
 
 
 def easy_patches(prediction: Prediction, quantile: float) -> Tensor:

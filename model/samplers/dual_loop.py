@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.samplers.base import Sampler, State, blank, easy_patches, estimate, require
+from model.samplers.base import Sampler, State, easy_patches, estimate, require
 from model.types import Plan, Prediction
 
 
@@ -45,7 +45,7 @@ class DualLoop(Sampler[DualLoopState]):
         return self.steps * self.inner_steps
 
     def start(self, noise: Tensor) -> DualLoopState:
-        return DualLoopState(**blank(noise))
+        return DualLoopState.initial(noise)
 
     def plan(self, state: DualLoopState) -> Plan | None:
         if state.step == self.steps:
@@ -59,9 +59,9 @@ class DualLoop(Sampler[DualLoopState]):
         return Plan(state.x, (self.inner_time(state),), None, state.hard, self.guidance, keep=True)
 
     def advance(self, state: DualLoopState, prediction: Prediction) -> DualLoopState:
-        if state.easy is None:
+        if state.hard is None:
             return self._after_outer(state, prediction)
-        return self._after_inner(state, prediction)
+        return self._after_inner(state, state.hard, prediction)
 
     def inner_time(self, state: DualLoopState) -> float:
         """Where the hard patches stand."""
@@ -84,8 +84,8 @@ class DualLoop(Sampler[DualLoopState]):
         )
         return self._close(moved)
 
-    def _after_inner(self, state: DualLoopState, prediction: Prediction) -> DualLoopState:
-        hard, velocity, difficulty = state.hard, prediction.velocity, prediction.difficulty
+    def _after_inner(self, state: DualLoopState, hard: Tensor, prediction: Prediction) -> DualLoopState:
+        velocity, difficulty = prediction.velocity, prediction.difficulty
         if velocity.shape[0] == self.grid.patches:
             velocity, difficulty = velocity[hard], difficulty[hard]
         before = state.x[hard]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from model.samplers.base import Sampler, State, blank, estimate
+from model.samplers.base import Sampler, State, estimate
 from model.types import Plan, Prediction
 
 
@@ -19,7 +19,7 @@ class Euler(Sampler[State]):
         return self.steps
 
     def start(self, noise: Tensor) -> State:
-        return State(**blank(noise))
+        return State.initial(noise)
 
     def plan(self, state: State) -> Plan | None:
         if state.step == self.steps:

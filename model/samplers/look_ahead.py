@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.samplers.base import Sampler, State, blank, easy_patches, estimate, require
+from model.samplers.base import Sampler, State, easy_patches, estimate, require
 from model.types import Plan, Prediction
 
 EARLY = 0.05  # up to here a step is plain Euler on the conditional velocity
@@ -39,7 +39,7 @@ class LookAhead(Sampler[LookAheadState]):
         return sum(1 if self.time(step) <= EARLY else 2 for step in range(self.steps))
 
     def start(self, noise: Tensor) -> LookAheadState:
-        return LookAheadState(**blank(noise))
+        return LookAheadState.initial(noise)
 
     def plan(self, state: LookAheadState) -> Plan | None:
         if state.step == self.steps:

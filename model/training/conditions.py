@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,9 +24,7 @@ DROPOUT = 0.1
 class Conditions(Protocol):
     """Runs the network on a batch of pictures under their own conditions."""
 
-    def predict(
-        self, network: torch.nn.Module, picked: np.ndarray, noisy: Tensor, times: Tensor, drop: float
-    ) -> Tensor:
+    def predict(self, network: Any, picked: np.ndarray, noisy: Tensor, times: Tensor, drop: float) -> Tensor:
         """Network output ``(b·P, out)`` for pictures ``picked`` ``(b,)``.
 
         ``noisy`` is ``(b, P, D)``, ``times`` ``(b, P)``; each condition is dropped with probability ``drop``.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -46,6 +47,19 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def where(self, mask: np.ndarray) -> Pictures:
+        """The pictures for which the boolean ``mask`` ``(n,)`` holds."""
+        rows = np.flatnonzero(mask)
+        return Pictures(
+            self.images[rows],
+            [self.captions[row] for row in rows],
+            [self.styles[row] for row in rows],
+            self.classes[rows],
+            self.class_names,
+            self.weights[rows],
+            [self.concepts[row] for row in rows],
+        )
 
     def save(self, path: Path) -> None:
         """Write the table as one compressed ``.npz`` (no pickled objects inside)."""
@@ -137,7 +151,7 @@ def emoji_pictures(folder: Path, size: int = 64) -> Pictures:
     index_style, index_path = EMOJI_INDEX
     with tarfile.open(_tarball(folder, EMOJI_PACKAGES[index_style][0])) as archive:
         index = json.loads(_member(archive, index_path))
-    entries = {code: entry for entry in _emoji_entries(index) for code in (entry.code,)}
+    entries = {entry.code: entry for entry in _emoji_entries(index)}
     class_names = sorted({entry.subgroup for entry in entries.values()})
     rows: list[tuple[np.ndarray, _Emoji, str]] = []
     for style, (package, inside) in EMOJI_PACKAGES.items():
@@ -202,7 +216,7 @@ class _Emoji:
     weight: float
 
 
-def _emoji_entries(index: list[dict]) -> Iterator[_Emoji]:
+def _emoji_entries(index: list[dict[str, Any]]) -> Iterator[_Emoji]:
     for item in index:
         if item["category"] == "Component":
             continue
@@ -243,7 +257,7 @@ def _tarball(folder: Path, package: str) -> Path:
 def _member(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
     stream = archive.extractfile(member)
     if stream is None:
-        raise DataError(f"{member} is not a file in {archive.name}")
+        raise DataError(f"{member!r} is not a file in {archive.name!r}")
     return stream.read()
 
 

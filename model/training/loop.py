@@ -78,6 +78,7 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
         if recipe.compile:
+            torch._dynamo.config.recompile_limit = 64  # every layer is a variant of one function
             for block in network.blocks:
                 block.compile()
 

@@ -48,7 +48,8 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 def split_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices of the blocks and the text refiner, everything else)."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         inside = "blocks." in name or "txt_refiner." in name
         # Adaptive norms map few conditions to many channels: Adam's per-entry scale suits them better.

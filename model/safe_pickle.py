@@ -1,0 +1,260 @@
+"""Reads the pickle inside a torch checkpoint as inert data: nothing it names is ever imported or called.
+
+Python's own unpickler, however restricted, runs on the classes it is given. This one knows the few opcodes torch
+writes and a fixed list of names, and makes of them dicts, lists, records and references to tensors.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+
+from model.errors import BundleError
+from model.weights import Shape, show
+
+STORAGES = {
+    "torch FloatStorage": torch.float32,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch DoubleStorage": torch.float64,
+    "torch LongStorage": torch.int64,
+    "torch IntStorage": torch.int32,
+    "torch BoolStorage": torch.bool,
+}
+CALLS = {
+    "collections OrderedDict",
+    "collections defaultdict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+}
+RECORDS = {
+    "omegaconf.base ContainerMetadata",
+    "omegaconf.base Metadata",
+    "omegaconf.dictconfig DictConfig",
+    "omegaconf.listconfig ListConfig",
+    *(f"omegaconf.nodes {kind}Node" for kind in ("Any", "Boolean", "Float", "Integer", "String")),
+}
+MARKS = {"typing Any", *(f"__builtin__ {kind}" for kind in ("bool", "dict", "float", "list", "long", "unicode"))}
+"""Types OmegaConf writes beside its values, spelt as pickle protocol 2 spells them."""
+NAMES = STORAGES.keys() | CALLS | RECORDS | MARKS
+VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+MAX_INTEGER = 2**63
+MAX_DIMENSIONS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Name:
+    """A global the pickle mentions, as ``module name``; only a word here."""
+
+    text: str
+
+
+@dataclass(eq=False)
+class Record:
+    """An object of an allowed class: the class's name and the attributes the pickle sets."""
+
+    kind: str
+    attributes: dict[object, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class StorageRef:
+    """One ``data/KEY`` entry of the archive, said to hold ``count`` numbers."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class TensorRef:
+    """Where a tensor lies in its storage, in numbers; it has been checked to lie inside."""
+
+    storage: StorageRef
+    offset: int
+    shape: Shape
+    stride: Shape
+
+
+def read_pickle(data: bytes, source: str) -> object:
+    """The object pickled in ``data`` out of dicts, lists, tuples, scalars, `Record`, `Name` and `TensorRef`.
+
+    Raises BundleError, naming the global or opcode, for anything else and for damage. Objects may contain each
+    other in circles, and share parts: whoever walks them must bound the walk.
+    """
+    machine = _Machine(source)
+    position = 0
+    try:
+        for opcode, argument, at in pickletools.genops(data):
+            position = at or 0
+            if opcode.name == "STOP":
+                return machine.result()
+            machine.run(opcode.name, argument)
+    except (ValueError, LookupError, TypeError) as error:
+        raise BundleError(f"{source}: damaged pickle near byte {position}: {show(error)}") from error
+    raise BundleError(f"{source}: damaged pickle: it has no end")
+
+
+class _Machine:
+    """The stack, the marks in it and the memo of a pickle being read."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.stack: list[object] = []
+        self.marks: list[int] = []
+        self.memo: dict[object, object] = {}
+
+    def run(self, opcode: str, argument: object) -> None:
+        """Carry out one opcode; an empty stack or unknown memo shows as LookupError."""
+        if opcode in VALUES:
+            self._push_value(argument)
+        elif opcode in CONSTANTS:
+            self.stack.append(CONSTANTS[opcode])
+        elif opcode in TUPLES:
+            self.stack.append(tuple(self._pop(TUPLES[opcode])))
+        elif opcode in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.stack[-1]
+        elif opcode in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+        elif opcode == "PROTO":
+            if argument != 2:
+                raise self._refusal(f"pickle protocol {argument}; torch.save writes protocol 2")
+        else:
+            self._run_structure(opcode, argument)
+
+    def result(self) -> object:
+        """What the pickle leaves: the only thing on the stack."""
+        (value,) = self.stack
+        return value
+
+    def _run_structure(self, opcode: str, argument: object) -> None:
+        match opcode:
+            case "MARK":
+                self.marks.append(len(self.stack))
+            case "TUPLE":
+                self.stack.append(tuple(self._pop_to_mark()))
+            case "EMPTY_DICT":
+                self.stack.append({})
+            case "EMPTY_LIST":
+                self.stack.append([])
+            case "APPEND":
+                self._append(self._pop(1))
+            case "APPENDS":
+                self._append(self._pop_to_mark())
+            case "SETITEM":
+                self._set_items(self._pop(2))
+            case "SETITEMS":
+                self._set_items(self._pop_to_mark())
+            case "GLOBAL":
+                self._push_name(str(argument))
+            case "BINPERSID":
+                self.stack.append(self._storage(*self._pop(1)))
+            case "NEWOBJ":
+                self.stack.append(self._new(*self._pop(2)))
+            case "REDUCE":
+                self.stack.append(self._call(*self._pop(2)))
+            case "BUILD":
+                self._set_attributes(*self._pop(1))
+            case _:
+                raise self._refusal(f"the pickle opcode {opcode}, which torch.save does not write for plain weights")
+
+    def _pop(self, count: int) -> list[object]:
+        if len(self.stack) - count < (self.marks[-1] if self.marks else 0):
+            raise LookupError("nothing left on the stack")
+        values = self.stack[-count:]
+        del self.stack[-count:]
+        return values
+
+    def _pop_to_mark(self) -> list[object]:
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+    def _push_value(self, value: object) -> None:
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise self._refusal("an integer of more than 64 bits")
+        self.stack.append(value)
+
+    def _push_name(self, name: str) -> None:
+        if name not in NAMES:
+            raise self._refusal(
+                f"the global {show(name.replace(' ', '.'))}: only plain values, tensors and OmegaConf settings are read"
+            )
+        self.stack.append(Name(name))
+
+    def _append(self, values: list[object]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, list):
+            raise TypeError("items for something that is no list")
+        target.extend(values)
+
+    def _set_items(self, values: list[object]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict) or len(values) % 2:
+            raise TypeError("items for something that is no dict")
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            if not isinstance(key, str | int):
+                raise self._refusal(f"a dict key that is neither text nor a number, but {type(key).__name__}")
+            target[key] = value
+
+    def _set_attributes(self, state: object) -> None:
+        target = self.stack[-1]
+        if not isinstance(state, dict):
+            raise self._refusal("an object whose state is no dict")
+        if isinstance(target, Record):
+            target.attributes = state
+        elif not isinstance(target, dict):  # torch sets `_metadata` on a state dict, which nothing here needs
+            raise self._refusal(f"attributes set on {_describe(target)}")
+
+    def _storage(self, reference: object) -> StorageRef:
+        match reference:
+            case ("storage", Name(text), str(key), str(), int(count)) if text in STORAGES and count >= 0:
+                return StorageRef(key, STORAGES[text], count)
+        raise self._refusal("a reference to something that is no tensor storage")
+
+    def _new(self, kind: object, arguments: object) -> Record:
+        if isinstance(kind, Name) and kind.text in RECORDS and arguments == ():
+            return Record(kind.text)
+        raise self._refusal(f"making an object of {_describe(kind)}")
+
+    def _call(self, function: object, arguments: object) -> object:
+        match function, arguments:
+            case Name("collections OrderedDict"), ():
+                return {}
+            case Name("collections defaultdict"), (Name(),):
+                return {}
+            case Name("torch._utils _rebuild_tensor_v2"), (StorageRef() as storage, offset, shape, stride, *_):
+                return self._tensor(storage, offset, shape, stride)
+            case Name("torch._utils _rebuild_parameter"), (TensorRef() as tensor, *_):
+                return tensor
+        raise self._refusal(f"a call of {_describe(function)} with these arguments")
+
+    def _tensor(self, storage: StorageRef, offset: object, shape: object, stride: object) -> TensorRef:
+        sizes, steps = _sizes(shape), _sizes(stride)
+        if type(offset) is not int or offset < 0 or len(sizes) != len(steps) or len(sizes) > MAX_DIMENSIONS:
+            raise self._refusal("a tensor with an impossible shape")
+        last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+        # The second test refuses strides that repeat numbers: a small file must not unfold into a vast tensor.
+        if prod(sizes) and (last >= storage.count or prod(sizes) > storage.count):
+            raise self._refusal(f"a tensor of {prod(sizes):,} numbers that does not fit its {storage.count:,}")
+        return TensorRef(storage, offset, sizes, steps)
+
+    def _refusal(self, what: str) -> BundleError:
+        return BundleError(f"{self.source}: refused: it contains {what}")
+
+
+def _sizes(value: object) -> Shape:
+    """The value, if it is a tuple of natural numbers."""
+    if not isinstance(value, tuple) or not all(type(size) is int and size >= 0 for size in value):
+        raise ValueError("a shape that is no tuple of numbers")
+    return value
+
+
+def _describe(value: object) -> str:
+    return value.text.replace(" ", ".") if isinstance(value, Name) else type(value).__name__

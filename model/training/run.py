@@ -1,0 +1,162 @@
+"""From a table of pictures to a bundle: what ``patchforge train`` does."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from model.bundle import write_bundle
+from model.errors import DataError
+from model.manifest import BundleManifest
+from model.pft import PFT, PFTConfig
+from model.pipeline import Pipeline
+from model.text import MiniLM
+from model.text_pft import TextPFT, TextPFTConfig
+from model.training.conditions import ClassConditions, Conditions, TextConditions
+from model.training.data import Pictures
+from model.training.latents import encode_pictures, latent_scale
+from model.training.loop import Recipe, Trainer
+
+Kind = Literal["text", "class"]
+MAX_TOKENS = 24
+PATCH_SIZE = 2
+GRID_SAMPLES = 24
+DEFAULTS: dict[str, Any] = {
+    "sampler": {"name": "dual_loop", "quantile": 0.4, "inner_steps": 4, "exact": False},
+    "steps": 8,
+    "guidance": 3.0,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and depth of a network; heads are 32 wide."""
+
+    width: int = 192
+    depth: int = 6
+    refiner_width: int = 128
+    refiner_depth: int = 2
+    mapping_width: int = 96
+
+
+def train_model(
+    kind: Kind, pictures: Pictures, autoencoder: Path, folder: Path, recipe: Recipe, size: Size, licence: str
+) -> Path:
+    """Train or go on training; keeps state, log, sample grids and the latest bundle in ``folder``.
+
+    Returns the bundle's folder.
+
+    Raises:
+        DataError: a class-conditional model was asked for, but the pictures have no classes.
+    """
+    if kind == "class" and len(pictures.class_names) < 2:
+        raise DataError("a class-conditional model needs pictures in at least two class subfolders")
+    shown = pictures.where(~pictures.held_out())
+    latents = encode_pictures(shown.images, autoencoder)
+    torch.manual_seed(recipe.seed)
+    side = latents.shape[-1]
+    network = build(kind, latents.shape[1], side, len(shown.class_names), size)
+    conditions: Conditions = (
+        ClassConditions(shown) if kind == "class" else TextConditions(shown, MAX_TOKENS, folder.parent / "cache")
+    )
+    trainer = Trainer(network, latents, torch.from_numpy(shown.weights), conditions, recipe, folder)
+    bundle = folder / f"{folder.name}-bundle"
+
+    def export(trainer: Trainer) -> None:
+        export_bundle(trainer, kind, shown, autoencoder, bundle, licence)
+        sample_grid(bundle, shown, folder / f"samples-{trainer.step:06d}.png")
+
+    trainer.run(export)
+    return bundle
+
+
+def build(kind: Kind, channels: int, side: int, classes: int, size: Size) -> PFT | TextPFT:
+    """An untrained network for latents of ``side`` × ``side``."""
+    if kind == "class":
+        return PFT(PFTConfig(channels, side, size.depth, size.width, PATCH_SIZE, size.width // 32, classes))
+    return TextPFT(
+        TextPFTConfig(
+            in_dim=channels,
+            depth=size.depth,
+            hidden_dim=size.width,
+            head_dim=32,
+            mapping_dim=size.mapping_width,
+            mapping_depth=2,
+            patch_size=PATCH_SIZE,
+            txt_in_dim=MiniLM.width,
+            txt_refiner_dim=size.refiner_width,
+            txt_refiner_head_dim=32,
+            txt_refiner_depth=size.refiner_depth,
+            image_size=side,
+        )
+    )
+
+
+def export_bundle(trainer: Trainer, kind: Kind, pictures: Pictures, autoencoder: Path, out: Path, licence: str) -> None:
+    """Write the averaged weights as a float16 bundle."""
+    network = trainer.network
+    state = network.state_dict() | trainer.average.values
+    channels, height, width = network.grid.latent_shape
+    mean, std = latent_scale(autoencoder)
+    manifest = BundleManifest.model_validate(
+        {
+            "name": out.name.removesuffix("-bundle"),
+            "description": "Text-to-image" if kind == "text" else f"{len(pictures.class_names)} classes",
+            "network": {"kind": kind, "config": asdict(network.config)},
+            "latent": {
+                "channels": channels,
+                "height": height,
+                "width": width,
+                "mean": mean.flatten().tolist(),
+                "std": std.flatten().tolist(),
+            },
+            "autoencoder": {"downscale": pictures.images.shape[1] // height},
+            "text_encoder": {"kind": "minilm", "max_tokens": MAX_TOKENS, "mask_padding": True}
+            if kind == "text"
+            else None,
+            "class_names": pictures.class_names if kind == "class" else [],
+            "licence": licence,
+            "defaults": DEFAULTS,
+            "training": {
+                "pictures": len(pictures),
+                "steps": trainer.step,
+                "samples": trainer.step * trainer.recipe.batch,
+                "device_seconds": round(trainer.seconds),
+                "device": str(trainer.device),
+                "recipe": asdict(trainer.recipe),
+                "autoencoder": json.loads((autoencoder / "latents.json").read_text()),
+            },
+            "created": int(time.time()),
+        }
+    )
+    write_bundle(out, manifest, state, torch.float16, autoencoder=autoencoder)
+
+
+def sample_grid(bundle: Path, pictures: Pictures, out: Path, seed: int = 0) -> None:
+    """A picture of ``GRID_SAMPLES`` samples above the real pictures of the same prompts or classes."""
+    pipeline = Pipeline.open(bundle)
+    chosen = torch.multinomial(
+        torch.from_numpy(pictures.weights).double(), GRID_SAMPLES, generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    by_class = isinstance(pipeline.network, PFT)
+    wanted = [pictures.class_names[pictures.classes[row]] if by_class else prompt_of(pictures, row) for row in chosen]
+    conditions = [pipeline.condition_on(words) for words in wanted]
+    made, _ = pipeline.generate(pipeline.default_sampler(), conditions, list(range(seed, seed + GRID_SAMPLES)))
+    real = torch.from_numpy(pictures.images[chosen])
+    per_row = GRID_SAMPLES // 2
+    strips = [
+        torch.cat(list(part), dim=1) for i in (0, per_row) for part in (made[i : i + per_row], real[i : i + per_row])
+    ]
+    Image.fromarray(torch.cat(strips).numpy()).save(out)
+
+
+def prompt_of(pictures: Pictures, row: int) -> str:
+    """The first of a picture's names, with its style word."""
+    style = pictures.styles[row]
+    return f"{pictures.captions[row][0]}, {style}" if style else pictures.captions[row][0]

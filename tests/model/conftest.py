@@ -1,0 +1,40 @@
+"""Fixtures of the model tests: an autoencoder folder, a checkpoint and its import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.import_checkpoint import import_checkpoint
+from tests.model.model_files import Bring, config_tree, save, tiny_weights
+
+
+@pytest.fixture(scope="session")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vae")
+    stages = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **stages).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def ckpt(tmp_path: Path) -> Path:
+    return save(tmp_path, config_tree(), tiny_weights())
+
+
+@pytest.fixture
+def bring(tmp_path: Path, autoencoder: Path) -> Bring:
+    """Import into ``tmp_path/out`` and return what was told on the way."""
+
+    def run(path: Path, **options: Any) -> list[str]:
+        told: list[str] = []
+        import_checkpoint(path, autoencoder, tmp_path / "out", progress=told.append, **options)
+        return told
+
+    return run
