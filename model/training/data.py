@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -88,7 +89,7 @@ class Pictures:
             DataError: the file is missing or not such a table.
         """
         try:
-            with np.load(path, allow_pickle=False) as table:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as table:
                 text = json.loads(table["text"].tobytes())
                 return cls(
                     images=table["images"],
@@ -96,7 +97,7 @@ class Pictures:
                     weights=table["weights"],
                     **text,
                 )
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, BadZipFile) as error:
             raise DataError(f"{path} is not a picture table: {error}") from error
 
     def held_out(self, share: float = 0.02) -> np.ndarray:

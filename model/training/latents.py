@@ -7,28 +7,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
 from torch import Tensor
 
+from model.autoencoder import Codec
 from model.device import best_device
-from model.training.autoencoder import to_signed
+from model.errors import DataError
+from model.manifest import Latent
 
 
-@torch.inference_mode()
 def encode_pictures(images: np.ndarray, autoencoder: Path) -> Tensor:
-    """``(n, h, w, 3)`` uint8 → latents ``(n, c, h/4, w/4)``, zero mean and unit deviation per channel."""
-    device = best_device()
-    network = AutoencoderTiny.from_pretrained(autoencoder, local_files_only=True).eval().to(device)
-    mean, std = latent_scale(autoencoder)
-    latents = [
-        (network.encode(to_signed(chunk).to(device)).latents.cpu() - mean) / std
-        for chunk in torch.from_numpy(images).split(64)
-    ]
-    return torch.cat(latents)
+    """``(n, height, width, 3)`` uint8 → latents ``(n, c, h, w)``, zero mean and unit deviation per channel."""
+    scale = latent_scale(autoencoder)
+    # Only the scale matters to the codec; sides are the bundle's concern.
+    codec = Codec(autoencoder, "AutoencoderTiny", scale, best_device())
+    return torch.cat([codec.encode(chunk).cpu() for chunk in torch.from_numpy(images).split(64)])
 
 
-def latent_scale(autoencoder: Path) -> tuple[Tensor, Tensor]:
-    """Mean and deviation per latent channel, ``(1, c, 1, 1)`` each, as measured when it was trained."""
-    figures = json.loads((autoencoder / "latents.json").read_text())
-    mean, std = (torch.tensor(figures[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-    return mean, std
+def latent_scale(autoencoder: Path) -> Latent:
+    """Mean and deviation per latent channel, as measured when the autoencoder was trained.
+
+    Raises:
+        DataError: the folder is not one that ``patchforge train autoencoder`` wrote.
+    """
+    try:
+        figures = json.loads((autoencoder / "latents.json").read_text())
+        mean, std = figures["mean"], figures["std"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{autoencoder} is not a trained autoencoder: {error}") from error
+    return Latent(channels=len(mean), height=1, width=1, mean=mean, std=std)

@@ -103,7 +103,7 @@ def export_bundle(trainer: Trainer, kind: Kind, pictures: Pictures, autoencoder:
     network = trainer.network
     state = network.state_dict() | trainer.average.values
     channels, height, width = network.grid.latent_shape
-    mean, std = latent_scale(autoencoder)
+    scale = latent_scale(autoencoder)
     manifest = BundleManifest.model_validate(
         {
             "name": out.name.removesuffix("-bundle"),
@@ -113,8 +113,8 @@ def export_bundle(trainer: Trainer, kind: Kind, pictures: Pictures, autoencoder:
                 "channels": channels,
                 "height": height,
                 "width": width,
-                "mean": mean.flatten().tolist(),
-                "std": std.flatten().tolist(),
+                "mean": scale.mean,
+                "std": scale.std,
             },
             "autoencoder": {"downscale": pictures.images.shape[1] // height},
             "text_encoder": {"kind": "minilm", "max_tokens": MAX_TOKENS, "mask_padding": True}

@@ -13,8 +13,8 @@ class LTG:
     """Logit-normal maximum, truncated Gaussian below it: bounds the information of every training sample.
 
     ``together`` is the share of samples whose patches all stand at the maximum, as in uniform sampling;
-    ``clean`` the chance that a patch below its maximum is shown fully clean instead, so that regions which
-    finished early are in distribution. Both are ours; at 0 this is the paper's sampler.
+    ``clean`` the share of samples of which some patches are shown fully clean, so that regions which finished
+    early are in distribution. Both are ours; at 0 this is the paper's sampler.
     """
 
     loc: float = 0.7
@@ -34,7 +34,7 @@ class LTG:
             alike = torch.rand(batch, 1, generator=generator) < self.together
             times = torch.where(alike, t_max.expand_as(times), times)
         if self.clean:
-            # A sample has either no clean patch or a random share of them, up to all but the hardest.
+            # A sample has either no clean patch or a random share of them.
             share = torch.rand(batch, 1, generator=generator)
             chosen = torch.rand(batch, 1, generator=generator) < self.clean
             shown = chosen & (torch.rand(batch, patches, generator=generator) < share)

@@ -1,0 +1,76 @@
+"""The errors a caller can meet; each maps to one HTTP status and one gRPC status code.
+
+PatchforgeError
+├── InvalidRequest        422 / INVALID_ARGUMENT     a field is wrong; ``field`` names it
+├── NotFound              404 / NOT_FOUND            no such job, image, model
+├── NotReady              409 / FAILED_PRECONDITION  the job has no picture yet, or never will
+├── IdempotencyConflict   422 / ALREADY_EXISTS       same key, another body
+├── PayloadTooLarge       413 / RESOURCE_EXHAUSTED
+├── QueueFull             503 / UNAVAILABLE          with ``retry_after`` seconds
+├── Unavailable           503 / UNAVAILABLE          Redis away, draining
+└── JobFailed             500 / INTERNAL             the job itself ended in `failed`
+"""
+
+from __future__ import annotations
+
+
+class PatchforgeError(Exception):
+    """Base: ``code`` is a stable machine-readable word, ``field`` the request field at fault or None."""
+
+    status = 500
+    grpc_status = "INTERNAL"
+    code = "internal_error"
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after = retry_after
+
+
+class InvalidRequest(PatchforgeError):
+    """A request field is missing, malformed or out of range."""
+
+    status, grpc_status, code = 422, "INVALID_ARGUMENT", "invalid_request"
+
+
+class NotFound(PatchforgeError):
+    """The named thing does not exist, or has expired."""
+
+    status, grpc_status, code = 404, "NOT_FOUND", "not_found"
+
+
+class NotReady(PatchforgeError):
+    """The job exists but what was asked of it is not there (yet)."""
+
+    status, grpc_status, code = 409, "FAILED_PRECONDITION", "not_ready"
+
+
+class IdempotencyConflict(PatchforgeError):
+    """An Idempotency-Key was used again with a different request."""
+
+    status, grpc_status, code = 422, "ALREADY_EXISTS", "idempotency_conflict"
+
+
+class PayloadTooLarge(PatchforgeError):
+    """The request body exceeds the limit."""
+
+    status, grpc_status, code = 413, "RESOURCE_EXHAUSTED", "payload_too_large"
+
+
+class QueueFull(PatchforgeError):
+    """The queue holds as many waiting jobs as it may; try again after ``retry_after`` seconds."""
+
+    status, grpc_status, code = 503, "UNAVAILABLE", "queue_full"
+
+
+class Unavailable(PatchforgeError):
+    """A part the request needs is away: Redis is down, or the server is draining."""
+
+    status, grpc_status, code = 503, "UNAVAILABLE", "unavailable"
+
+
+class JobFailed(PatchforgeError):
+    """The job ran and failed, expired, or was cancelled by someone else."""
+
+    status, grpc_status, code = 500, "INTERNAL", "job_failed"

@@ -1,0 +1,174 @@
+"""A gateway from start to end: the HTTP application, and the life of the process that serves it next to gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from pathlib import Path
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CollectorRegistry
+from pydantic.json_schema import models_json_schema
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from service.errors import Unavailable
+from service.gateway import openai_api, problems, rest, telemetry
+from service.gateway.http import HttpServer
+from service.gateway.images_request import ImagesRequest
+from service.gateway.jobs import JobService
+from service.gateway.rpc import RpcServer
+from service.gateway.telemetry import Measured
+from service.metrics import GatewayMetrics
+from service.queue import JobQueue
+from service.schemas import GenerationRequest
+from service.settings import Settings
+
+PLAYGROUND = Path(__file__).parent / "playground"
+PLAYGROUND_HEADERS = {
+    "Cache-Control": "no-cache",  # revalidated by ETag, so that an upgrade shows at once
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+TICK = 1.0  # seconds between looks at whether requests can be served
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(settings: Settings, service: JobService, metrics: GatewayMetrics) -> FastAPI:
+    """The HTTP application; whoever serves it closes ``service``."""
+    app = Api(
+        title="Patchforge",
+        version="1",
+        description="Patch Forcing image generation: easy regions finish early, hard ones get the compute.",
+        max_body_size=settings.max_body_bytes,
+        separate_input_output_schemas=False,
+        responses={
+            "4XX": {"description": "Problem details (RFC 9457), or OpenAI's error object"},
+            "5XX": {"description": "Problem details; 503 carries Retry-After"},
+        },
+    )
+    app.state.settings, app.state.service, app.state.metrics = settings, service, metrics
+    problems.install(app)
+    app.add_middleware(Measured, metrics=metrics)
+    for module in (rest, openai_api, telemetry):
+        app.include_router(module.router)
+    _add_playground(app)
+    return app
+
+
+class Api(FastAPI):
+    """FastAPI that also describes the bodies we parse ourselves."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = get_openapi(
+                title=self.title,
+                version=self.version,
+                description=self.description,
+                routes=self.routes,
+                separate_input_output_schemas=self.separate_input_output_schemas,
+            )
+            _, bodies = models_json_schema(
+                [(GenerationRequest, "validation"), (ImagesRequest, "validation")],
+                ref_template="#/components/schemas/{model}",
+            )
+            self.openapi_schema["components"]["schemas"].update(bodies["$defs"])
+        return self.openapi_schema
+
+
+class Playground(StaticFiles):
+    """The files of the browser page."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(PLAYGROUND_HEADERS)
+        return response
+
+
+def _add_playground(app: FastAPI) -> None:
+    files = Playground(directory=PLAYGROUND)
+
+    @app.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        return await files.get_response("index.html", request.scope)
+
+    app.mount("/playground", files)
+
+
+class Gateway:
+    """Both servers over one queue: startup, main loop, tick, shutdown. Make it inside the event loop."""
+
+    def __init__(self, settings: Settings, queue: JobQueue) -> None:
+        self.settings = settings
+        self.service = JobService(queue)
+        metrics = GatewayMetrics(CollectorRegistry())
+        queue.on_ended = metrics.request_ended_in_queue
+        self.http = HttpServer(create_app(settings, self.service, metrics), settings)
+        self.rpc = RpcServer(self.service, metrics, settings)
+        self.http_port = self.grpc_port = 0
+        self._stopping = asyncio.Event()
+        self._reason: str | None = ""  # why requests cannot be served, None if they can
+
+    async def serve(self) -> None:
+        """Runs until :meth:`stop`."""
+        try:
+            await self.startup()
+            await self.main_loop()
+        finally:
+            await self.shutdown()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    async def startup(self) -> None:
+        """Binds both ports. The queue need not be there yet: readiness tells."""
+        host = self.settings.host
+        self.http_port = await self.http.start(host, self.settings.http_port)
+        self.grpc_port = await self.rpc.start(host, self.settings.grpc_port)
+        log.info("gateway is listening", http=f"http://{host}:{self.http_port}", grpc=f"{host}:{self.grpc_port}")
+
+    async def main_loop(self) -> None:
+        while not self._stopping.is_set():
+            await self.tick()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), TICK)
+
+    async def tick(self) -> None:
+        """Keeps gRPC's health service in step with ``/readyz``, and the log with both."""
+        reason = None
+        try:
+            await self.service.ready()
+        except Unavailable as error:
+            reason = error.message
+        if reason != self._reason:
+            self._reason = reason
+            log.info("ready for requests") if reason is None else log.warning("not ready", reason=reason)
+        await self.rpc.report(serving=reason is None)
+
+    async def shutdown(self) -> None:
+        """Unready first; watches end, calls in progress get ``drain_seconds``, then everything closes."""
+        log.info("gateway is shutting down")
+        self.service.drain()
+        await self.rpc.drain()
+        await asyncio.gather(self.http.stop(), self.rpc.stop(self.settings.drain_seconds))
+        await self.service.aclose()
+
+
+async def serve_gateway(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    if settings.redis_url is None:
+        raise Unavailable("no queue server: set REDIS_URL, or use `patchforge serve`, which brings its own")
+    queue = JobQueue.connect(settings.redis_url, settings)
+    gateway = Gateway(settings, queue)
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, gateway.stop)
+    try:
+        await gateway.serve()
+    finally:
+        await queue.close()

@@ -1,0 +1,110 @@
+"""Between the gRPC messages and ours: the only place that knows both."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from typing import Any
+
+from service.errors import InvalidRequest
+from service.gateway.validation import validated
+from service.pb.patchforge.v1 import image_service_pb2 as pb
+from service.schemas import (
+    Completed,
+    DualLoop,
+    Event,
+    Failed,
+    GenerationRequest,
+    ImageReady,
+    Job,
+    LookAhead,
+    ModelCard,
+    Preview,
+    Sampler,
+    Started,
+)
+
+ENUM_FIELDS = {"output_format": pb.OutputFormat, "priority": pb.Priority}
+
+
+def generation_from_proto(message: pb.Generation) -> GenerationRequest:
+    """Raises :class:`InvalidRequest` naming the field at fault."""
+    fields: dict[str, Any] = {descriptor.name: value for descriptor, value in message.ListFields()}
+    sampler = message.WhichOneof("sampler")
+    if sampler is not None:
+        given = fields.pop(sampler).ListFields()
+        fields["sampler"] = {"name": sampler, **{descriptor.name: value for descriptor, value in given}}
+    for name, enum in ENUM_FIELDS.items():
+        if name in fields:
+            fields[name] = _enum_word(enum, fields[name], name)
+    return validated(GenerationRequest, fields)
+
+
+def generation_to_proto(request: GenerationRequest) -> pb.Generation:
+    fields = request.model_dump(exclude_none=True, exclude={"sampler", "output_format", "priority"})
+    return pb.Generation(
+        **fields,
+        **_sampler(request.sampler),
+        output_format=f"OUTPUT_FORMAT_{request.output_format.upper()}",
+        priority=f"PRIORITY_{request.priority.upper()}",
+    )
+
+
+def job_to_proto(job: Job) -> pb.Job:
+    fields = job.model_dump(exclude_none=True, exclude={"request", "status"})
+    return pb.Job(
+        **fields,
+        generation=generation_to_proto(job.request),
+        status=f"JOB_STATUS_{job.status.upper()}",
+    )
+
+
+def event_to_proto(event_id: str, event: Event) -> pb.Event:
+    message = pb.Event(id=event_id)
+    match event:
+        case Preview():
+            fields = event.model_dump(exclude={"type", "b64_png"})
+            message.preview.CopyFrom(pb.PreviewEvent(**fields, png=b64decode(event.b64_png)))
+        case Started():
+            message.started.CopyFrom(pb.StartedEvent(attempt=event.attempt, steps=event.steps))
+        case ImageReady():
+            message.image.index = event.index
+            message.image.SetInParent()
+        case Completed():
+            message.completed.CopyFrom(pb.CompletedEvent(report=event.report.model_dump(exclude_none=True)))
+        case Failed():
+            message.failed.CopyFrom(pb.FailedEvent(error=event.error.model_dump()))
+        case _:  # queued, cancelled, expired: they have nothing to say but their name
+            getattr(message, event.type).SetInParent()
+    return message
+
+
+def model_to_proto(card: ModelCard) -> pb.Model:
+    rows, columns = card.grid
+    return pb.Model(
+        **card.model_dump(exclude={"kind", "grid", "sampler"}),
+        **_sampler(card.sampler),
+        kind=f"MODEL_KIND_{card.kind.upper()}",
+        grid_rows=rows,
+        grid_columns=columns,
+    )
+
+
+def _sampler(sampler: Sampler | None) -> dict[str, Any]:
+    """The sampler as the keyword argument that sets its oneof."""
+    match sampler:
+        case None:
+            return {}
+        case DualLoop():
+            return {"dual_loop": pb.DualLoopSampler(**sampler.model_dump(exclude={"name"}))}
+        case LookAhead():
+            return {"look_ahead": pb.LookAheadSampler(**sampler.model_dump(exclude={"name"}))}
+        case _:
+            return {"euler": pb.EulerSampler()}
+
+
+def _enum_word(enum: Any, number: int, field: str) -> str:
+    if number not in enum.values():
+        raise InvalidRequest("unknown value", field=field)
+    prefix = f"{field.upper()}_"
+    word: str = enum.Name(number)
+    return word.removeprefix(prefix).lower()

@@ -1,0 +1,98 @@
+"""Uvicorn as one part of a larger process: it leaves signals alone, tells its port, and will not wait for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from service.settings import Settings
+
+REQUEST_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
+class HttpServer(uvicorn.Server):
+    """Serves ``app`` from :meth:`start` to :meth:`stop`."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=ImpatientProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                timeout_keep_alive=max(1, round(settings.client_timeout_seconds)),
+                timeout_graceful_shutdown=settings.drain_seconds,
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+        self._bound = asyncio.Event()
+
+    async def start(self, host: str, port: int) -> int:
+        """Returns the port bound; 0 asks for any free one."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=1024)
+        self._serving = asyncio.create_task(self.serve([listening]))
+        await self._bound.wait()
+        bound: int = listening.getsockname()[1]
+        return bound
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._bound.set()
+
+    async def stop(self) -> None:
+        """Accepts no more, waits for answers in progress, then cancels what is left and waits for that too."""
+        if self._serving is None:
+            return
+        self.should_exit = True
+        await self._serving
+        await asyncio.gather(*self.server_state.tasks, return_exceptions=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class ImpatientProtocol(H11Protocol):
+    """HTTP/1.1 that hangs up on clients that dawdle over their request line and headers."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._await_headers()
+        else:
+            self._have_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._have_headers()
+        super().connection_lost(exc)
+
+    def _await_headers(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self.timeout_keep_alive, self._hang_up)
+
+    def _have_headers(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _hang_up(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(REQUEST_TIMEOUT)
+            self.transport.close()

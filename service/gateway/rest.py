@@ -1,0 +1,105 @@
+"""The native REST API: jobs, their events and pictures, and the probes of an operator."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from sse_starlette import ServerSentEvent
+
+from service.gateway.body import json_body, json_body_schema
+from service.gateway.jobs import JobService
+from service.gateway.streams import EventStream
+from service.schemas import MAX_IMAGES, Event, GenerationRequest, Job
+from service.settings import Settings
+
+
+def job_service(request: Request) -> JobService:
+    service: JobService = request.app.state.service
+    return service
+
+
+def app_settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+Service = Annotated[JobService, Depends(job_service)]
+Knobs = Annotated[Settings, Depends(app_settings)]
+
+router = APIRouter()
+
+
+@router.post("/v1/jobs", status_code=202, tags=["jobs"], openapi_extra=json_body_schema(GenerationRequest))
+async def submit_job(
+    service: Service,
+    response: Response,
+    generation: Annotated[GenerationRequest, Depends(json_body(GenerationRequest))],
+    idempotency_key: Annotated[str | None, Header(description="Repeat it, and the same job is returned.")] = None,
+) -> Job:
+    """Queue a job that lives on without you."""
+    job = await service.submit(generation, idempotency_key)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return job
+
+
+@router.get("/v1/jobs/{job_id}", tags=["jobs"])
+async def get_job(service: Service, job_id: str) -> Job:
+    """The state of a job; with its savings report once it has completed."""
+    return await service.get(job_id)
+
+
+@router.delete("/v1/jobs/{job_id}", tags=["jobs"])
+async def cancel_job(service: Service, job_id: str) -> Job:
+    """Cancel a job; harmless on one that has ended."""
+    return await service.cancel(job_id)
+
+
+@router.get("/v1/jobs/{job_id}/events", tags=["jobs"], response_class=EventStream)
+async def watch_job(
+    service: Service,
+    settings: Knobs,
+    job_id: str,
+    last_event_id: Annotated[str | None, Header(description="Only events after this one.")] = None,
+) -> EventStream:
+    """Follow a job as server-sent events, resumable by `Last-Event-ID`. Leaving does not cancel it."""
+    # What can be wrong has to show before the stream begins.
+    events = service.watch(job_id, last_event_id or "0")
+    await service.get(job_id)
+    return EventStream(_as_sse(events), service.until_drained(), settings)
+
+
+async def _as_sse(events: AsyncIterator[tuple[str, Event]]) -> AsyncIterator[ServerSentEvent]:
+    async for event_id, event in events:
+        yield ServerSentEvent(event.model_dump_json(), event=event.type, id=event_id, sep="\n")
+
+
+@router.get("/v1/jobs/{job_id}/image", tags=["jobs"], response_class=Response)
+async def get_image(
+    service: Service,
+    settings: Knobs,
+    job_id: str,
+    index: Annotated[int, Query(ge=0, lt=MAX_IMAGES)] = 0,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """A finished picture."""
+    job = await service.get(job_id)
+    picture = await service.image(job_id, index)
+    etag = f'"{job_id}-{index}"'
+    headers = {"ETag": etag, "Cache-Control": f"private, max-age={settings.result_ttl_seconds}, immutable"}
+    if if_none_match == etag:
+        return Response(status_code=304, headers=headers)
+    return Response(picture, media_type=f"image/{job.request.output_format}", headers=headers)
+
+
+@router.get("/healthz", tags=["operation"])
+async def alive() -> dict[str, str]:
+    """The process is alive, whatever it depends on."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz", tags=["operation"])
+async def ready(service: Service) -> dict[str, str | list[str]]:
+    """Requests are welcome: the queue answers and some worker serves a model."""
+    return {"status": "ready", "models": [card.name for card in await service.ready()]}

@@ -1,0 +1,63 @@
+"""Server-sent events, and noticing that a client has hung up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
+
+import structlog
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope, Send
+
+from service.errors import Unavailable
+from service.settings import Settings
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+class EventStream(EventSourceResponse):
+    """An SSE response that lives inside ``scope_of_life``: a run to cancel if the client leaves, or the drain."""
+
+    def __init__(
+        self,
+        events: AsyncIterator[ServerSentEvent],
+        scope_of_life: AbstractAsyncContextManager[object],
+        settings: Settings,
+    ) -> None:
+        super().__init__(events, ping=settings.sse_ping_seconds, send_timeout=settings.client_timeout_seconds, sep="\n")
+        self._scope_of_life = scope_of_life
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with self._scope_of_life:
+                await super().__call__(scope, receive, send)
+        except Unavailable:  # draining: a proper end, after which the client reconnects elsewhere
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except SendTimeoutError:
+            log.info("dropped a client too slow to read its events", path=scope["path"])
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled if the client of ``request`` hangs up first."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

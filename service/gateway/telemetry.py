@@ -1,0 +1,60 @@
+"""What a gateway tells Prometheus: every HTTP answer it gave, its queue, and its workers' own figures."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import Unavailable
+from service.gateway.rest import Service
+from service.metrics import GatewayMetrics
+
+
+def gateway_metrics(request: Request) -> GatewayMetrics:
+    metrics: GatewayMetrics = request.app.state.metrics
+    return metrics
+
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/metrics", response_class=Response)
+async def scrape(service: Service, metrics: Annotated[GatewayMetrics, Depends(gateway_metrics)]) -> Response:
+    """Prometheus metrics of this gateway and of every live worker."""
+    workers: list[bytes] = []
+    try:
+        metrics.requests_waiting(await service.queue.waiting())
+        workers = [text for _, text in await service.queue.worker_metrics()]
+    except Unavailable:
+        pass  # the gateway's own figures matter most when the queue is away
+    return Response(metrics.exposition(workers), media_type=CONTENT_TYPE_LATEST)
+
+
+class Measured:
+    """ASGI middleware that counts and times answers by the route they came from, never by the path asked for."""
+
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 500
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched_send)
+        finally:
+            route = getattr(scope.get("route"), "path_format", None)
+            self.metrics.http_answered(scope["method"], route, status, time.monotonic() - began)

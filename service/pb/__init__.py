@@ -1,0 +1,1 @@
+"""Home of the gRPC stubs that `make setup` generates from ``proto/``."""

@@ -1,0 +1,265 @@
+-- The queue's every atomic step. service/queue.py prepends the constants and calls `commands[ARGV[1]]`.
+--
+-- A job is a hash with a status; WAITING lists exactly the jobs whose status is waiting; an entry of a queue stream is
+-- pending in the consumer group exactly while its job runs. Each command keeps these three in step, on Redis's clock.
+-- Replies are {result, jobs that ended by the way}.
+
+local call = redis.call
+local time = call('TIME')
+local now = string.format('%d.%06d', time[1], time[2])
+local ended = {}
+
+local function record(id)
+  return call('HGETALL', JOB .. id)
+end
+
+local function fields(id, ...)
+  return unpack(call('HMGET', JOB .. id, ...))
+end
+
+local function member(id)
+  return id .. ':' .. fields(id, 'model')
+end
+
+local function emit(id, event, cap)
+  local event_id = call('XADD', EVENTS .. id, 'MAXLEN', '~', cap or EVENTS_KEPT, '*', 'event', event)
+  call('PUBLISH', NEWS, id)
+  return event_id
+end
+
+local function enqueue(id, class, deadline)
+  local stream = QUEUE .. class .. ':' .. fields(id, 'model')
+  local entry = call('XADD', stream, '*', 'job', id)
+  call('HSET', JOB .. id, 'status', 'waiting', 'stream', stream, 'entry', entry)
+  call('ZADD', WAITING, deadline, member(id))
+end
+
+-- Only for delivered entries: deleting others would make the group's lag unknown.
+local function drop(stream, entry)
+  redis.pcall('XACK', stream, GROUP, entry) -- a lost group has nothing to acknowledge
+  call('XDEL', stream, entry)
+end
+
+local function start(id, stream, entry, worker)
+  call('ZREM', WAITING, member(id))
+  call('HINCRBY', JOB .. id, 'attempt', 1)
+  call('HSET', JOB .. id, 'status', 'running', 'owner', worker, 'stream', stream, 'entry', entry)
+  call('HSETNX', JOB .. id, 'started_at', now)
+  return record(id)
+end
+
+-- The one way to end a job. The entry of a job that never ran stays queued until a claim comes across it.
+local function finish(id, status, event, ...)
+  local was, stream, entry = fields(id, 'status', 'stream', 'entry')
+  if was == 'running' then
+    drop(stream, entry)
+  end
+  call('ZREM', WAITING, member(id))
+  call('HSET', JOB .. id, 'status', status, 'finished_at', now, 'last_event', emit(id, event), ...)
+  for _, key in ipairs({ JOB .. id, EVENTS .. id, IMAGES .. id }) do
+    call('EXPIRE', key, RESULT_TTL)
+  end
+end
+
+local function finish_unasked(id, ...)
+  finish(id, ...)
+  table.insert(ended, record(id))
+end
+
+local function expire_overdue()
+  for _, overdue in ipairs(call('ZRANGE', WAITING, '-inf', now, 'BYSCORE')) do
+    local id = string.match(overdue, '^[^:]+')
+    if call('EXISTS', JOB .. id) == 1 then
+      finish_unasked(id, 'expired', EXPIRED)
+    else -- someone deleted it by hand; every command passes here, so this must not raise
+      call('ZREM', WAITING, overdue)
+    end
+  end
+end
+
+local function owned(id, worker, attempt, entry)
+  local status, owner, current_attempt, current_entry = fields(id, 'status', 'owner', 'attempt', 'entry')
+  return status == 'running' and owner == worker and current_attempt == attempt and current_entry == entry
+end
+
+-- The next entry of a stream that no one has been given, and its job; nil if there is none.
+local function read_new(stream)
+  local read = { 'XREADGROUP', 'GROUP', GROUP, CONSUMER, 'COUNT', 1, 'STREAMS', stream, '>' }
+  local reply = redis.pcall(unpack(read))
+  if reply and reply.err then -- no such group: a new stream, or one that was flushed
+    redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
+    reply = call(unpack(read))
+  end
+  if reply then
+    local entry = reply[1][2][1]
+    return entry[1], entry[2][2]
+  end
+end
+
+local commands = {}
+
+function commands.submit(id, model, priority, request, deadline_seconds, idempotency_key, fingerprint)
+  if idempotency_key ~= '' then
+    local first, its_fingerprint = unpack(call('HMGET', idempotency_key, 'job', 'fingerprint'))
+    if first and its_fingerprint ~= fingerprint then
+      return { 'conflict' }
+    end
+    if first and call('EXISTS', JOB .. first) == 1 then
+      return { 'ok', record(first) }
+    end
+  end
+  if call('EXISTS', JOB .. id) == 1 then
+    return { 'ok', record(id) }
+  end
+  if call('ZCARD', WAITING) >= MAX_WAITING then
+    return { 'full' }
+  end
+  call('HSET', JOB .. id, 'id', id, 'model', model, 'request', request, 'created_at', now, 'attempt', 0)
+  enqueue(id, priority, deadline_seconds == '' and '+inf' or now + deadline_seconds)
+  emit(id, QUEUED)
+  if idempotency_key ~= '' then
+    call('HSET', idempotency_key, 'job', id, 'fingerprint', fingerprint)
+    call('EXPIRE', idempotency_key, IDEMPOTENCY_TTL)
+  end
+  return { 'ok', record(id) }
+end
+
+function commands.read(id)
+  return record(id)
+end
+
+function commands.news(id, after, count)
+  local status, last_event = fields(id, 'status', 'last_event')
+  return { status, last_event, call('XRANGE', EVENTS .. id, '(' .. after, '+', 'COUNT', count) }
+end
+
+function commands.waiting()
+  return call('ZRANGE', WAITING, 0, -1)
+end
+
+function commands.cancel(id)
+  local status = fields(id, 'status')
+  if status == 'waiting' then
+    finish_unasked(id, 'cancelled', CANCELLED)
+  elseif status == 'running' then
+    call('HSET', JOB .. id, 'cancel', 1)
+  end
+  return record(id)
+end
+
+-- KEYS: queue streams, most urgent first. Returns {the started job, nothing}, or if there is none
+-- {nothing, the entry of each stream after which to wait for more}.
+function commands.claim(worker)
+  local seen = {}
+  for index, stream in ipairs(KEYS) do
+    for _ = 1, SKIPS do
+      local entry, id = read_new(stream)
+      if not entry then
+        local newest = call('XREVRANGE', stream, '+', '-', 'COUNT', 1)[1]
+        seen[index] = newest and newest[1] or '0-0'
+        break
+      end
+      local status, current = fields(id, 'status', 'entry')
+      if status == 'waiting' and current == entry then
+        return { start(id, stream, entry, worker), {} }
+      elseif status ~= 'running' then -- it ended before its turn; a running one is seen again if its group was lost
+        drop(stream, entry)
+      end
+      seen[index] = entry
+    end
+  end
+  return { {}, seen }
+end
+
+-- KEYS as for claim. Returns {the restarted job, nothing}; empty if no entry is idle.
+function commands.reclaim(worker)
+  for _, stream in ipairs(KEYS) do
+    local function idle()
+      local pending = redis.pcall('XPENDING', stream, GROUP, 'IDLE', CLAIM_IDLE_MS, '-', '+', 1)
+      return not pending.err and pending[1] and pending[1][1] or nil -- an error is a group that is not there yet
+    end
+    for entry in idle do
+      local found = call('XRANGE', stream, entry, entry)[1]
+      local id = found and found[2][2]
+      local status, current, cancel, attempt, owner
+      if id then
+        status, current, cancel, attempt, owner = fields(id, 'status', 'entry', 'cancel', 'attempt', 'owner')
+      end
+      if status ~= 'running' or current ~= entry then
+        drop(stream, entry)
+      elseif cancel then
+        finish_unasked(id, 'cancelled', CANCELLED)
+      elseif tonumber(attempt) >= MAX_ATTEMPTS then
+        finish_unasked(id, 'failed', DEAD_LETTER, 'error', DEAD_LETTER_ERROR)
+        call('XADD', DEAD_LETTERS, 'MAXLEN', '~', DEAD_LETTERS_KEPT, '*', 'job', id, 'worker', owner,
+          'attempts', attempt, 'error', DEAD_LETTER_ERROR, 'request', fields(id, 'request'))
+      else
+        call('XCLAIM', stream, GROUP, CONSUMER, 0, entry, 'JUSTID')
+        return { start(id, stream, entry, worker), {} }
+      end
+    end
+  end
+  return { {}, {} }
+end
+
+function commands.heartbeat(id, worker, attempt, entry)
+  if not owned(id, worker, attempt, entry) then
+    return 'lost'
+  end
+  local stream, cancel = fields(id, 'stream', 'cancel')
+  -- Resets its idle time and nothing else. A lost group is claim's to mend.
+  redis.pcall('XCLAIM', stream, GROUP, CONSUMER, 0, entry, 'JUSTID')
+  return cancel and 'cancelled' or 'ok'
+end
+
+function commands.publish(id, worker, attempt, entry, event, cap)
+  if not owned(id, worker, attempt, entry) then
+    return 0
+  end
+  emit(id, event, cap)
+  return 1
+end
+
+function commands.store_image(id, worker, attempt, entry, index, data, event)
+  if not owned(id, worker, attempt, entry) then
+    return 0
+  end
+  call('HSET', IMAGES .. id, index, data)
+  emit(id, event)
+  return 1
+end
+
+function commands.finish(id, worker, attempt, entry, status, event, ...)
+  if not owned(id, worker, attempt, entry) then
+    return 0
+  end
+  finish(id, status, event, ...)
+  return 1
+end
+
+function commands.release(id, worker, attempt, entry)
+  if not owned(id, worker, attempt, entry) then
+    return 0
+  end
+  local stream, cancel = fields(id, 'stream', 'cancel')
+  if cancel then
+    finish_unasked(id, 'cancelled', CANCELLED)
+  else
+    drop(stream, entry)
+    call('HINCRBY', JOB .. id, 'attempt', -1)
+    enqueue(id, RETURNED, '+inf') -- it did start by its deadline
+  end
+  return 1
+end
+
+function commands.announce(worker, key, value, ttl)
+  call('ZREMRANGEBYSCORE', WORKERS, '-inf', now)
+  call('ZADD', WORKERS, now + ttl, worker)
+  call('SET', key, value, 'EX', ttl)
+  return 1
+end
+
+expire_overdue()
+local command = table.remove(ARGV, 1)
+local result = commands[command](unpack(ARGV))
+return { result, ended }

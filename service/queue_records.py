@@ -1,0 +1,69 @@
+"""From what Redis holds to messages and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import TypeAdapter
+
+from service.schemas import (
+    Cancelled,
+    Completed,
+    Event,
+    Expired,
+    Failed,
+    GenerationRequest,
+    Job,
+    JobError,
+    JobStatus,
+    ModelCard,
+    Preview,
+    SavingsReport,
+)
+
+EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+CARDS: TypeAdapter[list[ModelCard]] = TypeAdapter(list[ModelCard])
+
+
+def fields_of(record: Sequence[bytes]) -> dict[str, bytes]:
+    """A hash as scripts return it, names and values in turn."""
+    return {name.decode(): value for name, value in zip(record[::2], record[1::2], strict=True)}
+
+
+def job_from(record: Sequence[bytes]) -> Job:
+    """The job a record describes."""
+    fields = fields_of(record)
+
+    def seconds(name: str) -> float | None:
+        return float(fields[name]) if name in fields else None
+
+    return Job(
+        id=fields["id"].decode(),
+        status=JobStatus(fields["status"].decode()),
+        request=GenerationRequest.model_validate_json(fields["request"]),
+        created_at=float(fields["created_at"]),
+        started_at=seconds("started_at"),
+        finished_at=seconds("finished_at"),
+        attempt=int(fields["attempt"]),
+        error=JobError.model_validate_json(fields["error"]) if "error" in fields else None,
+        report=SavingsReport.model_validate_json(fields["report"]) if "report" in fields else None,
+    )
+
+
+def terminal_event(job: Job) -> Event:
+    """The event an ended job ended with, from its record."""
+    if job.report is not None:
+        return Completed(report=job.report)
+    if job.error is not None:
+        return Failed(error=job.error)
+    return Cancelled() if job.status is JobStatus.CANCELLED else Expired()
+
+
+def without_stale_previews(events: Sequence[tuple[str, Event]]) -> list[tuple[str, Event]]:
+    """Drops each preview that a later one of the same picture supersedes."""
+    newest = {event.index: event_id for event_id, event in events if isinstance(event, Preview)}
+    return [
+        (event_id, event)
+        for event_id, event in events
+        if not isinstance(event, Preview) or newest[event.index] == event_id
+    ]

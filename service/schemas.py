@@ -1,0 +1,258 @@
+"""What travels between clients, gateway, queue and worker; free of torch and of Redis."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_IMAGES = 10
+MAX_STEPS = 200
+MAX_PROMPT = 2000
+MAX_SEED = 2**63 - 1
+
+
+class Message(BaseModel):
+    """Base of all messages: strict types, no unknown fields, no NaN, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+class Euler(Message):
+    """Every patch, one uniform step at a time."""
+
+    name: Literal["euler"] = "euler"
+
+
+class DualLoop(Message):
+    """Easy patches take whole steps, hard ones ``inner_steps`` small ones (paper: dual-loop).
+
+    ``exact`` evaluates every patch in every inner step, as the paper's reference does; otherwise inner steps
+    evaluate only the hard patches, against cached keys and values of the easy ones.
+    """
+
+    name: Literal["dual_loop"] = "dual_loop"
+    quantile: float = Field(0.4, ge=0, le=1, description="Share of patches counted as easy.")
+    inner_steps: int = Field(4, ge=1, le=16)
+    exact: bool = False
+
+
+class LookAhead(Message):
+    """Hard patches are predicted with easy ones moved ahead as cleaner context (paper: look-ahead)."""
+
+    name: Literal["look_ahead"] = "look_ahead"
+    quantile: float = Field(0.4, ge=0, le=1, description="Share of patches counted as easy.")
+    ratio: float = Field(1.4, ge=1, le=4, description="How far ahead the easy context is moved.")
+
+
+Sampler = Annotated[Euler | DualLoop | LookAhead, Field(discriminator="name")]
+SAMPLERS: tuple[str, ...] = ("euler", "dual_loop", "look_ahead")
+
+
+class OutputFormat(StrEnum):
+    """Encodings of a finished picture."""
+
+    PNG = "png"
+    WEBP = "webp"
+    JPEG = "jpeg"
+
+
+class Priority(StrEnum):
+    """Queue classes; a worker claims higher ones first."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+class GenerationRequest(Message):
+    """One request for ``n`` pictures, the same over REST and gRPC.
+
+    Exactly one of ``prompt`` and ``class_label`` is set, as the model's kind demands. ``sampler``, ``steps``
+    and ``guidance`` left out take the model's defaults; picture *i* is drawn from seed ``seed + i``.
+    """
+
+    model: str | None = Field(None, max_length=100, description="A name from GET /v1/models; default: the first.")
+    prompt: str | None = Field(None, min_length=1, max_length=MAX_PROMPT)
+    class_label: str | None = Field(None, min_length=1, max_length=200)
+    n: int = Field(1, ge=1, le=MAX_IMAGES)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED - MAX_IMAGES)
+    sampler: Sampler | None = Field(None, description="An object, or just the sampler's name.")
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+    guidance: float | None = Field(None, ge=0, le=30, description="Classifier-free guidance; 1 switches it off.")
+    output_format: OutputFormat = Field(OutputFormat.PNG, strict=False)
+    output_compression: int = Field(90, ge=0, le=100, description="Quality of webp and jpeg.")
+    previews: bool = Field(True, description="Stream one-step estimates while the picture is made.")
+    priority: Priority = Field(Priority.NORMAL, strict=False)
+    deadline_seconds: float | None = Field(None, gt=0, le=86400, description="Expire if not started by then.")
+
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _sampler_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("prompt", "class_label", "model")
+    @classmethod
+    def _text_is_clean(cls, value: str | None) -> str | None:
+        if value is not None:
+            if "\x00" in value:
+                raise ValueError("must not contain NUL")
+            value.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, a ValueError
+        return value
+
+    @model_validator(mode="after")
+    def _prompt_or_class(self) -> GenerationRequest:
+        if (self.prompt is None) == (self.class_label is None):
+            raise ValueError("give exactly one of prompt and class_label")
+        return self
+
+
+class ModelCard(Message):
+    """What a worker announces of a bundle and gateways show under ``GET /v1/models``."""
+
+    name: str
+    kind: Literal["class", "text"]
+    width: int
+    height: int
+    grid: tuple[int, int] = Field(description="Patch rows and columns.")
+    classes: list[str] = []
+    sampler: Sampler
+    steps: int
+    guidance: float
+    licence: str
+    created: int = Field(description="Unix seconds the weights were made.")
+    description: str = ""
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _grid_from_json(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class JobStatus(StrEnum):
+    """Life of a job; the last four are terminal, and exactly one of them is ever reached."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def terminal(self) -> bool:
+        return self not in (JobStatus.WAITING, JobStatus.RUNNING)
+
+
+class ImageReport(Message):
+    """What one picture cost. Patch lists are row-major over the model's grid."""
+
+    seed: int
+    patch_evaluations: int = Field(description="Patch forward passes done, guidance branches included.")
+    dense_patch_evaluations: int = Field(description="What a dense run of the same sampler would have done.")
+    difficulty: list[float] = Field(description="Last predicted variance of each patch.")
+    finished_at: list[int] = Field(description="Network evaluation after which each patch stood at t = 1.")
+
+
+class SavingsReport(Message):
+    """Work done and saved by a whole request: savings_ratio = 1 − done / dense."""
+
+    patches: int
+    patch_evaluations: int
+    dense_patch_evaluations: int
+    savings_ratio: float
+    queue_seconds: float
+    duration_seconds: float
+    time_to_first_preview_seconds: float | None
+    prompt_truncated: bool = Field(False, description="The prompt had more tokens than the model reads.")
+    images: list[ImageReport]
+
+
+class JobError(Message):
+    """Why a job did not complete."""
+
+    code: str
+    message: str
+
+
+class Job(Message):
+    """A job as stored and shown. ``request`` has every default filled in, the seed included."""
+
+    id: str
+    status: JobStatus = Field(strict=False)
+    request: GenerationRequest
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    attempt: int = 0
+    error: JobError | None = None
+    report: SavingsReport | None = None
+
+
+class Queued(Message):
+    """First event of every job."""
+
+    type: Literal["queued"] = "queued"
+
+
+class Started(Message):
+    """A worker took the job; repeated with a higher ``attempt`` if an earlier worker died."""
+
+    type: Literal["started"] = "started"
+    attempt: int
+    steps: int = Field(description="Network evaluations a dense run makes, guidance branches not counted.")
+
+
+class Preview(Message):
+    """A one-step estimate of picture ``index``: ``x_t + (1 − t)·v``, decoded."""
+
+    type: Literal["preview"] = "preview"
+    index: int
+    evaluation: int = Field(description="Network evaluations this picture has had so far.")
+    evaluations: int = Field(description="Network evaluations it will need in all.")
+    times: list[float] = Field(description="Timestep of each patch, row-major; 1 is finished.")
+    finished_share: float
+    patch_evaluations: int
+    dense_patch_evaluations: int = Field(description="What a dense run would have done by now.")
+    b64_png: str
+
+
+class ImageReady(Message):
+    """Picture ``index`` is finished and can be fetched."""
+
+    type: Literal["image"] = "image"
+    index: int
+
+
+class Completed(Message):
+    """Terminal: all pictures are there."""
+
+    type: Literal["completed"] = "completed"
+    report: SavingsReport
+
+
+class Failed(Message):
+    """Terminal: the job failed, or was given up after too many attempts."""
+
+    type: Literal["failed"] = "failed"
+    error: JobError
+
+
+class Cancelled(Message):
+    """Terminal: a caller cancelled the job, or left a call that was waiting on it."""
+
+    type: Literal["cancelled"] = "cancelled"
+
+
+class Expired(Message):
+    """Terminal: the deadline passed before a worker could start."""
+
+    type: Literal["expired"] = "expired"
+
+
+Event = Annotated[
+    Queued | Started | Preview | ImageReady | Completed | Failed | Cancelled | Expired,
+    Field(discriminator="type"),
+]
+TERMINAL_EVENTS = (Completed, Failed, Cancelled, Expired)

@@ -1,0 +1,122 @@
+"""``patchforge data | train | evaluate``: the commands that make models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from service.cli_errors import typed_errors
+
+data_app = typer.Typer(help="Get training pictures into one table.", no_args_is_help=True)
+train_app = typer.Typer(help="Train an autoencoder, then models in its latents.", no_args_is_help=True)
+errors = Console(stderr=True, highlight=False)
+
+TableOption = Annotated[Path, typer.Option("--data", help="A picture table made by `patchforge data`.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; default: every core.")]
+
+
+@data_app.command("emoji")
+def data_emoji(
+    out: Annotated[Path, typer.Option()] = Path("data/emoji-64.npz"),
+    downloads: Annotated[Path, typer.Option(help="Where the npm packages are kept.")] = Path("data/emoji"),
+    size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 64,
+) -> None:
+    """Emoji with their names in three styles, about 11,000 pictures, from npm packages (needs npm, once)."""
+    from model.training.data import emoji_pictures, fetch_emoji
+
+    with typed_errors():
+        fetch_emoji(downloads)
+        pictures = emoji_pictures(downloads, size)
+        pictures.save(out)
+    print(f"{out}: {len(pictures)} pictures, {len(pictures.class_names)} classes")
+
+
+@data_app.command("folder")
+def data_folder(
+    folder: Annotated[Path, typer.Argument(help="Pictures with caption files beside them, or in class subfolders.")],
+    out: Annotated[Path, typer.Option()],
+    size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 64,
+) -> None:
+    """Your own pictures; ``cat.png`` takes its captions from ``cat.txt``, else from its name."""
+    from model.training.data import folder_pictures
+
+    with typed_errors():
+        pictures = folder_pictures(folder, size)
+        pictures.save(out)
+    print(f"{out}: {len(pictures)} pictures, {len(pictures.class_names)} classes")
+
+
+@train_app.command("autoencoder")
+def train_autoencoder_command(
+    out: Annotated[Path, typer.Option()] = Path("runs/autoencoder"),
+    data: TableOption = Path("data/emoji-64.npz"),
+    steps: int = 5000,
+    minutes: Annotated[float | None, typer.Option(help="Stop after this long, if sooner.")] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Train the autoencoder that latents come from."""
+    from model.device import use_threads
+    from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
+    from model.training.data import Pictures
+
+    use_threads(threads)
+    with typed_errors():
+        psnr = train_autoencoder(Pictures.load(data), out, AutoencoderRecipe(steps=steps), minutes)
+    print(f"{out}: {psnr:.2f} dB PSNR on held-out pictures")
+
+
+@train_app.command("model")
+def train_model_command(
+    kind: Annotated[Literal["text", "class"], typer.Argument(help="What the model is conditioned on.")],
+    out: Annotated[Path, typer.Option(help="Folder for state, log, samples and bundle; its name names the model.")],
+    data: TableOption = Path("data/emoji-64.npz"),
+    autoencoder: Annotated[Path, typer.Option()] = Path("runs/autoencoder"),
+    steps: Annotated[int, typer.Option(help="In all; a run that was stopped resumes where it was.")] = 8000,
+    batch: int = 64,
+    width: int = 192,
+    depth: int = 6,
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks; needs a C++ compiler.")
+    ] = False,
+    licence: Annotated[str, typer.Option(help="Licence of the weights, for the bundle.")] = "unspecified",
+    threads: ThreadsOption = None,
+) -> None:
+    """Train a text-to-image or class-conditional model; resumes, and writes a bundle with every sample grid."""
+    from model.device import use_threads
+    from model.training.data import Pictures
+    from model.training.loop import Recipe
+    from model.training.run import Size, train_model
+
+    use_threads(threads)
+    recipe = Recipe(steps=steps, batch=batch, compile=compile_blocks)
+    with typed_errors():
+        bundle = train_model(kind, Pictures.load(data), autoencoder, out, recipe, Size(width, depth), licence)
+    print(f"{bundle}: serve it with PATCHFORGE_BUNDLE_DIR={bundle.parent}")
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a model bundle.")],
+    data: TableOption = Path("data/emoji-64.npz"),
+    rounds: Annotated[int, typer.Option(help="More rounds, narrower intervals.")] = 3,
+    held_out: Annotated[bool, typer.Option(help="Prompts of concepts never trained on.")] = False,
+    record: Annotated[bool, typer.Option(help="Write the figures into bundle.json.")] = False,
+) -> None:
+    """How well pictures follow their prompt or class: rank of the right real picture among others, by layout."""
+    from model.bundle import read_manifest, write_manifest
+    from model.evaluation.retrieval import evaluate as run
+    from model.pipeline import Pipeline
+    from model.training.data import Pictures
+
+    with typed_errors():
+        pictures = Pictures.load(data)
+        part = pictures.where(pictures.held_out() if held_out else ~pictures.held_out())
+        figures = run(Pipeline.open(bundle), part, rounds=rounds).figures()
+        if record:
+            manifest = read_manifest(bundle)
+            key = "retrieval_held_out" if held_out else "retrieval"
+            write_manifest(bundle, manifest.model_copy(update={"evaluation": {**manifest.evaluation, key: figures}}))
+    print(json.dumps(figures, indent=1))

@@ -1,0 +1,59 @@
+"""Fixtures every test may use: a real queue server, started once, and an empty queue on it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from redis.asyncio import Redis
+
+from service.embedded import EmbeddedServer
+from service.queue import JobQueue
+from service.schemas import Job
+from service.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def queue_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """One real server for the whole run."""
+    with EmbeddedServer(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+async def redis_client(queue_server: EmbeddedServer) -> AsyncIterator[Redis]:
+    """A plain client of the server, which is emptied first."""
+    client = Redis.from_url(queue_server.url)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def settings(queue_server: EmbeddedServer) -> Settings:
+    """Settings that point at the server; claims fall idle soon."""
+    return Settings(redis_url=queue_server.url, claim_idle_seconds=0.3, max_waiting=8)
+
+
+@pytest.fixture
+async def queue(queue_server: EmbeddedServer, redis_client: Redis, settings: Settings) -> AsyncIterator[JobQueue]:
+    """An empty queue."""
+    job_queue = JobQueue.connect(queue_server.url, settings)
+    yield job_queue
+    await job_queue.close()
+
+
+@pytest.fixture
+async def other_queue(queue_server: EmbeddedServer, settings: Settings, queue: JobQueue) -> AsyncIterator[JobQueue]:
+    """The same queue seen from another process."""
+    elsewhere = JobQueue.connect(queue_server.url, settings)
+    yield elsewhere
+    await elsewhere.close()
+
+
+@pytest.fixture
+def ended(queue: JobQueue) -> list[Job]:
+    """Jobs that ``queue`` ended without a worker."""
+    jobs: list[Job] = []
+    queue.on_ended = jobs.append
+    return jobs

@@ -1,0 +1,209 @@
+"""Training: timesteps, optimiser, resuming, and the whole way from a folder of pictures to a served bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from model.errors import DataError
+from model.evaluation.retrieval import layout_features, ranks_to_figures
+from model.pipeline import Pipeline
+from model.training.conditions import ClassConditions
+from model.training.data import Pictures, folder_pictures, load_picture, phrasings
+from model.training.loop import Recipe, Trainer
+from model.training.optimiser import MovingAverage, Muon, orthogonalise, split_parameters
+from model.training.run import Size, build
+from model.training.timesteps import LTG
+from service.cli import app
+
+COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of plain pictures, with captions beside some."""
+    root = tmp_path_factory.mktemp("pictures")
+    for name, colour in COLOURS.items():
+        (root / name).mkdir()
+        for number in range(30):
+            shade = tuple(min(255, value + number) for value in colour)
+            Image.new("RGB", (40, 30), shade).save(root / name / f"{name}-{number}.png")
+    (root / "red" / "red-0.txt").write_text("a red square\nsomething red\n")
+    return root
+
+
+def small_trainer(pictures: Pictures, out: Path, steps: int) -> Trainer:
+    torch.manual_seed(0)
+    network = build("class", 4, 8, 2, Size(width=64, depth=2))
+    colours = torch.from_numpy(pictures.images[:, 16, 16]).float() / 128 - 1
+    latents = torch.cat([colours, colours[:, :1]], dim=1)[:, :, None, None].expand(-1, -1, 8, 8)
+    recipe = Recipe(steps=steps, batch=16, warm_up=10, save_every_seconds=1e9)
+    return Trainer(network, latents, torch.from_numpy(pictures.weights), ClassConditions(pictures), recipe, out)
+
+
+def test_training_learns_and_resumes_where_it_stopped(folder: Path, tmp_path: Path) -> None:
+    pictures = folder_pictures(folder, 32)
+    small_trainer(pictures, tmp_path, 60).run()
+    resumed = small_trainer(pictures, tmp_path, 150)
+    started = []
+    resumed.run(lambda trainer: started.append(trainer.step))
+    assert started == [150]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [50, 100, 150]
+    assert log[-1]["flow"] < 0.8 * log[0]["flow"]
+    assert log[-1]["nll"] < log[0]["nll"]
+
+
+def test_a_stopped_run_and_an_uninterrupted_one_give_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    pictures = folder_pictures(folder, 32)
+    stopped = small_trainer(pictures, tmp_path / "a", 6)
+    stopped.train_step()
+    stopped.train_step()
+    stopped.save()
+    resumed = small_trainer(pictures, tmp_path / "a", 6)
+    resumed.run()
+    whole = small_trainer(pictures, tmp_path / "b", 6)
+    whole.run()
+    for name, value in whole.average.values.items():
+        torch.testing.assert_close(resumed.average.values[name], value, atol=1e-5, rtol=0)
+
+
+def test_the_command_line_from_pictures_to_a_bundle(folder: Path, tmp_path: Path) -> None:
+    table, autoencoder, run = tmp_path / "table.npz", tmp_path / "autoencoder", tmp_path / "colours"
+
+    def command(*words: str) -> str:
+        result = CliRunner().invoke(app, list(words))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "60 pictures, 2 classes" in command("data", "folder", str(folder), "--out", str(table), "--size", "32")
+    command("train", "autoencoder", "--data", str(table), "--out", str(autoencoder), "--steps", "40")
+    shared = ["--data", str(table), "--autoencoder", str(autoencoder), "--steps", "30", "--width", "64", "--depth", "1"]
+    command("train", "model", "class", "--out", str(run), *shared)
+    assert (run / "samples-000030.png").exists()
+    bundle = run / "colours-bundle"
+    pipeline = Pipeline.open(bundle)
+    assert pipeline.manifest.name == "colours"
+    assert pipeline.manifest.class_names == ("blue", "red")
+    assert pipeline.manifest.training["steps"] == 30
+    output = command("eval", str(bundle), "--data", str(table), "--rounds", "1", "--record")
+    assert json.loads(output)["candidates"] == 2
+    assert Pipeline.open(bundle).manifest.evaluation["retrieval"]["chance_top1"] == 0.5
+    command("train", "model", "text", "--out", str(tmp_path / "words"), *shared)
+    out = command("generate", "red", "--bundle", str(tmp_path / "words" / "words-bundle"), "--out", str(tmp_path))
+    assert "saved 2" in out or "saved 1" in out
+    with Image.open(tmp_path / "00-red-0.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_a_folder_gives_captions_and_classes(folder: Path) -> None:
+    pictures = folder_pictures(folder, 16)
+    assert pictures.images.shape == (60, 16, 16, 3)
+    assert pictures.class_names == ["blue", "red"]
+    row = pictures.concepts.index("red/red-0.png")
+    assert pictures.captions[row] == ["a red square", "something red"]
+    assert pictures.captions[0] == ["blue 0"]
+
+
+def test_pictures_survive_the_disk_and_a_broken_table_is_refused(folder: Path, tmp_path: Path) -> None:
+    pictures = folder_pictures(folder, 16)
+    pictures.save(tmp_path / "table.npz")
+    again = Pictures.load(tmp_path / "table.npz")
+    assert np.array_equal(again.images, pictures.images)
+    assert again.captions == pictures.captions
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
+    for path in (tmp_path / "broken.npz", tmp_path / "absent.npz"):
+        with pytest.raises(DataError):
+            Pictures.load(path)
+    with pytest.raises(DataError, match="no pictures"):
+        folder_pictures(tmp_path / "empty")
+
+
+def test_pictures_are_composited_on_white_and_padded(tmp_path: Path) -> None:
+    Image.new("RGBA", (10, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert load_picture(tmp_path / "clear.png", 8).min() == 255
+    Image.new("RGB", (10, 20), "black").save(tmp_path / "tall.png")
+    tall = load_picture(tmp_path / "tall.png", 8)
+    assert tall[4, 4].max() < 10
+    assert tall[4, 0].min() > 245
+
+
+def test_a_concept_is_held_out_in_all_its_styles() -> None:
+    names = [f"thing {i}" for i in range(500)] * 2
+    count = len(names)
+    pictures = Pictures(
+        np.zeros((count, 1, 1, 3)),
+        [[n] for n in names],
+        [""] * count,
+        np.zeros(count, int),
+        ["x"],
+        np.ones(count),
+        names,
+    )
+    held = pictures.held_out(0.1)
+    assert np.array_equal(held[:500], held[500:])
+    assert 0.05 < held.mean() < 0.15
+
+
+def test_prompts_come_with_and_without_the_style_word() -> None:
+    assert phrasings(["red apple", "apple"], "3d") == ["red apple, 3d", "red apple", "apple, 3d", "apple"]
+    assert phrasings(["red apple"], "") == ["red apple"]
+
+
+def test_some_samples_have_one_time_and_some_patches_are_clean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    times = LTG(loc=0.5, together=0.25, clean=0.1).sample(4000, 16, generator)
+    alike = (times.amax(1) == times.amin(1)).float().mean()
+    assert 0.2 < alike < 0.3
+    assert 0.03 < (times == 1).float().mean() < 0.08
+
+
+def test_muon_orthogonalises_and_lowers_a_loss() -> None:
+    matrix = torch.randn(24, 12, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(orthogonalise(matrix))
+    assert singular.min() > 0.5
+    assert singular.max() < 1.4
+    weight = torch.nn.Parameter(torch.zeros(12, 12))
+    target, muon = torch.eye(12), Muon([weight], lr=0.02)
+    for _ in range(60):
+        loss = (weight - target).square().sum()
+        loss.backward()
+        muon.step()
+        muon.zero_grad()
+    assert loss < 1.0
+
+
+def test_matrices_of_the_blocks_go_to_muon_and_nothing_is_left_out() -> None:
+    for kind in ("class", "text"):
+        network = build(kind, 4, 8, 2, Size(width=64, depth=2))
+        matrices, rest = split_parameters(network)
+        assert len(matrices) + len(rest) == len(list(network.parameters()))
+        assert {parameter.ndim for parameter in matrices} == {2}
+
+
+def test_the_moving_average_forgets_its_start() -> None:
+    layer = torch.nn.Linear(2, 2)
+    average = MovingAverage(layer, 0.9)
+    with torch.no_grad():
+        layer.weight.fill_(3.0)
+    for step in range(80):
+        average.update(layer, step)
+    assert average.values["weight"] == pytest.approx(torch.full((2, 2), 3.0), abs=1e-2)
+
+
+def test_retrieval_finds_real_pictures_and_is_at_chance_for_noise(folder: Path) -> None:
+    images = torch.from_numpy(folder_pictures(folder, 32).images)
+    features = layout_features(images)
+    distances = torch.cdist(features, features)
+    assert (distances.argmin(dim=1) == torch.arange(60)).float().mean() > 0.9
+    perfect = ranks_to_figures(np.zeros(100), 100)
+    assert perfect.top1_interval == (1.0, 1.0)
+    chance = ranks_to_figures(np.random.default_rng(0).integers(0, 100, 3000), 100)
+    low, high = chance.top5_interval
+    assert low <= chance.chance_top5 <= high

@@ -1,0 +1,222 @@
+"""OpenAI's API, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+from base64 import b64decode
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from service.gateway.openai_api import Partials
+from service.queue import JobQueue
+from service.schemas import Preview
+from tests.service.gateway.harness import ScriptedWorker, ended, png
+
+
+@pytest.fixture
+async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=10) as made:
+        yield made
+
+
+@pytest.fixture
+def blocking_client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=10) as made:
+        yield made
+
+
+async def test_pictures_from_a_prompt(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
+    reply = await client.images.generate(
+        prompt="a red apple", model="tiny-text", n=2, size="48x32", user="someone", extra_body={"seed": 7}
+    )
+    assert reply.data is not None
+    assert [b64decode(image.b64_json or "") for image in reply.data] == [png(7), png(8)]
+    assert reply.size == "48x32"
+    assert reply.usage is not None
+    assert reply.usage.input_tokens == 3
+    assert reply.usage.output_tokens == 64
+    ours: dict[str, Any] = reply.model_extra["patchforge"] if reply.model_extra else {}
+    job = await worker.queue.get(ours["job_id"])
+    assert ours["report"]["savings_ratio"] == pytest.approx(1 / 3)
+    assert job.request.previews is False
+
+
+async def test_the_blocking_client(blocking_client: openai.OpenAI, worker: ScriptedWorker) -> None:
+    reply = await asyncio.to_thread(
+        blocking_client.images.generate, prompt="apple", model="tiny-text", output_format="webp"
+    )
+    assert reply.output_format == "webp"
+    assert reply.data is not None
+    assert len(reply.data) == 1
+
+
+async def test_our_own_fields_travel_in_the_same_body(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
+    sampler = {"name": "look_ahead", "ratio": 2.0}
+    extra = {"sampler": sampler, "steps": 3, "guidance": 1, "priority": "low", "deadline_seconds": 60}
+    reply = await client.images.generate(prompt="apple", model="tiny-text", extra_body=extra)
+    assert reply.model_extra is not None
+    request = (await worker.queue.get(reply.model_extra["patchforge"]["job_id"])).request
+    assert request.sampler is not None
+    assert request.sampler.model_dump() == {"quantile": 0.4} | sampler
+    assert (request.steps, request.guidance, request.priority, request.deadline_seconds) == (3, 1, "low", 60)
+
+
+async def test_a_class_model_takes_the_prompt_as_its_class(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
+    reply = await client.images.generate(prompt="grinning face", model="tiny-class")
+    assert reply.model_extra is not None
+    request = (await worker.queue.get(reply.model_extra["patchforge"]["job_id"])).request
+    assert (request.prompt, request.class_label) == (None, "grinning face")
+    assert reply.usage is not None
+    assert reply.usage.input_tokens == 0
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.images.generate(prompt="unicorn", model="tiny-class")
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("partials", [0, 1, 3])
+async def test_streaming(client: openai.AsyncOpenAI, worker: ScriptedWorker, partials: int) -> None:
+    stream = await client.images.generate(
+        prompt="apple", model="tiny-text", stream=True, partial_images=partials, extra_body={"seed": 3}
+    )
+    events = [event async for event in stream]
+    assert [event.type for event in events] == ["image_generation.partial_image"] * partials + [
+        "image_generation.completed"
+    ]
+    for number, event in enumerate(events[:-1]):
+        assert event.type == "image_generation.partial_image"
+        assert event.partial_image_index == number
+    last = events[-1]
+    assert last.type == "image_generation.completed"
+    assert b64decode(last.b64_json) == png(3)
+    assert (last.size, last.background, last.output_format, last.quality) == ("48x32", "opaque", "png", "auto")
+    assert last.usage.output_tokens == 32
+
+
+def test_partial_images_are_spread_evenly_over_a_pictures_evaluations() -> None:
+    partials = Partials(3)
+    times = [evaluation for evaluation in range(1, 21) if partials.take(_preview(evaluation)) is not None]
+    assert times == [5, 10, 15]
+
+
+def _preview(evaluation: int) -> Preview:
+    return Preview(
+        index=0,
+        evaluation=evaluation,
+        evaluations=20,
+        times=[],
+        finished_share=0,
+        patch_evaluations=0,
+        dense_patch_evaluations=0,
+        b64_png="",
+    )
+
+
+async def test_each_picture_of_a_stream_has_its_own_events(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
+    stream = await client.images.generate(
+        prompt="apple", model="tiny-text", n=2, stream=True, partial_images=1, extra_body={"seed": 3}
+    )
+    events = [event async for event in stream]
+    assert [event.type.rpartition(".")[2] for event in events] == ["partial_image"] * 2 + ["completed"] * 2
+    assert [b64decode(event.b64_json) for event in events[2:]] == [png(3), png(4)]
+
+
+async def test_hanging_up_on_a_synchronous_call_cancels_its_job(
+    client: openai.AsyncOpenAI, worker: ScriptedWorker, queue: JobQueue
+) -> None:
+    worker.curtain.clear()
+    call = asyncio.create_task(client.images.generate(prompt="apple", model="tiny-text"))
+    job_id = await worker.next_job()
+    call.cancel()
+    assert await ended(queue, job_id) == "cancelled"
+
+
+async def test_hanging_up_on_a_stream_cancels_its_job(
+    client: openai.AsyncOpenAI, worker: ScriptedWorker, queue: JobQueue
+) -> None:
+    worker.curtain.clear()
+    stream = await client.images.generate(prompt="apple", model="tiny-text", stream=True, partial_images=3)
+    job_id = await worker.next_job()
+    await stream.close()
+    assert await ended(queue, job_id) == "cancelled"
+
+
+async def test_a_job_that_fails(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
+    with pytest.raises(openai.InternalServerError) as caught:
+        await client.with_options(max_retries=2).images.generate(prompt="fail", model="tiny-text")
+    assert caught.value.code == "out_of_memory"
+    assert worker.played == 1, "the client was told not to try again"
+    stream = await client.images.generate(prompt="fail", model="tiny-text", stream=True)
+    with pytest.raises(openai.APIError, match="too big"):
+        _ = [event async for event in stream]
+
+
+async def test_a_job_cancelled_by_someone_else(
+    client: openai.AsyncOpenAI, worker: ScriptedWorker, queue: JobQueue
+) -> None:
+    worker.curtain.clear()
+    call = asyncio.create_task(client.images.generate(prompt="apple", model="tiny-text"))
+    await queue.cancel(await worker.next_job())
+    with pytest.raises(openai.InternalServerError, match="cancelled"):
+        await call
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"size": "1024x1024"}, "size"),
+        ({"quality": "hd"}, "quality"),
+        ({"background": "transparent"}, "background"),
+        ({"response_format": "url"}, "response_format"),
+        ({"style": "vivid"}, "style"),
+        ({"moderation": "low"}, "moderation"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"output_compression": 101}, "output_compression"),
+        ({"n": 11}, "n"),
+        ({"n": 0}, "n"),
+        ({"partial_images": 2}, "partial_images"),
+        ({"stream": True, "partial_images": 4}, "partial_images"),
+        ({"prompt": ""}, "prompt"),
+        ({"extra_body": {"sampler": "ddim"}}, "sampler"),
+        ({"extra_body": {"sampler": {"name": "dual_loop", "quantile": 2}}}, "sampler.quantile"),
+        ({"extra_body": {"previews": True}}, "previews"),
+        ({"extra_body": {"strength": 1}}, "strength"),
+    ],
+)
+async def test_what_cannot_be_done_is_refused_by_name(
+    client: openai.AsyncOpenAI, worker: ScriptedWorker, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.images.generate(**({"prompt": "apple", "model": "tiny-text"} | fields))
+    assert caught.value.param == param
+    assert caught.value.type == "invalid_request_error"
+
+
+async def test_nulls_mean_the_default(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
+    reply = await client.images.generate(prompt="apple", model="tiny-text", n=None, size=None, background=None)
+    assert reply.data is not None
+    assert len(reply.data) == 1
+
+
+async def test_models(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
+    models = {model.id: model async for model in client.models.list()}
+    assert set(models) == {"tiny-class", "tiny-text"}
+    one = await client.models.retrieve("tiny-class")
+    assert one.created == 1_700_000_001
+    assert one.model_extra is not None
+    assert one.model_extra["patchforge"]["classes"] == ["cat", "grinning face"]
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.models.retrieve("gpt-image-1")
+    assert caught.value.param == "model"
+    with pytest.raises(openai.NotFoundError):
+        await client.images.generate(prompt="apple", model="gpt-image-1")
+
+
+async def test_without_a_worker(client: openai.AsyncOpenAI) -> None:
+    assert [model async for model in client.models.list()] == []
+    with pytest.raises(openai.InternalServerError) as caught:
+        await client.images.generate(prompt="apple")
+    assert caught.value.status_code == 503
+    assert caught.value.response.headers["retry-after"]

@@ -1,0 +1,179 @@
+"""The engine: packing, isolation, previews and reports, with real (tiny) networks."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.pipeline import Pipeline
+from service.errors import InvalidRequest
+from service.schemas import OutputFormat
+from service.worker.engine import Engine, JobBroken, JobDone, Outcome, PictureMade, PreviewMade
+from tests.service.worker.jobs import job
+
+DUAL_LOOP = {"name": "dual_loop", "quantile": 0.4, "inner_steps": 4}
+
+
+@pytest.fixture
+def engine(pipelines: dict[str, Pipeline]) -> Engine:
+    return Engine(pipelines, patch_budget=4096, preview_interval=0.0)
+
+
+def run(engine: Engine) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    while engine.jobs:
+        outcomes += engine.step()
+    return outcomes
+
+
+def pixels(outcomes: list[Outcome], job_id: str, index: int = 0) -> np.ndarray:
+    [made] = [o for o in outcomes if isinstance(o, PictureMade) and (o.job_id, o.index) == (job_id, index)]
+    return np.asarray(Image.open(BytesIO(made.data))).astype(int)
+
+
+def test_a_picture_packed_with_others_is_the_picture_made_alone(engine: Engine) -> None:
+    mix = [
+        job(n=2),
+        job(sampler=DUAL_LOOP, class_label="dog", steps=2),
+        job(sampler="look_ahead", guidance=1.0, steps=5),
+        job(model="tiny-text", sampler=DUAL_LOOP),
+        job(model="tiny-text", prompt="a blue car", seed=3, steps=4),
+    ]
+    for each in mix:
+        engine.admit(each)
+    together = run(engine)
+    for each in mix:
+        engine.admit(each)
+        alone = run(engine)
+        for index in range(each.request.n):
+            difference = np.abs(pixels(together, each.id, index) - pixels(alone, each.id, index))
+            assert difference.max() <= 1
+
+
+def test_pictures_of_a_request_count_their_seeds_up(engine: Engine) -> None:
+    several, second = job(n=2, seed=7), job(seed=8)
+    engine.admit(several)
+    engine.admit(second)
+    outcomes = run(engine)
+    assert np.array_equal(pixels(outcomes, several.id, 1), pixels(outcomes, second.id))
+    assert not np.array_equal(pixels(outcomes, several.id, 0), pixels(outcomes, several.id, 1))
+
+
+def test_the_report_counts_branches_and_what_was_saved(engine: Engine) -> None:
+    dense, adaptive = job(steps=4, n=2), job(sampler=DUAL_LOOP, steps=4)
+    for each in (dense, adaptive):
+        engine.admit(each)
+    reports = {o.job_id: o.report for o in run(engine) if isinstance(o, JobDone)}
+    full = reports[dense.id]
+    assert full.patch_evaluations == full.dense_patch_evaluations == 2 * 2 * 4 * 16  # pictures, branches, steps, P
+    assert full.savings_ratio == 0
+    assert full.queue_seconds == 2.5
+    assert full.images[0].finished_at == [4] * 16
+    saved = reports[adaptive.id]
+    assert saved.dense_patch_evaluations == 2 * 16 * 16
+    # Per step two evaluations of all 16 and two of the hard: six are easy, since the seventh carries the quantile.
+    assert saved.patch_evaluations == 4 * 2 * (2 * 16 + 2 * 10)
+    assert saved.savings_ratio == pytest.approx(0.1875)
+    assert sorted(set(saved.images[0].finished_at)) == [13, 16]  # easy ones with the last step's first evaluation
+
+
+def test_previews_are_estimates_of_the_clean_picture(engine: Engine) -> None:
+    engine.admit(job(sampler=DUAL_LOOP, steps=3))
+    previews = [o.preview for o in run(engine) if isinstance(o, PreviewMade)]
+    assert len(previews) == 11  # 12 evaluations; the last one is the picture itself
+    assert [p.evaluation for p in previews] == list(range(1, 12))
+    assert previews[-1].finished_share == pytest.approx(6 / 16)
+    assert previews[0].patch_evaluations == previews[0].dense_patch_evaluations == 32
+    first = Image.open(BytesIO(b64decode(previews[0].b64_png)))
+    assert first.size == (32, 32)
+
+
+def test_no_previews_unless_wanted(engine: Engine) -> None:
+    engine.admit(job(previews=False))
+    outcomes = run(engine)
+    assert [type(o) for o in outcomes] == [PictureMade, JobDone]
+    assert outcomes[1].report.time_to_first_preview_seconds is None
+
+
+@pytest.mark.parametrize("output_format", list(OutputFormat))
+def test_formats(engine: Engine, output_format: OutputFormat) -> None:
+    engine.admit(job(output_format=output_format, output_compression=50))
+    [made, _] = [o for o in run(engine) if not isinstance(o, PreviewMade)]
+    assert Image.open(BytesIO(made.data)).format == output_format.value.upper()
+
+
+def test_a_prompt_longer_than_the_encoder_reads_is_reported(engine: Engine) -> None:
+    engine.admit(job(model="tiny-text", prompt="a very long prompt " * 20))
+    [done] = [o for o in run(engine) if isinstance(o, JobDone)]
+    assert done.report.prompt_truncated
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"model": "absent"}, "model"),
+        ({"class_label": "unicorn"}, "class_label"),
+        ({"model": "tiny-text", "prompt": None, "class_label": "cat"}, "prompt"),
+        ({"class_label": None, "prompt": "cat"}, "class_label"),
+        ({"steps": None}, "model"),
+    ],
+)
+def test_a_job_that_does_not_fit_is_refused(engine: Engine, fields: dict, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        engine.admit(job(**fields))
+    assert caught.value.field == field
+    assert not engine.jobs
+
+
+def poison(engine: Engine, job_id: str, value: float) -> None:
+    live = engine.jobs[job_id]
+    state = live.pictures[0].trajectory.state
+    state.x.fill_(value)
+
+
+def test_a_request_that_goes_nan_fails_alone(engine: Engine) -> None:
+    good, bad = job(), job()
+    for each in (good, bad):
+        engine.admit(each)
+    poison(engine, bad.id, float("nan"))
+    outcomes = run(engine)
+    [broken] = [o for o in outcomes if isinstance(o, JobBroken)]
+    assert (broken.job_id, broken.error.code) == (bad.id, "not_finite")
+    engine.admit(again := job())
+    assert np.array_equal(pixels(outcomes, good.id), pixels(run(engine), again.id))
+
+
+def test_a_request_whose_evaluation_raises_fails_alone(
+    engine: Engine, pipelines: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = job(), job(sampler="look_ahead", steps=2)
+    engine.admit(good)
+    live = engine.admit(bad)
+    culprit = live.pictures[0].trajectory
+    denoiser = pipelines["tiny-class"].denoiser
+    evaluate = denoiser.evaluate
+
+    def out_of_memory_for_the_culprit(evaluations):
+        if any(each.memory is culprit.memory for each in evaluations):
+            raise torch.OutOfMemoryError("too many patches")
+        return evaluate(evaluations)
+
+    monkeypatch.setattr(denoiser, "evaluate", out_of_memory_for_the_culprit)
+    outcomes = run(engine)
+    [broken] = [o for o in outcomes if isinstance(o, JobBroken)]
+    assert (broken.job_id, broken.error.code) == (bad.id, "out_of_memory")
+    assert [o.job_id for o in outcomes if isinstance(o, JobDone)] == [good.id]
+
+
+def test_a_dropped_job_is_not_evaluated_again(engine: Engine) -> None:
+    dropped, kept = job(steps=50), job()
+    for each in (dropped, kept):
+        engine.admit(each)
+    engine.step()
+    engine.drop(dropped.id)
+    assert {o.job_id for o in run(engine)} == {kept.id}

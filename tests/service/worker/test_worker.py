@@ -1,0 +1,153 @@
+"""The worker on a real queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from model.pipeline import Pipeline
+from service.queue import JobQueue
+from service.schemas import (
+    TERMINAL_EVENTS,
+    Cancelled,
+    Completed,
+    Event,
+    Failed,
+    ImageReady,
+    JobStatus,
+    Preview,
+    Queued,
+    Started,
+)
+from service.settings import Settings
+from service.worker.main import Worker
+from tests.service.worker.jobs import request
+
+Running = Callable[..., object]
+
+
+@asynccontextmanager
+async def running(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(worker.run())
+    try:
+        yield task
+    finally:
+        worker.draining.set()
+        await task
+
+
+@pytest.fixture
+def worker(settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline]) -> Worker:
+    return Worker(settings.model_copy(update={"preview_interval_seconds": 0.0}), queue, pipelines)
+
+
+async def events(queue: JobQueue, job_id: str) -> list[Event]:
+    return [event async for _, event in queue.watch(job_id)]
+
+
+async def first(queue: JobQueue, job_id: str, kind: type) -> Event:
+    async for _, event in queue.watch(job_id):
+        if isinstance(event, kind):
+            return event
+    raise AssertionError(f"no {kind.__name__}")
+
+
+async def test_a_job_runs_from_queued_to_completed(worker: Worker, queue: JobQueue) -> None:
+    async with running(worker):
+        job = await queue.submit(request(n=2, steps=4))
+        seen = await events(queue, job.id)
+    kinds = [type(event) for event in seen]
+    assert kinds[:2] == [Queued, Started]
+    assert kinds[-1] is Completed
+    assert kinds.count(ImageReady) == 2
+    assert Preview in kinds
+    assert sum(isinstance(event, TERMINAL_EVENTS) for event in seen) == 1
+    stored = await queue.get(job.id)
+    assert stored.status is JobStatus.COMPLETED
+    assert stored.report == seen[-1].report
+    assert (await queue.image(job.id, 1)).startswith(b"\x89PNG")
+    exposition = worker.metrics.exposition().decode()
+    assert 'patchforge_patch_evaluations_total{model="tiny-class",sampler="euler"} 256.0' in exposition
+    assert 'patchforge_requests_total{model="tiny-class",sampler="euler",status="completed"} 1.0' in exposition
+    assert 'patchforge_requests_running{model="tiny-class",sampler="euler"} 0.0' in exposition
+
+
+async def test_a_running_job_stops_when_cancelled(worker: Worker, queue: JobQueue) -> None:
+    async with running(worker):
+        job = await queue.submit(request(steps=200))
+        await first(queue, job.id, Preview)
+        await queue.cancel(job.id)
+        assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Cancelled)
+        assert not worker.engine.jobs
+        assert not worker.claims
+        after = await queue.submit(request())
+        assert isinstance(await first(queue, after.id, TERMINAL_EVENTS), Completed)
+
+
+async def test_a_job_that_does_not_fit_fails_with_the_reason(worker: Worker, queue: JobQueue) -> None:
+    async with running(worker):
+        job = await queue.submit(request(class_label="unicorn"))
+        failed = await first(queue, job.id, TERMINAL_EVENTS)
+    assert isinstance(failed, Failed)
+    assert "unicorn" in failed.error.message
+
+
+async def test_several_jobs_share_evaluations(worker: Worker, queue: JobQueue) -> None:
+    jobs = [await queue.submit(request(seed=seed, steps=6)) for seed in range(4)]
+    async with running(worker):
+        for job in jobs:
+            assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
+    samples = {
+        (sample.name, sample.labels.get("le")): sample.value
+        for metric in worker.registry.collect()
+        if metric.name == "patchforge_evaluation_patches"
+        for sample in metric.samples
+    }
+    assert samples["patchforge_evaluation_patches_count", None] == 6  # four jobs of six steps, packed
+    assert samples["patchforge_evaluation_patches_sum", None] == 4 * 6 * 2 * 16
+
+
+async def test_draining_finishes_what_runs(worker: Worker, queue: JobQueue) -> None:
+    async with running(worker) as task:
+        job = await queue.submit(request(steps=40))
+        await first(queue, job.id, Started)
+        worker.draining.set()
+        await task
+    assert (await queue.get(job.id)).status is JobStatus.COMPLETED
+    assert await queue.models() == []
+
+
+async def test_draining_gives_back_what_it_cannot_finish(
+    settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline]
+) -> None:
+    hasty = Worker(settings.model_copy(update={"drain_seconds": 0}), queue, pipelines)
+    async with running(hasty) as task:
+        job = await queue.submit(request(steps=200, n=10))
+        await first(queue, job.id, Preview)
+        hasty.draining.set()
+        await task
+    waiting = await queue.get(job.id)
+    assert waiting.status is JobStatus.WAITING
+    patient = Worker(settings, queue, pipelines)
+    async with running(patient):
+        again = await queue.submit(request())
+        await first(queue, again.id, TERMINAL_EVENTS)
+        await queue.cancel(job.id)
+        await first(queue, job.id, TERMINAL_EVENTS)
+    assert (await queue.get(job.id)).attempt == 1  # a drain charges no attempt
+
+
+async def test_a_job_of_a_dead_worker_is_made_again_the_same(
+    settings: Settings, queue: JobQueue, other_queue: JobQueue, pipelines: dict[str, Pipeline], worker: Worker
+) -> None:
+    job = await queue.submit(request(steps=5))
+    assert await other_queue.claim("dead", ["tiny-class"], block_seconds=0)
+    async with running(worker):
+        assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
+        assert (await queue.get(job.id)).attempt == 2
+        twin = await queue.submit(request(steps=5))
+        await first(queue, twin.id, TERMINAL_EVENTS)
+    assert await queue.image(job.id, 0) == await queue.image(twin.id, 0)
