@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.bench_cli import bench_app
 from service.cli_errors import typed_errors
 from service.settings import Settings
 from service.training_cli import data_app, evaluate, train_app
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
+app.add_typer(bench_app, name="bench")
 app.command("eval")(evaluate)
 errors = Console(stderr=True, highlight=False)
 
@@ -49,8 +51,8 @@ def gateway() -> None:
     from service.logs import configure_logs
 
     settings = Settings()
-    configure_logs(settings, "gateway")
     _redis_url(settings)
+    configure_logs(settings, "gateway")
     with typed_errors():
         asyncio.run(serve_gateway(settings))
 
@@ -62,8 +64,8 @@ def worker(parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> N
     from service.worker.main import serve_worker
 
     settings = Settings()
-    configure_logs(settings, "worker")
     url = _redis_url(settings)
+    configure_logs(settings, "worker")
     with typed_errors():
         asyncio.run(serve_worker(settings, url, parent))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from redis.asyncio import Redis
@@ -11,6 +13,9 @@ from service.embedded import EmbeddedServer
 from service.queue import JobQueue
 from service.schemas import Job
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from model.pipeline import Pipeline
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +62,24 @@ def ended(queue: JobQueue) -> list[Job]:
     jobs: list[Job] = []
     queue.on_ended = jobs.append
     return jobs
+
+
+@pytest.fixture(scope="session")
+def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bundles ``tiny-class`` (classes cat and dog) and ``tiny-text``."""
+    from tests.tiny_bundles import write_tiny_bundles
+
+    root = tmp_path_factory.mktemp("bundles")
+    write_tiny_bundles(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def pipelines(bundle_dir: Path) -> dict[str, Pipeline]:
+    """Both, loaded on the CPU."""
+    import torch
+
+    from model.pipeline import Pipeline
+
+    cpu = torch.device("cpu")
+    return {name: Pipeline.open(bundle_dir / name, cpu) for name in ("tiny-class", "tiny-text")}

@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from service.errors import Unavailable
 from service.gateway import openai_api, problems, rest, telemetry
-from service.gateway.http import HttpServer
+from service.gateway.http_server import HttpServer
 from service.gateway.images_request import ImagesRequest
 from service.gateway.jobs import JobService
 from service.gateway.rpc import RpcServer

@@ -106,6 +106,8 @@ class JobService:
 
     def drain(self) -> None:
         """Refuses new jobs and ends watches, which can go on elsewhere; runs in progress keep going."""
+        if self.draining:
+            return
         self.draining = True
         for limit in self._watches:
             limit.reschedule(asyncio.get_running_loop().time())

@@ -12,12 +12,12 @@ from fastapi import APIRouter, Depends, Request
 from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, Response
 
-from service.errors import InvalidRequest, JobFailed, Unavailable
+from service.errors import InvalidRequest, JobFailed, PatchforgeError, Unavailable
 from service.gateway.body import json_body, json_body_schema
+from service.gateway.dependencies import Knobs, Service
 from service.gateway.images_request import ImagesRequest
 from service.gateway.jobs import JobService, Run
 from service.gateway.problems import Problem
-from service.gateway.rest import Knobs, Service
 from service.gateway.streams import EventStream, unless_gone
 from service.schemas import Cancelled, Completed, Event, Expired, Failed, ModelCard, Preview, SavingsReport
 
@@ -85,7 +85,7 @@ class Drawing:
                 if isinstance(event, Completed):
                     for index in range(self.generation.n):
                         yield await self._completed(run, event.report, index)
-        except (JobFailed, Unavailable) as error:
+        except PatchforgeError as error:
             yield _sse({"type": "error", "error": Problem.of(error).openai_error()})
 
     async def _response(self, run: Run, report: SavingsReport) -> dict[str, Any]:

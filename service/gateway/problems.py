@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from http import HTTPStatus
 
-import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -17,15 +16,13 @@ from service.gateway.validation import describe
 
 OPENAI_PATHS = ("/v1/images", "/v1/models")
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for it; nobody is left to read it but the metrics
-FRAMEWORK_CODES = {
+FRAMEWORK_CODES: dict[int, str] = {
     HTTPStatus.NOT_FOUND: NotFound.code,
     HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
     HTTPStatus.REQUEST_TIMEOUT: "request_timeout",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: PayloadTooLarge.code,
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported_media_type",
 }
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,6 @@ def install(app: FastAPI) -> None:
     async def left(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    @app.exception_handler(Exception)
+    @app.exception_handler(Exception)  # the server that runs us logs it
     async def unexpected(request: Request, error: Exception) -> Response:
-        log.error("unexpected error", path=request.url.path, exc_info=error)
         return Problem(500, "internal_error", "something went wrong on our side").response(request.url.path)

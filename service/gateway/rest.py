@@ -5,28 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from sse_starlette import ServerSentEvent
+from fastapi import APIRouter, Depends, Header, Query, Response
+from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from service.gateway.body import json_body, json_body_schema
-from service.gateway.jobs import JobService
+from service.gateway.dependencies import Knobs, Service
 from service.gateway.streams import EventStream
 from service.schemas import MAX_IMAGES, Event, GenerationRequest, Job
-from service.settings import Settings
-
-
-def job_service(request: Request) -> JobService:
-    service: JobService = request.app.state.service
-    return service
-
-
-def app_settings(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
-    return settings
-
-
-Service = Annotated[JobService, Depends(job_service)]
-Knobs = Annotated[Settings, Depends(app_settings)]
 
 router = APIRouter()
 
@@ -56,7 +41,7 @@ async def cancel_job(service: Service, job_id: str) -> Job:
     return await service.cancel(job_id)
 
 
-@router.get("/v1/jobs/{job_id}/events", tags=["jobs"], response_class=EventStream)
+@router.get("/v1/jobs/{job_id}/events", tags=["jobs"], response_class=EventSourceResponse)
 async def watch_job(
     service: Service,
     settings: Knobs,

@@ -147,7 +147,7 @@ class RpcServer:
                 ("grpc.so_reuseport", 0),  # a second gateway on the same port should fail, not share it
             ],
         )
-        pb_grpc.add_ImageServiceServicer_to_server(ImageService(service, settings), self._server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_ImageServiceServicer_to_server(ImageService(service, settings), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 

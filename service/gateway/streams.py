@@ -11,9 +11,9 @@ import structlog
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from service.errors import Unavailable
+from service.errors import PatchforgeError
 from service.settings import Settings
 
 T = TypeVar("T")
@@ -34,10 +34,20 @@ class EventStream(EventSourceResponse):
         self._scope_of_life = scope_of_life
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
         try:
             async with self._scope_of_life:
-                await super().__call__(scope, receive, send)
-        except Unavailable:  # draining: a proper end, after which the client reconnects elsewhere
+                await super().__call__(scope, receive, watched_send)
+        except PatchforgeError:  # draining, or the queue went away
+            if not started:
+                raise
+            # A proper end, after which the client comes back, here or elsewhere.
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except SendTimeoutError:
             log.info("dropped a client too slow to read its events", path=scope["path"])

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Unavailable
-from service.gateway.rest import Service
+from service.gateway.dependencies import Metrics, Service
 from service.metrics import GatewayMetrics
-
-
-def gateway_metrics(request: Request) -> GatewayMetrics:
-    metrics: GatewayMetrics = request.app.state.metrics
-    return metrics
-
 
 router = APIRouter(tags=["operation"])
 
 
 @router.get("/metrics", response_class=Response)
-async def scrape(service: Service, metrics: Annotated[GatewayMetrics, Depends(gateway_metrics)]) -> Response:
+async def scrape(service: Service, metrics: Metrics) -> Response:
     """Prometheus metrics of this gateway and of every live worker."""
     workers: list[bytes] = []
     try:

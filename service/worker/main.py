@@ -205,7 +205,7 @@ class Worker:
         log.info("draining", jobs=len(self.claims))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_seconds):
-                while self.claims:
+                while self.engine.jobs:
                     await self._work()
         for claim in list(self.claims.values()):
             with contextlib.suppress(Unavailable):

@@ -157,15 +157,19 @@ def _report(seed: int, n: int) -> SavingsReport:
 
 @asynccontextmanager
 async def running(gateway: Gateway) -> AsyncIterator[Gateway]:
-    """The gateway between its start-up and its end."""
+    """The gateway between its start-up and its end; ``stop`` may end it sooner."""
+
+    async def rest_of_its_life() -> None:
+        await gateway.main_loop()
+        await gateway.shutdown()
+
     await gateway.startup()
-    loop = asyncio.create_task(gateway.main_loop())
+    living = asyncio.create_task(rest_of_its_life())
     try:
         yield gateway
     finally:
         gateway.stop()
-        await loop
-        await gateway.shutdown()
+        await living
 
 
 async def ended(queue: JobQueue, job_id: str) -> str:

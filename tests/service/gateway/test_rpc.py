@@ -113,41 +113,41 @@ async def test_a_failing_job_ends_its_stream_with_an_event(stub: Stub, worker: S
     assert replies[-1].event.failed.error.code == "out_of_memory"
 
 
-@pytest.mark.parametrize(
-    ("fields", "field"),
-    [
-        ({"n": 0}, "n"),
-        ({"n": 2_000_000_000}, "n"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**63 - 1}, "seed"),
-        ({"steps": 1_000_000}, "steps"),
-        ({"guidance": float("nan")}, "guidance"),
-        ({"guidance": float("inf")}, "guidance"),
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": "a\0b"}, "prompt"),
-        ({"prompt": "x" * 2001}, "prompt"),
-        ({"class_label": "cat"}, "class_label"),
-        ({"class_label": "unicorn", "model": "tiny-class"}, "class_label"),
-        ({"model": "tiny-class"}, "prompt"),
-        ({"dual_loop": pb.DualLoopSampler(quantile=1.5)}, "sampler.quantile"),
-        ({"look_ahead": pb.LookAheadSampler(ratio=float("nan"))}, "sampler.ratio"),
-        ({"output_format": 99}, "output_format"),
-        ({"priority": -1}, "priority"),
-        ({"output_compression": 101}, "output_compression"),
-        ({"deadline_seconds": 0}, "deadline_seconds"),
-    ],
-)
-async def test_bad_fields_are_named(stub: Stub, worker: ScriptedWorker, fields: dict[str, Any], field: str) -> None:
-    request = generate(**fields)
-    for call in (
-        stub.GenerateImage(request).read(),
-        stub.SubmitJob(pb.SubmitJobRequest(generation=request.generation)),
-    ):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert (caught.value.details() or "").startswith(f"{field}: ")
-        assert dict(caught.value.trailing_metadata() or ())["error-field"] == field
+BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"n": 0}, "n"),
+    ({"n": 2_000_000_000}, "n"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**63 - 1}, "seed"),
+    ({"steps": 1_000_000}, "steps"),
+    ({"guidance": float("nan")}, "guidance"),
+    ({"guidance": float("inf")}, "guidance"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": "a\0b"}, "prompt"),
+    ({"prompt": "x" * 2001}, "prompt"),
+    ({"class_label": "cat"}, "class_label"),
+    ({"class_label": "unicorn", "model": "tiny-class"}, "class_label"),
+    ({"model": "tiny-class"}, "prompt"),
+    ({"dual_loop": pb.DualLoopSampler(quantile=1.5)}, "sampler.quantile"),
+    ({"look_ahead": pb.LookAheadSampler(ratio=float("nan"))}, "sampler.ratio"),
+    ({"output_format": 99}, "output_format"),
+    ({"priority": -1}, "priority"),
+    ({"output_compression": 101}, "output_compression"),
+    ({"deadline_seconds": 0}, "deadline_seconds"),
+]
+
+
+async def test_bad_fields_are_named(stub: Stub, worker: ScriptedWorker) -> None:
+    for fields, field in BAD_FIELDS:
+        request = generate(**fields)
+        for call in (
+            stub.GenerateImage(request).read(),
+            stub.SubmitJob(pb.SubmitJobRequest(generation=request.generation)),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert (caught.value.details() or "").startswith(f"{field}: ")
+            assert dict(caught.value.trailing_metadata() or ())["error-field"] == field
     assert await worker.queue.waiting() == {}
 
 

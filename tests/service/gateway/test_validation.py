@@ -96,10 +96,10 @@ async def test_bad_bodies(http: httpx.AsyncClient, worker: ScriptedWorker, path:
     assert await worker.queue.waiting() == {}
 
 
-@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
-async def test_bodies_of_another_type(http: httpx.AsyncClient, worker: ScriptedWorker, media_type: str) -> None:
-    reply = await http.post("/v1/jobs", content=b'{"prompt": "x"}', headers={"Content-Type": media_type})
-    assert reply.status_code == 415
+async def test_bodies_of_another_type(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
+    for media_type in ("text/plain", "application/x-www-form-urlencoded", ""):
+        reply = await http.post("/v1/jobs", content=b'{"prompt": "x"}', headers={"Content-Type": media_type})
+        assert reply.status_code == 415, media_type
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/images/generations"])
@@ -157,20 +157,19 @@ async def _first_line(port: int, sent: bytes) -> bytes:
     return head[:12]
 
 
-@pytest.mark.parametrize("query", ["index=-1", "index=10", "index=x", "index=1e3", f"index={'9' * 5000}", "index=%00"])
-async def test_bad_parameters(http: httpx.AsyncClient, query: str) -> None:
-    reply = await http.get(f"/v1/jobs/01ARZ3NDEKTSV4RRFFQ69G5FAV/image?{query}")
-    assert reply.status_code == 422
-    assert reply.json()["field"] == "index"
+async def test_bad_parameters(http: httpx.AsyncClient) -> None:
+    for index in ("-1", "10", "x", "1e3", "9" * 5000, "%00", ""):
+        reply = await http.get(f"/v1/jobs/01ARZ3NDEKTSV4RRFFQ69G5FAV/image?index={index}")
+        assert reply.status_code == 422, index
+        assert reply.json()["field"] == "index"
 
 
-@pytest.mark.parametrize("event_id", ["x", "-1", "1-1-1", "9" * 400, "1-", "$", "\xff"])
-async def test_garbage_event_ids(http: httpx.AsyncClient, worker: ScriptedWorker, event_id: str) -> None:
+async def test_garbage_event_ids(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
     job = (await http.post("/v1/jobs", json={"prompt": "x", "model": "tiny-text"})).json()
-    headers = {"Last-Event-ID": event_id.encode("latin-1")}
-    reply = await http.get(f"/v1/jobs/{job['id']}/events", headers=headers)  # type: ignore[arg-type]
-    assert reply.status_code == 422
-    assert reply.json()["field"] == "Last-Event-ID"
+    for event_id in (b"x", b"-1", b"1-1-1", b"9" * 400, b"1-", b"$", b"\xff"):
+        reply = await http.get(f"/v1/jobs/{job['id']}/events", headers=[(b"Last-Event-ID", event_id)])
+        assert reply.status_code == 422, event_id
+        assert reply.json()["field"] == "Last-Event-ID"
 
 
 async def test_wrong_paths_and_methods(http: httpx.AsyncClient) -> None:

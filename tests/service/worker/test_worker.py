@@ -31,7 +31,9 @@ Running = Callable[..., object]
 
 @asynccontextmanager
 async def running(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
-    task = asyncio.create_task(worker.run())
+    task, test = asyncio.create_task(worker.run()), asyncio.current_task()
+    # A worker that crashed would leave the test waiting for its events.
+    task.add_done_callback(lambda ended: test.cancel() if not ended.cancelled() and ended.exception() else None)
     try:
         yield task
     finally:

@@ -1,16 +1,14 @@
-"""Fixtures of the worker tests: two tiny bundles with random weights, loaded."""
+"""Two tiny bundles with random weights, written once per test run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from model.bundle import write_bundle
 from model.manifest import BundleManifest
 from model.networks import build_network
-from model.pipeline import Pipeline
 
 CLASS_SIZES = {
     "in_channels": 4,
@@ -37,12 +35,10 @@ TEXT_SIZES = {
 }
 
 
-@pytest.fixture(scope="session")
-def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the bundles ``tiny-class`` (classes cat and dog) and ``tiny-text``: 32×32 pictures of noise."""
+def write_tiny_bundles(root: Path) -> None:
+    """``tiny-class`` (classes cat and dog) and ``tiny-text``; both make 32×32 pictures of noise."""
     from diffusers import AutoencoderTiny
 
-    root = tmp_path_factory.mktemp("bundles")
     torch.manual_seed(0)
     stages = {"encoder_block_out_channels": (8,) * 3, "decoder_block_out_channels": (8,) * 3}
     blocks = {"num_encoder_blocks": (1,) * 3, "num_decoder_blocks": (1,) * 3}
@@ -67,11 +63,3 @@ def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 around = 4.0 if name.endswith("attn.scale") else 0.0
                 parameter.copy_(around + 0.1 * torch.randn_like(parameter))
         write_bundle(root / f"tiny-{kind}", manifest, network.state_dict(), autoencoder=root / ".autoencoder")
-    return root
-
-
-@pytest.fixture(scope="session")
-def pipelines(bundle_dir: Path) -> dict[str, Pipeline]:
-    """Both, loaded on the CPU."""
-    cpu = torch.device("cpu")
-    return {name: Pipeline.open(bundle_dir / name, cpu) for name in ("tiny-class", "tiny-text")}

@@ -1,0 +1,31 @@
+"""What the HTTP operations ask of the application they run in."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.gateway.jobs import JobService
+from service.metrics import GatewayMetrics
+from service.settings import Settings
+
+
+def _service(request: Request) -> JobService:
+    service: JobService = request.app.state.service
+    return service
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def _metrics(request: Request) -> GatewayMetrics:
+    metrics: GatewayMetrics = request.app.state.metrics
+    return metrics
+
+
+Service = Annotated[JobService, Depends(_service)]
+Knobs = Annotated[Settings, Depends(_settings)]
+Metrics = Annotated[GatewayMetrics, Depends(_metrics)]

@@ -1,0 +1,71 @@
+"""The command line's own behaviour: help, errors, offline pictures, measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from service.cli import app
+
+
+def command(*words: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("words", [(), ("train",), ("data",), ("bench",)])
+def test_help_lists_the_commands(words: tuple[str, ...]) -> None:
+    _, output = command(*words, "--help")
+    assert "Commands" in output
+
+
+def test_pictures_offline(bundle_dir: Path, tmp_path: Path) -> None:
+    code, output = command("generate", "dog", "cat", "--bundle", bundle_dir / "tiny-class", "--out", tmp_path)
+    assert code == 0
+    assert output.count("saved 1") == 2  # 18.75 %
+    with Image.open(tmp_path / "00-dog-0.png") as dog, Image.open(tmp_path / "01-cat-0.png") as cat:
+        assert dog.size == (32, 32)
+        assert dog.tobytes() != cat.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "unicorn", "--bundle", "{bundles}/tiny-class"], "unicorn"),
+        (["generate", "x", "--bundle", "{bundles}/absent"], "no such file"),
+        (["generate", "x", "--bundle", "{bundles}/tiny-text", "--sampler", "warp"], "warp"),
+        (["generate", "x", "--bundle", "{bundles}/tiny-text", "--steps", "0"], "steps"),
+        (["verify", "{bundles}/absent.safetensors"], "not a golden file"),
+        (["worker"], "REDIS_URL"),
+        (["gateway"], "REDIS_URL"),
+    ],
+)
+def test_errors_are_one_clear_line(
+    words: list[str], message: str, bundle_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    code, output = command(*(word.format(bundles=bundle_dir) for word in words))
+    assert code != 0
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_bench_compares_samplers_with_their_dense_form(bundle_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    code, output = command("bench", "sampler", bundle_dir / "tiny-class", "--prompt", "cat", "--out", out)
+    assert code == 0
+    assert "PSNR" in output
+    rows = json.loads(out.read_text())
+    dense, cached = (
+        next(row for row in rows if row["options"].get("quantile") == 0.7 and row["options"]["exact"] is exact)
+        for exact in (True, False)
+    )
+    assert dense["saved"] == 0
+    assert cached["patch_evaluations"] < dense["patch_evaluations"]
+    assert cached["gflop"] < dense["gflop"]
+    euler = [row["psnr"] for row in rows if row["sampler"] == "euler"]
+    assert euler == sorted(euler)  # more steps come closer to the fine solution
