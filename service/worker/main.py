@@ -51,6 +51,7 @@ class Worker:
         self.claims: dict[str, Claim] = {}
         self.draining = asyncio.Event()
         self._parent = parent
+        self._news = asyncio.Event()
         self._verdicts: dict[str, Heartbeat] = {}
         queue.on_ended = self.metrics.request_ended_in_queue
 
@@ -182,6 +183,7 @@ class Worker:
         self.claims.pop(job.id, None)
         self.engine.drop(job.id)
         self.metrics.request_finished(job, report, status)
+        self._news.set()
 
     def _leave(self, job_id: str) -> None:
         """The job is no longer ours; its new owner will end it."""
@@ -231,7 +233,10 @@ class Worker:
             with contextlib.suppress(Unavailable):
                 await self.queue.announce(self.id, self.cards)
                 await self.queue.announce_metrics(self.id, self.metrics.exposition())
-            await asyncio.sleep(ANNOUNCE_SECONDS)
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ANNOUNCE_SECONDS):
+                    await self._news.wait()
 
     @contextlib.asynccontextmanager
     async def _background(self, *loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
