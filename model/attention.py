@@ -64,8 +64,8 @@ class Group:
             if self.patches is None:
                 cache[layer, 0], cache[layer, 1] = keys[sequence], values[sequence]
             else:
-                cache[layer, 0, :, self.patches[sequence]] = keys[sequence]
-                cache[layer, 1, :, self.patches[sequence]] = values[sequence]
+                cache[layer, 0, :, self.patches[sequence]] = keys[sequence].to(cache.dtype)
+                cache[layer, 1, :, self.patches[sequence]] = values[sequence].to(cache.dtype)
         if self.patches is None:
             return keys, values
         stacked = torch.stack([cache[layer] for cache in self.caches if cache is not None], dim=1)

@@ -24,11 +24,19 @@ class Codec:
 
         diffusers.utils.logging.set_verbosity_error()
         try:
-            loaded = getattr(diffusers, class_name).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+            loaded, found = getattr(diffusers, class_name).from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise BundleError(f"{folder}: the autoencoder cannot be loaded: {error}") from error
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := [str(name) for name in found[what]]:
+                # The library would fill the gaps with random numbers.
+                raise BundleError(f"{folder}: {len(names)} {what.replace('_', ' ')}, such as {names[0]}")
         self.network = loaded.eval().float().to(device, memory_format=torch.channels_last)
         self.device = device
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (latent.mean, latent.std))

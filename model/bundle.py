@@ -154,7 +154,7 @@ def write_bundle(
     *,
     autoencoder: Path | None = None,
 ) -> None:
-    """Write or replace the bundle in ``folder`` in one rename, so that no reader sees half of it.
+    """Write or replace the bundle in ``folder``; it is written beside it and then renamed, so no reader sees half.
 
     ``autoencoder`` is a diffusers folder to copy; None keeps the one of the bundle replaced. ``dtype`` is float32,
     float16 or bfloat16; small tensors stay float32. Raises BundleError if the parts do not fit, if weights are

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.attention import Group, Layout, TextContext
-from model.device import serving_autocast
+from model.device import serving_autocast, serving_dtype
 from model.guidance import Branch, branches, combine
 from model.pft import PFT
 from model.text_pft import TextPFT
@@ -22,7 +22,7 @@ Condition = dict[Branch, int] | dict[Branch, TextContext]
 
 @dataclass
 class Memory:
-    """Keys and values of one picture, per branch ``(layers, 2, heads, P, d_head)``; freed with the picture."""
+    """Keys and values of one picture, per branch ``(layers, 2, heads, P, d_head)``."""
 
     caches: dict[Branch, Tensor] = field(default_factory=dict)
 
@@ -97,7 +97,7 @@ class Denoiser:
         if plan.patches is not None and branch not in caches:
             raise ValueError("a plan of some patches needs keys and values kept by an earlier plan of all")
         if plan.keep and branch not in caches:
-            caches[branch] = torch.empty(self.network.cache_shape, device=self.device)
+            caches[branch] = torch.empty(self.network.cache_shape, dtype=serving_dtype(self.device), device=self.device)
         return caches.get(branch) if plan.keep or plan.patches is not None else None
 
     def _forward(self, values: Tensor, sequences: list[_Sequence]) -> Tensor:

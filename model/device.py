@@ -28,9 +28,15 @@ def training_autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
 
 
+def serving_dtype(device: torch.device) -> torch.dtype:
+    """What matrix products are computed in when serving: bf16 on CUDA; float32 on a CPU, where pictures repeat."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def serving_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Mixed precision for serving: bf16 on CUDA; float32 on a CPU, so that a picture repeats on any of them."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Mixed precision for serving, in `serving_dtype`."""
+    dtype = serving_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
 
 
 def use_threads(count: int | None) -> None:

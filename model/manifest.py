@@ -160,8 +160,8 @@ class Defaults(Part):
     """What a request that leaves these out gets."""
 
     sampler: SamplerChoice
-    steps: int = Field(ge=1, le=1000)
-    guidance: float = Field(ge=0, le=100)
+    steps: int = Field(ge=1, le=200)
+    guidance: float = Field(ge=0, le=30)
 
 
 class BundleManifest(Part):

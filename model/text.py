@@ -39,7 +39,8 @@ class MiniLM:
         self.max_tokens = max_tokens
         self.device = device or torch.device("cpu")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.network = AutoModel.from_pretrained(folder, local_files_only=True).eval().to(self.device)
+        network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        self.network = network.eval().to(self.device)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> EncodedText:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+"""Where log-variances are clamped, in training (spec §3) and sampling: its exponential stays finite."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,4 @@ class Prediction:
     @property
     def difficulty(self) -> Tensor:
         """``(a,)``: mean predicted variance over a patch's pixels (spec §6)."""
-        return self.log_variance.exp().mean(dim=-1)
-
-
-def all_times(time: float | Tensor, count: int) -> Tensor:
-    """``(count,)`` float32 of one time, or of the times given."""
-    return time if isinstance(time, Tensor) else torch.full((count,), time)
+        return self.log_variance.clamp(*LOG_VARIANCE_RANGE).exp().mean(dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.attention import Layout
-from model.denoiser import Condition, Denoiser
+from model.denoiser import Condition, Denoiser, Evaluation, Memory
 from model.errors import BundleError
 from model.generate import Trajectory, run
 from model.guidance import Branch
@@ -22,6 +23,7 @@ from model.pft import PFT, PFTConfig
 from model.samplers import make_sampler
 from model.text_pft import TextPFT, TextPFTConfig
 from model.training.loss import patch_forcing_loss
+from model.types import Plan
 
 OPTIONS = {"p": "quantile", "inner": "inner_steps", "ratio": "ratio", "steps": "steps", "cfg": "guidance"}
 INTEGERS = {"inner_steps", "steps"}
@@ -37,7 +39,9 @@ class Difference:
 
     @property
     def worst(self) -> float:
-        return max(self.alone, self.packed or 0.0)
+        """The larger one; a NaN counts as infinite."""
+        found = [self.alone, 0.0 if self.packed is None else self.packed]
+        return max(math.inf if math.isnan(each) else each for each in found)
 
 
 class Golden:
@@ -50,6 +54,10 @@ class Golden:
                 self.config: dict[str, Any] = json.loads((file.metadata() or {})["config"])
                 self.tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.network = self._load_network()
+            needed = ["in.x", "in.t", "out.velocity", "out.logvar"]
+            needed += ["in.y"] if isinstance(self.network, PFT) else ["in.text", "in.null_text"]
+            if missing := [key for key in needed if key not in self.tensors]:
+                raise KeyError(", ".join(missing))
             self.x = self.tensors["in.x"]
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise BundleError(f"{path} is not a golden file: {error}") from error
@@ -97,6 +105,18 @@ class Golden:
             out = self.network(values, times, None, Layout.dense(batch, patches, x.device, context))
         return out.unflatten(0, (batch, patches))
 
+    def evaluate(self, t: Tensor) -> Tensor:
+        """``in.x`` at times ``t`` ``(b, P)``, through the denoiser → ``(b, c + 1, h, w)``."""
+        evaluations = []
+        for latent, times, condition in zip(self.grid.patchify(self.x), t, self.conditions(), strict=True):
+            distinct, index = times.unique(return_inverse=True)
+            plan = Plan(latent, tuple(distinct.tolist()), index)
+            evaluations.append(Evaluation(plan, condition, Memory()))
+        found = self.denoiser.evaluate(evaluations)
+        velocity = torch.stack([each.velocity for each in found]).unflatten(-1, (self.grid.size**2, -1))
+        log_variance = torch.stack([each.log_variance for each in found]).unsqueeze(-1)
+        return self.grid.unpatchify(torch.cat([velocity, log_variance], dim=-1).flatten(2))
+
     def latents(self, trajectories: list[Trajectory]) -> Tensor:
         """``(b, c, h, w)``."""
         return self.grid.unpatchify(torch.stack([each.state.x for each in trajectories]))
@@ -108,7 +128,7 @@ def parse_sample_key(key: str) -> tuple[str, dict[str, Any]]:
     Raises:
         BundleError: the key names something this does not know.
     """
-    _, name, rest = key.split(".", 2)
+    _, name, rest = (*key.split(".", 2), "", "")[:3]
     options: dict[str, Any] = {}
     for word in re.split(r"\.(?=[a-z])", rest):
         match = re.fullmatch(r"([a-z_]+)([0-9.]+)", word)
@@ -144,9 +164,12 @@ def verify(path: Path) -> Iterator[Difference]:
 
 
 def _verify_forward(golden: Golden) -> Iterator[Difference]:
-    output = golden.grid.unpatchify(golden.forward(golden.x, golden.tensors["in.t"]))
-    for key, found in (("out.velocity", output[:, :-1]), ("out.logvar", output[:, -1:])):
-        yield Difference(key, (found - golden.tensors[key]).abs().max().item())
+    """The dense batch, and the same pictures as plans of many times each, packed by the denoiser."""
+    dense = golden.grid.unpatchify(golden.forward(golden.x, golden.tensors["in.t"]))
+    packed = golden.evaluate(golden.tensors["in.t"])
+    for key, part in (("out.velocity", slice(None, -1)), ("out.logvar", slice(-1, None))):
+        expected = golden.tensors[key]
+        yield Difference(key, *((found[:, part] - expected).abs().max().item() for found in (dense, packed)))
 
 
 def _verify_loss(golden: Golden) -> Iterator[Difference]:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from service.cli_errors import typed_errors
 
 data_app = typer.Typer(help="Get training pictures into one table.", no_args_is_help=True)
 train_app = typer.Typer(help="Train an autoencoder, then models in its latents.", no_args_is_help=True)
-errors = Console(stderr=True, highlight=False)
 
 TableOption = Annotated[Path, typer.Option("--data", help="A picture table made by `patchforge data`.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; default: every core.")]
@@ -102,21 +100,24 @@ def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Folder of a model bundle.")],
     data: TableOption = Path("data/emoji-64.npz"),
     rounds: Annotated[int, typer.Option(help="More rounds, narrower intervals.")] = 3,
-    held_out: Annotated[bool, typer.Option(help="Prompts of concepts never trained on.")] = False,
+    trained: Annotated[bool, typer.Option(help="Pictures the model was trained on, instead of held-out ones.")] = False,
     record: Annotated[bool, typer.Option(help="Write the figures into bundle.json.")] = False,
+    threads: ThreadsOption = None,
 ) -> None:
     """How well pictures follow their prompt or class: rank of the right real picture among others, by layout."""
     from model.bundle import read_manifest, write_manifest
+    from model.device import use_threads
     from model.evaluation.retrieval import evaluate as run
     from model.pipeline import Pipeline
     from model.training.data import Pictures
 
+    use_threads(threads)
     with typed_errors():
         pictures = Pictures.load(data)
-        part = pictures.where(pictures.held_out() if held_out else ~pictures.held_out())
+        part = pictures.where(~pictures.held_out() if trained else pictures.held_out())
         figures = run(Pipeline.open(bundle), part, rounds=rounds).figures()
         if record:
             manifest = read_manifest(bundle)
-            key = "retrieval_held_out" if held_out else "retrieval"
+            key = "retrieval_trained" if trained else "retrieval_held_out"
             write_manifest(bundle, manifest.model_copy(update={"evaluation": {**manifest.evaluation, key: figures}}))
     print(json.dumps(figures, indent=1))

@@ -1,6 +1,6 @@
 """What the samplers cost and how close they come: patch evaluations, seconds and PSNR, in one run.
 
-PSNR is of the pictures, against a fine Euler solution from the same noise: it measures the sampler, not the model.
+PSNR is of the pictures, against a fine solution from the same noise: it measures the sampler, not the model.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.generate import Trajectory
+from model.device import serving_dtype
+from model.generate import Trajectory, run
 from model.pipeline import Pipeline
 
 REFERENCE_STEPS = 100
 CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
+    ("multistep", {"steps": 8, "exponent": 1.5}),
+    ("multistep", {"steps": 12, "exponent": 1.5}),
+    ("multistep", {"steps": 12, "exponent": 1.0}),
     ("euler", {"steps": 8}),
     ("euler", {"steps": 16}),
     ("euler", {"steps": 32}),
@@ -42,12 +47,13 @@ class Row:
     saved: float
     """Share of the dense run's patch evaluations."""
     seconds: float
+    """Of sampling, decoding left out."""
     gflop: float
-    """Of the matrix products, counted, not estimated."""
+    """Of the network's matrix products, attention included; counted while it runs."""
     floor_seconds: float
-    """``gflop`` at the peak measured for large float32 products on this machine."""
+    """``gflop`` at the peak measured for large products in the same precision on this machine."""
     psnr: float
-    """dB against Euler with `REFERENCE_STEPS` steps."""
+    """dB against multistep with `REFERENCE_STEPS` steps."""
 
 
 def bench_samplers(pipeline: Pipeline, prompts: list[str], guidance: float, seed: int = 0) -> Iterator[Row]:
@@ -56,15 +62,22 @@ def bench_samplers(pipeline: Pipeline, prompts: list[str], guidance: float, seed
     seeds = list(range(seed, seed + len(prompts)))
     peak = matmul_peak(pipeline.device)
 
-    def run(name: str, options: dict[str, Any]) -> tuple[Tensor, list[Trajectory]]:
-        return pipeline.generate(pipeline.sampler(name, guidance=guidance, **options), conditions, seeds)
+    def sample(name: str, options: dict[str, Any]) -> list[Trajectory]:
+        sampler = pipeline.sampler(name, guidance=guidance, **options)
+        runs = [Trajectory.begin(sampler, c, pipeline.noise(s)) for c, s in zip(conditions, seeds, strict=True)]
+        run(pipeline.denoiser, runs)
+        return runs
 
-    reference, _ = run("euler", {"steps": REFERENCE_STEPS})
+    def decode(runs: list[Trajectory]) -> Tensor:
+        return pipeline.decode(torch.stack([each.state.x for each in runs]))
+
+    reference = decode(sample("multistep", {"steps": REFERENCE_STEPS}))
     for name, options in CONFIGURATIONS:
-        with FlopCounterMode(display=False) as counter:  # also warms up what is timed next
-            run(name, options)
+        # Plain attention, for the counter does not see into the fused kernel; it also warms up what is timed next.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            sample(name, options)
         started = time.perf_counter()
-        pictures, runs = run(name, options)
+        runs = sample(name, options)
         seconds = time.perf_counter() - started
         done = sum(each.patch_evaluations for each in runs)
         dense = sum(each.sampler.dense_patch_evaluations for each in runs)
@@ -77,7 +90,7 @@ def bench_samplers(pipeline: Pipeline, prompts: list[str], guidance: float, seed
             seconds=seconds / len(prompts),
             gflop=gflop,
             floor_seconds=gflop / peak,
-            psnr=picture_psnr(pictures, reference),
+            psnr=picture_psnr(decode(runs), reference),
         )
 
 
@@ -88,8 +101,8 @@ def picture_psnr(pictures: Tensor, reference: Tensor) -> float:
 
 
 def matmul_peak(device: torch.device, side: int = 2048) -> float:
-    """GFLOP/s of a large float32 matrix product: the best of five."""
-    a = torch.randn(side, side, device=device)
+    """GFLOP/s of a large matrix product in the precision pictures are served in: the best of five."""
+    a = torch.randn(side, side, device=device, dtype=serving_dtype(device))
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()

@@ -10,11 +10,28 @@ from model.samplers.base import Sampler, State
 from model.samplers.dual_loop import DualLoop
 from model.samplers.euler import Euler
 from model.samplers.look_ahead import LookAhead
+from model.samplers.multistep import Multistep
 from model.types import Grid
 
-SAMPLERS: dict[str, type[Sampler[Any]]] = {"euler": Euler, "dual_loop": DualLoop, "look_ahead": LookAhead}
+SAMPLERS: dict[str, type[Sampler[Any]]] = {
+    "euler": Euler,
+    "multistep": Multistep,
+    "dual_loop": DualLoop,
+    "look_ahead": LookAhead,
+}
 
-__all__ = ["SAMPLERS", "DualLoop", "Euler", "LookAhead", "Sampler", "State", "make_sampler"]
+__all__ = [
+    "SAMPLERS",
+    "Adaptive",
+    "DualLoop",
+    "Euler",
+    "Heun",
+    "LookAhead",
+    "Multistep",
+    "Sampler",
+    "State",
+    "make_sampler",
+]
 
 
 def make_sampler(name: str, grid: Grid, steps: int, guidance: float, **options: Any) -> Sampler[Any]:

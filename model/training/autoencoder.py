@@ -28,7 +28,7 @@ class AutoencoderRecipe:
     learning_rate: float = 2e-3
     latent_noise: float = 0.05
     latent_penalty: float = 1e-4
-    steps: int = 4000
+    steps: int = 5000
     seed: int = 0
 
 
@@ -58,7 +58,7 @@ def train_autoencoder(pictures: Pictures, out: Path, recipe: AutoencoderRecipe, 
     train = torch.from_numpy(pictures.images[~held_out])
     weights = torch.from_numpy(pictures.weights[~held_out]).double()
     generator = torch.Generator().manual_seed(recipe.seed)
-    started, done = time.monotonic(), 0.0
+    started, steps = time.monotonic(), 0
     with progress_bar() as bar:
         task = bar.add_task("autoencoder", total=recipe.steps, note="")
         for step in range(recipe.steps):
@@ -66,9 +66,10 @@ def train_autoencoder(pictures: Pictures, out: Path, recipe: AutoencoderRecipe, 
             done = max(step / recipe.steps, spent)
             if done >= 1:
                 break
+            steps = step + 1
             warm_up = min(1.0, (step + 1) / 100)
             optimiser.param_groups[0]["lr"] = recipe.learning_rate * warm_up * (0.5 + 0.5 * math.cos(math.pi * done))
-            picked = torch.multinomial(weights, recipe.batch, generator=generator)
+            picked = torch.multinomial(weights, recipe.batch, replacement=True, generator=generator)
             batch = to_signed(train[picked]).to(device, memory_format=torch.channels_last)
             with training_autocast(device):
                 latents = network.encode(batch).latents
@@ -82,11 +83,11 @@ def train_autoencoder(pictures: Pictures, out: Path, recipe: AutoencoderRecipe, 
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             bar.update(task, advance=1, note=f"loss {loss.item():.4f}")
-    network.eval()
+    network.half().float().eval()  # stored in half precision, so measured in it
     psnr = reconstruction_psnr(network, pictures.images[held_out])
     mean, std = latent_statistics(network, pictures.images[~held_out])
-    network.half().save_pretrained(out)  # half the size, and no visible difference
-    figures = {"mean": mean.tolist(), "std": std.tolist(), "held_out_psnr_db": round(psnr, 2), "steps": step + 1}
+    network.half().save_pretrained(out)
+    figures = {"mean": mean.tolist(), "std": std.tolist(), "held_out_psnr_db": round(psnr, 2), "steps": steps}
     (out / "latents.json").write_text(json.dumps(figures, indent=2) + "\n")
     return psnr
 

@@ -51,17 +51,23 @@ class ClassConditions:
 class TextConditions:
     """A caption drawn from a picture's phrasings, encoded beforehand; dropped ones become the empty text."""
 
-    def __init__(self, pictures: Pictures, max_tokens: int, cache: Path, seed: int = 0) -> None:
+    def __init__(self, pictures: Pictures, max_tokens: int, cache: Path) -> None:
         listed = [phrasings(names, style) for names, style in zip(pictures.captions, pictures.styles, strict=True)]
         phrases = ["", *dict.fromkeys(phrase for each in listed for phrase in each)]
         index = {phrase: i for i, phrase in enumerate(phrases)}
         self.choices = [[index[phrase] for phrase in each] for each in listed]
         self.states, self.mask = encode_phrases(phrases, max_tokens, cache)
-        self.random = np.random.default_rng(seed)
 
     def predict(self, network: TextPFT, picked: np.ndarray, noisy: Tensor, times: Tensor, drop: float) -> Tensor:
         batch, patches = times.shape
-        chosen = torch.tensor([self.random.choice(self.choices[i]) for i in picked])
+        # From torch's own generator, whose state is saved with the run.
+        draws = torch.rand(batch).tolist()
+        chosen = torch.tensor(
+            [
+                choices[int(u * len(choices))]
+                for u, choices in zip(draws, (self.choices[i] for i in picked), strict=True)
+            ]
+        )
         chosen[torch.rand(batch) < drop] = 0
         mask = self.mask[chosen]
         tokens = int(mask.sum(dim=1).max())  # the rest is padding in every row
@@ -88,5 +94,7 @@ def encode_phrases(phrases: list[str], max_tokens: int, cache: Path) -> tuple[Te
             masks.append(encoded.mask)
     cache.mkdir(parents=True, exist_ok=True)
     found, mask = torch.cat(states), torch.cat(masks)
-    save_file({"states": found, "mask": mask.to(torch.uint8)}, path)
+    partial = path.with_suffix(".partial")
+    save_file({"states": found, "mask": mask.to(torch.uint8)}, partial)
+    partial.replace(path)  # a killed run leaves no half-written cache
     return found, mask

@@ -101,12 +101,19 @@ class Pictures:
             raise DataError(f"{path} is not a picture table: {error}") from error
 
     def held_out(self, share: float = 0.02) -> np.ndarray:
-        """Boolean mask ``(n,)`` of the held-out pictures: about ``share`` of the concepts, chosen by name.
+        """Boolean mask ``(n,)`` of the held-out pictures: about ``share`` of the concepts, but at least one.
 
-        All styles and skin tones of a concept fall on the same side, whatever the data set's order.
+        They are chosen by name, so all styles and skin tones of a concept fall on the same side, whatever the
+        data set's order.
+
+        Raises:
+            DataError: there are not two concepts to tell apart.
         """
+        if len(set(self.concepts)) < 2:
+            raise DataError("training needs at least two different pictures")
         digests = (hashlib.sha256(concept.encode()).digest() for concept in self.concepts)
-        return np.array([int.from_bytes(d[:4], "big") / 2**32 < share for d in digests])
+        scores = np.array([int.from_bytes(digest[:4], "big") / 2**32 for digest in digests])
+        return scores < max(share, np.nextafter(scores.min(), 1))
 
 
 def load_picture(source: Path | bytes, size: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.device import best_device, training_autocast
+from model.errors import DataError
 from model.pft import PFT
 from model.text_pft import TextPFT
 from model.training.conditions import DROPOUT, Conditions
@@ -108,8 +109,15 @@ class Trainer:
                 if time.monotonic() - saved > recipe.save_every_seconds or self.step == recipe.steps:
                     self.save()
                     saved = time.monotonic()
-                if sample and (self.step % recipe.sample_every == 0 or self.step == recipe.steps):
-                    sample(self)
+                if sample and self.step % recipe.sample_every == 0 and self.step < recipe.steps:
+                    self._show(sample)
+        if sample:  # also where there was nothing left to train
+            self._show(sample)
+
+    def _show(self, sample: Callable[[Trainer], None]) -> None:
+        """Sampling must not move the random numbers of training, or a resumed run would differ."""
+        with torch.random.fork_rng():
+            sample(self)
 
     def train_step(self) -> Loss:
         """One batch, one update."""
@@ -147,20 +155,30 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
         torch.save(state, path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
         (self.folder / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n")
 
     def resume(self) -> None:
-        """Take up the folder's state, if there is one."""
+        """Take up the folder's state, if there is one.
+
+        Raises:
+            DataError: it is of a network of other sizes.
+        """
         path = self.folder / "state.pt"
         if not path.exists():
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
+        try:
+            self.network.load_state_dict(state["network"])
+        except RuntimeError as error:
+            raise DataError(f"{path} is of another network; give another --out, or its sizes: {error}") from error
         self.average.values = state["average"]
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["random"].cpu())
+        if self.device.type == "cuda" and state["cuda_random"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu())

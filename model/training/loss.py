@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.types import LOG_VARIANCE_RANGE
+
 UNCERTAINTY_WEIGHT = 0.01
-LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 @dataclass(frozen=True)

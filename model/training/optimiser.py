@@ -47,12 +47,12 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 def split_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices of the blocks and the text refiner, everything else)."""
+    """(matrices of the network's, refiner's and time mapping's blocks, everything else)."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         inside = "blocks." in name or "txt_refiner." in name
-        # Adaptive norms map few conditions to many channels: Adam's per-entry scale suits them better.
+        # They start at zero and map few channels to many: Adam's per-entry scale suits them better.
         adaptive = "norm.linear" in name
         (matrices if inside and parameter.ndim == 2 and not adaptive else rest).append(parameter)
     return matrices, rest
@@ -71,9 +71,3 @@ class MovingAverage:
         decay = min(self.decay, (step + 1) / (step + 10))
         parameters = dict(network.named_parameters())
         torch._foreach_lerp_(list(self.values.values()), [parameters[name] for name in self.values], 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, network: nn.Module) -> None:
-        """Write the average into ``network``."""
-        for name, parameter in network.named_parameters():
-            parameter.copy_(self.values[name])

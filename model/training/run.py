@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
-from model.bundle import write_bundle
+from model.bundle import explain, write_bundle
 from model.errors import DataError
 from model.manifest import BundleManifest
 from model.pft import PFT, PFTConfig
@@ -72,6 +73,7 @@ def train_model(
         export_bundle(trainer, kind, shown, autoencoder, bundle, licence)
         sample_grid(bundle, shown, folder / f"samples-{trainer.step:06d}.png")
 
+    describe(trainer, kind, shown, autoencoder, bundle, licence)  # what cannot be exported is not worth training
     trainer.run(export)
     return bundle
 
@@ -100,50 +102,60 @@ def build(kind: Kind, channels: int, side: int, classes: int, size: Size) -> PFT
 
 def export_bundle(trainer: Trainer, kind: Kind, pictures: Pictures, autoencoder: Path, out: Path, licence: str) -> None:
     """Write the averaged weights as a float16 bundle."""
+    manifest = describe(trainer, kind, pictures, autoencoder, out, licence)
+    state = trainer.network.state_dict() | trainer.average.values
+    write_bundle(out, manifest, state, torch.float16, autoencoder=autoencoder)
+
+
+def describe(
+    trainer: Trainer, kind: Kind, pictures: Pictures, autoencoder: Path, out: Path, licence: str
+) -> BundleManifest:
+    """The manifest of the bundle ``out``.
+
+    Raises:
+        DataError: a name or a class that no bundle may have.
+    """
     network = trainer.network
-    state = network.state_dict() | trainer.average.values
     channels, height, width = network.grid.latent_shape
     scale = latent_scale(autoencoder)
-    manifest = BundleManifest.model_validate(
-        {
-            "name": out.name.removesuffix("-bundle"),
-            "description": "Text-to-image" if kind == "text" else f"{len(pictures.class_names)} classes",
-            "network": {"kind": kind, "config": asdict(network.config)},
-            "latent": {
-                "channels": channels,
-                "height": height,
-                "width": width,
-                "mean": scale.mean,
-                "std": scale.std,
-            },
-            "autoencoder": {"downscale": pictures.images.shape[1] // height},
-            "text_encoder": {"kind": "minilm", "max_tokens": MAX_TOKENS, "mask_padding": True}
-            if kind == "text"
-            else None,
-            "class_names": pictures.class_names if kind == "class" else [],
-            "licence": licence,
-            "defaults": DEFAULTS,
-            "training": {
-                "pictures": len(pictures),
-                "steps": trainer.step,
-                "samples": trainer.step * trainer.recipe.batch,
-                "device_seconds": round(trainer.seconds),
-                "device": str(trainer.device),
-                "recipe": asdict(trainer.recipe),
-                "autoencoder": json.loads((autoencoder / "latents.json").read_text()),
-            },
-            "created": int(time.time()),
-        }
-    )
-    write_bundle(out, manifest, state, torch.float16, autoencoder=autoencoder)
+    fields = {
+        "name": out.name.removesuffix("-bundle"),
+        "description": "Text-to-image" if kind == "text" else f"{len(pictures.class_names)} classes",
+        "network": {"kind": kind, "config": asdict(network.config)},
+        "latent": {
+            "channels": channels,
+            "height": height,
+            "width": width,
+            "mean": scale.mean,
+            "std": scale.std,
+        },
+        "autoencoder": {"downscale": pictures.images.shape[1] // height},
+        "text_encoder": {"kind": "minilm", "max_tokens": MAX_TOKENS, "mask_padding": True} if kind == "text" else None,
+        "class_names": pictures.class_names if kind == "class" else [],
+        "licence": licence,
+        "defaults": DEFAULTS,
+        "training": {
+            "pictures": len(pictures),
+            "steps": trainer.step,
+            "samples": trainer.step * trainer.recipe.batch,
+            "device_seconds": round(trainer.seconds),
+            "device": str(trainer.device),
+            "recipe": asdict(trainer.recipe),
+            "autoencoder": json.loads((autoencoder / "latents.json").read_text()),
+        },
+        "created": int(time.time()),
+    }
+    try:
+        return BundleManifest.model_validate(fields)
+    except ValidationError as error:
+        raise DataError(f"no bundle can be made of this: {explain(error)}") from error
 
 
 def sample_grid(bundle: Path, pictures: Pictures, out: Path, seed: int = 0) -> None:
     """A picture of ``GRID_SAMPLES`` samples above the real pictures of the same prompts or classes."""
     pipeline = Pipeline.open(bundle)
-    chosen = torch.multinomial(
-        torch.from_numpy(pictures.weights).double(), GRID_SAMPLES, generator=torch.Generator().manual_seed(seed)
-    ).tolist()
+    weights, generator = torch.from_numpy(pictures.weights).double(), torch.Generator().manual_seed(seed)
+    chosen = torch.multinomial(weights, GRID_SAMPLES, len(weights) < GRID_SAMPLES, generator=generator).tolist()
     by_class = isinstance(pipeline.network, PFT)
     wanted = [pictures.class_names[pictures.classes[row]] if by_class else prompt_of(pictures, row) for row in chosen]
     conditions = [pipeline.condition_on(words) for words in wanted]

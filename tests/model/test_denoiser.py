@@ -127,3 +127,19 @@ def test_patchify_is_row_major_and_inverted() -> None:
     assert torch.equal(grid.unpatchify(patches), latent)
     two = torch.randn(5, 3, 8, 4)
     assert torch.equal(Grid(4, 2, 2, 3).unpatchify(Grid(4, 2, 2, 3).patchify(two)), two)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["class", "text"])
+def test_every_sampler_runs_in_bf16_as_on_a_gpu(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The casts of the CUDA path, on the CPU; how close a GPU comes is for a GPU to tell."""
+    for module in ("model.denoiser.serving_dtype", "model.device.serving_dtype"):
+        monkeypatch.setattr(module, lambda device: torch.bfloat16)
+    denoiser, conditions = denoisers()[kind]
+    runs = trajectories(denoiser, conditions)
+    run(denoiser, runs)
+    assert {cache.dtype for each in runs for cache in each.memory.caches.values()} == {torch.bfloat16}
+    monkeypatch.undo()
+    exact = trajectories(denoiser, conditions)
+    run(denoiser, exact)
+    for low, full in zip(runs, exact, strict=True):
+        assert (low.state.x - full.state.x).abs().mean() < 0.05 * full.state.x.abs().mean()
