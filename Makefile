@@ -1,13 +1,20 @@
 # Two commands do everything on a fresh machine (Python ≥ 3.11, no Docker, no root):
 #   make serve    pictures at http://127.0.0.1:8000
 #   make test     lint, types and tests
+# and one takes a few minutes more:
+#   make test-faults   real processes, killed, paused and starved
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STUBS := service/pb/patchforge/v1/image_service_pb2.py
+TOOLS := $(VENV)/tools
+# Left to constraints.txt: which build of torch is right, and with it all that comes along, depends on the machine.
+UNLOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti \
+  cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink \
+  nvshmem-cu13 nvtx)
 
-.PHONY: setup serve test lint types format clean
+.PHONY: setup serve test test-faults lint types format lock audit clean
 
 setup: $(READY) $(STUBS)
 
@@ -25,7 +32,10 @@ serve: setup
 	$(BIN)/patchforge serve
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-faults: setup
+	$(BIN)/python -m pytest tests/faults
 
 lint: setup
 	$(BIN)/ruff check .
@@ -37,6 +47,20 @@ types: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What gateway and worker need, for every platform, with the hashes the package index states.
+lock: $(TOOLS)
+	echo '# Everything that serves, with hashes; see docs/operation.md. Made by: make lock' > requirements.lock
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra worker -c constraints.txt --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --no-header --upgrade $(addprefix --no-emit-package ,$(UNLOCKED)) -q >> requirements.lock
+
+# Known vulnerabilities; asks the public advisory service.
+audit: $(TOOLS)
+	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+
+$(TOOLS):
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --disable-pip-version-check -q uv pip-audit
 
 clean:
 	rm -rf $(VENV) service/pb/patchforge *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +13,8 @@ from rich.table import Table
 
 from service.bench_cli import bench_app
 from service.cli_errors import typed_errors
-from service.settings import Settings
+from service.settings import KEY_NAME, Settings
+from service.soak.command import soak
 from service.training_cli import data_app, evaluate, train_app
 
 app = typer.Typer(
@@ -26,6 +28,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(bench_app, name="bench")
 app.command("eval")(evaluate)
+app.command("soak")(soak)
 errors = Console(stderr=True, highlight=False)
 
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder of a model bundle.")]
@@ -70,12 +73,29 @@ def worker(parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> N
         asyncio.run(serve_worker(settings, url, parent))
 
 
+@app.command("hash-key")
+def hash_key(name: Annotated[str, typer.Argument(help="Who will use it: their jobs are theirs alone.")]) -> None:
+    """Make an API key: the secret to hand over, and the entry that admits it."""
+    from service.api_keys import entry, new_key
+
+    if not re.fullmatch(KEY_NAME, name):
+        raise typer.BadParameter("letters, digits, `.`, `_` and `-` only, at most 64", param_hint="NAME")
+    key = new_key()
+    print(f"key    {key}")
+    print(f"entry  {entry(name, key)}")
+    errors.print(
+        "The key is shown this once. Add the entry to PATCHFORGE_API_KEYS (commas between) and restart.", soft_wrap=True
+    )
+
+
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Argument(help="Prompts, or class names for a class-conditional model.")],
     bundle: BundleOption = Path("model/bundles/emoji-text"),
     out: OutOption = Path("pictures"),
-    sampler: Annotated[str | None, typer.Option(help="euler, dual_loop or look_ahead; default: the model's.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="euler, dual_loop, look_ahead or multistep; default: the model's.")
+    ] = None,
     steps: int | None = None,
     guidance: float | None = None,
     seed: int = 0,

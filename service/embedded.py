@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,12 +27,12 @@ STOP_SECONDS = 10.0
 # runs between fork and exec, where a Python with threads may deadlock. macOS has no such call: there, the server of a
 # killed parent lives on and holds the lock.
 _LAUNCH = """
-import ctypes, os, signal, sys
+import ctypes, os, sys
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, int(sys.argv[2]))  # PR_SET_PDEATHSIG
     if os.getppid() != int(sys.argv[1]):
         sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
+os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
@@ -76,7 +77,7 @@ class EmbeddedServer:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._take_lock()
         try:
-            self._port = self._port or _free_port()
+            self._port = self._port or free_port()
             self._launch(binary)
             self._wait_until_ready()
         except BaseException:
@@ -131,12 +132,11 @@ class EmbeddedServer:
             "maxmemory-policy": "noeviction",
             "databases": 1,
         }
-        command = [sys.executable, "-SEc", _LAUNCH, str(os.getpid()), binary]
-        command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        command = [binary, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
         # The server inherits the lock, so the folder stays locked for as long as it has the log open. In a session of
         # its own it does not hear Ctrl-C, which would end it before the jobs that are being wound up.
         self._process = subprocess.Popen(
-            command,
+            tied_to_us(command, signal.SIGTERM),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -169,6 +169,11 @@ class EmbeddedServer:
         return self._folder / "server.log"
 
 
+def tied_to_us(command: list[str], farewell: signal.Signals) -> list[str]:
+    """The command, to be started as a child: gets ``farewell`` when the thread that started it is gone (on Linux)."""
+    return [sys.executable, "-SEc", _LAUNCH, str(os.getpid()), str(int(farewell)), *command]
+
+
 def _find_binary() -> str:
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
@@ -179,7 +184,8 @@ def _find_binary() -> str:
         raise EmbeddedServerError("no queue server found: install Valkey or Redis, or set REDIS_URL") from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of the loopback address that no one uses just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,7 +1,9 @@
 """The errors a caller can meet; each maps to one HTTP status and one gRPC status code.
 
 PatchforgeError
+├── Unauthenticated       401 / UNAUTHENTICATED      no API key, or one that is not known
 ├── InvalidRequest        422 / INVALID_ARGUMENT     a field is wrong; ``field`` names it
+│   └── InvalidEventId    400 / INVALID_ARGUMENT     no event ever had this id
 ├── NotFound              404 / NOT_FOUND            no such job, image, model
 ├── NotReady              409 / FAILED_PRECONDITION  the job has no picture yet, or never will
 ├── IdempotencyConflict   422 / ALREADY_EXISTS       same key, another body
@@ -28,10 +30,22 @@ class PatchforgeError(Exception):
         self.retry_after = retry_after
 
 
+class Unauthenticated(PatchforgeError):
+    """The caller sent no API key, or one that is not known here."""
+
+    status, grpc_status, code = 401, "UNAUTHENTICATED", "unauthenticated"
+
+
 class InvalidRequest(PatchforgeError):
     """A request field is missing, malformed or out of range."""
 
     status, grpc_status, code = 422, "INVALID_ARGUMENT", "invalid_request"
+
+
+class InvalidEventId(InvalidRequest):
+    """A place in an event stream that is not one: a client that sends it is broken, and trying again will not help."""
+
+    status = 400
 
 
 class NotFound(PatchforgeError):

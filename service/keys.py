@@ -46,9 +46,9 @@ def queue(model: str, priority: str) -> str:
     return f"{QUEUE}{priority}:{model}"
 
 
-def idempotency(key: str) -> str:
-    """Hashed, so that a caller's key can be of any length and content."""
-    return IDEMPOTENCY + hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+def idempotency(key: str, tenant: str | None = None) -> str:
+    """One tenant's own; hashed, so that it can be of any length and content."""
+    return IDEMPOTENCY + hashlib.sha256(f"{tenant or ''}\0{key}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def worker_models(worker_id: str) -> str:

@@ -79,6 +79,18 @@ class WorkerMetrics:
             _BY_REQUEST,
             registry=registry,
         )
+        self._reclaimed = Counter(
+            "patchforge_requests_reclaimed",
+            "Requests taken over from a worker that fell silent.",
+            _BY_REQUEST,
+            registry=registry,
+        )
+        self._lost = Counter(
+            "patchforge_claims_lost",
+            "Requests a worker dropped: another had taken them over, or the queue server had forgotten them.",
+            _BY_REQUEST,
+            registry=registry,
+        )
         self._running = Gauge(
             "patchforge_requests_running",
             "Requests workers hold now.",
@@ -100,9 +112,18 @@ class WorkerMetrics:
     def request_started(self, job: Job) -> None:
         self._running.labels(*_request_labels(job)).inc()
 
-    def request_left(self, job: Job) -> None:
-        """A started request is no longer this worker's: it was released, or its claim was lost."""
+    def request_reclaimed(self, job: Job) -> None:
+        """A request is about to start over here, for its last worker fell silent."""
+        self._reclaimed.labels(*_request_labels(job)).inc()
+
+    def request_released(self, job: Job) -> None:
+        """A started request was given back to the queue."""
         self._running.labels(*_request_labels(job)).dec()
+
+    def request_lost(self, job: Job) -> None:
+        """A started request turned out to be no longer this worker's."""
+        self._running.labels(*_request_labels(job)).dec()
+        self._lost.labels(*_request_labels(job)).inc()
 
     def request_finished(self, job: Job, report: SavingsReport | None, status: JobStatus) -> None:
         """A started request ended here; there is a report if it completed."""

@@ -21,10 +21,44 @@ local function member(id)
   return id .. ':' .. fields(id, 'model')
 end
 
-local function emit(id, event, cap)
-  local event_id = call('XADD', EVENTS .. id, 'MAXLEN', '~', cap or EVENTS_KEPT, '*', 'event', event)
+local function emit(id, event)
+  local event_id = call('XADD', EVENTS .. id, '*', 'event', event)
   call('PUBLISH', NEWS, id)
   return event_id
+end
+
+-- The picture an event previews, nil if it is no preview; the messages' fields are always in this order.
+local function previewed(entry)
+  return string.match(entry[2][2], '^{"type":"preview","index":(%d+),')
+end
+
+-- Holds a job's events to `cap` at the cost of its oldest previews. The others are few, and no watcher may miss one.
+local function shed_previews(id, cap, newest)
+  local stream, from = EVENTS .. id, fields(id, 'shed') or '-'
+  local excess = call('XLEN', stream) - cap
+  while excess > 0 do
+    local oldest = call('XRANGE', stream, from, '+', 'COUNT', 1)[1]
+    if oldest[1] == newest then
+      break
+    elseif previewed(oldest) then
+      call('XDEL', stream, oldest[1])
+      excess = excess - 1
+    end
+    from = '(' .. oldest[1]
+    call('HSET', JOB .. id, 'shed', from)
+  end
+end
+
+local function without_stale_previews(entries)
+  local seen, kept = {}, {}
+  for index = #entries, 1, -1 do
+    local picture = previewed(entries[index])
+    if not picture or not seen[picture] then
+      table.insert(kept, 1, entries[index])
+    end
+    seen[picture or ''] = true
+  end
+  return kept
 end
 
 local function enqueue(id, class, deadline)
@@ -77,9 +111,14 @@ local function expire_overdue()
   end
 end
 
-local function owned(id, worker, attempt, entry)
-  local status, owner, current_attempt, current_entry = fields(id, 'status', 'owner', 'attempt', 'entry')
-  return status == 'running' and owner == worker and current_attempt == attempt and current_entry == entry
+-- A claim's worker, attempt, stream and entry all have to be those of the job as it runs now. Entry and attempt tell one
+-- start of a job from another, the stream tells apart entries made in one millisecond, and the worker tells apart two
+-- claims of one number, as a fail-over to a replica that lagged behind can make them.
+local function owned(id, worker, attempt, stream, entry)
+  local status, its_worker, its_attempt, its_stream, its_entry =
+    fields(id, 'status', 'owner', 'attempt', 'stream', 'entry')
+  return status == 'running' and its_worker == worker and its_attempt == attempt and its_stream == stream
+    and its_entry == entry
 end
 
 -- The next entry of a stream that no one has been given, and its job; nil if there is none.
@@ -98,7 +137,7 @@ end
 
 local commands = {}
 
-function commands.submit(id, model, priority, request, deadline_seconds, idempotency_key, fingerprint)
+function commands.submit(id, model, priority, request, deadline_seconds, idempotency_key, fingerprint, tenant)
   if idempotency_key ~= '' then
     local first, its_fingerprint = unpack(call('HMGET', idempotency_key, 'job', 'fingerprint'))
     if first and its_fingerprint ~= fingerprint then
@@ -115,6 +154,9 @@ function commands.submit(id, model, priority, request, deadline_seconds, idempot
     return { 'full' }
   end
   call('HSET', JOB .. id, 'id', id, 'model', model, 'request', request, 'created_at', now, 'attempt', 0)
+  if tenant and tenant ~= '' then
+    call('HSET', JOB .. id, 'tenant', tenant)
+  end
   enqueue(id, priority, deadline_seconds == '' and '+inf' or now + deadline_seconds)
   emit(id, QUEUED)
   if idempotency_key ~= '' then
@@ -128,9 +170,17 @@ function commands.read(id)
   return record(id)
 end
 
-function commands.news(id, after, count)
+-- A watcher for whom there is more than this has fallen behind: it gets only the newest preview of each picture.
+function commands.news(id, after, count, bytes)
   local status, last_event = fields(id, 'status', 'last_event')
-  return { status, last_event, call('XRANGE', EVENTS .. id, '(' .. after, '+', 'COUNT', count) }
+  local entries, size = call('XRANGE', EVENTS .. id, '(' .. after, '+', 'COUNT', count), 0
+  for _, entry in ipairs(entries) do
+    size = size + #entry[2][2]
+  end
+  if #entries == tonumber(count) or size > tonumber(bytes) then
+    entries = without_stale_previews(entries)
+  end
+  return { status, last_event, entries }
 end
 
 function commands.waiting()
@@ -202,26 +252,26 @@ function commands.reclaim(worker)
   return { {}, {} }
 end
 
-function commands.heartbeat(id, worker, attempt, entry)
-  if not owned(id, worker, attempt, entry) then
+function commands.heartbeat(id, worker, attempt, stream, entry)
+  if not owned(id, worker, attempt, stream, entry) then
     return 'lost'
   end
-  local stream, cancel = fields(id, 'stream', 'cancel')
+  local cancel = fields(id, 'cancel')
   -- Resets its idle time and nothing else. A lost group is claim's to mend.
   redis.pcall('XCLAIM', stream, GROUP, CONSUMER, 0, entry, 'JUSTID')
   return cancel and 'cancelled' or 'ok'
 end
 
-function commands.publish(id, worker, attempt, entry, event, cap)
-  if not owned(id, worker, attempt, entry) then
+function commands.publish(id, worker, attempt, stream, entry, event, cap)
+  if not owned(id, worker, attempt, stream, entry) then
     return 0
   end
-  emit(id, event, cap)
+  shed_previews(id, tonumber(cap), emit(id, event))
   return 1
 end
 
-function commands.store_image(id, worker, attempt, entry, index, data, event)
-  if not owned(id, worker, attempt, entry) then
+function commands.store_image(id, worker, attempt, stream, entry, index, data, event)
+  if not owned(id, worker, attempt, stream, entry) then
     return 0
   end
   call('HSET', IMAGES .. id, index, data)
@@ -229,19 +279,19 @@ function commands.store_image(id, worker, attempt, entry, index, data, event)
   return 1
 end
 
-function commands.finish(id, worker, attempt, entry, status, event, ...)
-  if not owned(id, worker, attempt, entry) then
+function commands.finish(id, worker, attempt, stream, entry, status, event, ...)
+  if not owned(id, worker, attempt, stream, entry) then
     return 0
   end
   finish(id, status, event, ...)
   return 1
 end
 
-function commands.release(id, worker, attempt, entry)
-  if not owned(id, worker, attempt, entry) then
+function commands.release(id, worker, attempt, stream, entry)
+  if not owned(id, worker, attempt, stream, entry) then
     return 0
   end
-  local stream, cancel = fields(id, 'stream', 'cancel')
+  local cancel = fields(id, 'cancel')
   if cancel then
     finish_unasked(id, 'cancelled', CANCELLED)
   else

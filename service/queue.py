@@ -21,9 +21,17 @@ from redis.asyncio import Redis
 from ulid import ULID
 
 from service import keys
-from service.errors import IdempotencyConflict, InvalidRequest, NotFound, NotReady, QueueFull, Unavailable
+from service.errors import (
+    IdempotencyConflict,
+    InvalidEventId,
+    InvalidRequest,
+    NotFound,
+    NotReady,
+    QueueFull,
+    Unavailable,
+)
 from service.event_hub import EventHub
-from service.queue_records import CARDS, EVENT, fields_of, job_from, terminal_event, without_stale_previews
+from service.queue_records import CARDS, EVENT, fields_of, job_from, terminal_event
 from service.queue_redis import EVENTS_KEPT, LONGEST_BLOCK, QueueConnection, redis_call
 from service.schemas import (
     TERMINAL_EVENTS,
@@ -41,7 +49,8 @@ from service.schemas import (
 from service.settings import Settings
 
 ANNOUNCED = 15  # seconds a worker's announcement lasts
-BATCH = 64  # events a watcher reads at once; a full batch means it has fallen behind
+BATCH = 64  # events a watcher reads at once; one for whom there are as many has fallen behind,
+BATCH_BYTES = 512 << 10  # and so has one for whom there is more than this: nobody holds memory by reading slowly
 EVENT_BYTES = 1 << 20  # what one job's events may take, about
 POLL = 2.0  # seconds after which a watcher looks unbidden, in case its bell was lost
 RETRY_AFTER = 5  # seconds a client is asked to wait when the queue is full
@@ -84,12 +93,18 @@ class JobQueue(QueueConnection):
     # Gateways: submit, look, cancel.
 
     async def submit(
-        self, request: GenerationRequest, *, idempotency_key: str | None = None, fingerprint: str | None = None
+        self,
+        request: GenerationRequest,
+        *,
+        idempotency_key: str | None = None,
+        fingerprint: str | None = None,
+        tenant: str | None = None,
     ) -> Job:
         """Accepts a request with every default filled in, or returns the job its key was first used for.
 
         ``fingerprint`` stands for the request as the client sent it; default: the filled-in request. A gateway that
-        draws a seed must pass it, or a client's retry would look like another request.
+        draws a seed must pass it, or a client's retry would look like another request. ``tenant`` owns the job, and its
+        keys are its own.
         Raises QueueFull, or IdempotencyConflict if the key was used with another fingerprint. A ``Unavailable`` leaves
         open whether the job was accepted: repeating the call is safe with a key, and only then.
         """
@@ -103,8 +118,9 @@ class JobQueue(QueueConnection):
             request.priority.value,
             body,
             "" if request.deadline_seconds is None else request.deadline_seconds,
-            "" if idempotency_key is None else keys.idempotency(idempotency_key),
+            "" if idempotency_key is None else keys.idempotency(idempotency_key, tenant),
             sha256((fingerprint or body).encode()).hexdigest(),
+            tenant or "",
         )
         if outcome == b"full":
             raise QueueFull("too many jobs are waiting", retry_after=RETRY_AFTER)
@@ -133,12 +149,12 @@ class JobQueue(QueueConnection):
     def watch(self, job_id: str, after: str = "0") -> AsyncGenerator[tuple[str, Event], None]:
         """Yields (event id, event) from after the given id, past and then live, up to the terminal event.
 
-        A reader that falls behind misses previews that newer ones supersede; one whose place was trimmed away goes on
-        with what is left. Each gets the terminal event, unless ``after`` is its id.
-        Raises InvalidRequest at once if ``after`` is malformed; NotFound when iterated.
+        A reader that falls behind misses previews that newer ones supersede, and nothing else; nor does one whose place
+        was trimmed away. Each gets the terminal event, unless ``after`` is its id.
+        Raises InvalidEventId at once if ``after`` is malformed; NotFound when iterated.
         """
         if not _EVENT_ID.fullmatch(after):
-            raise InvalidRequest("not an event id", field="Last-Event-ID")
+            raise InvalidEventId("not an event id", field="Last-Event-ID")
         return self._watch(job_id, after if "-" in after else f"{after}-0")
 
     async def _watch(self, job_id: str, after: str) -> AsyncGenerator[tuple[str, Event], None]:
@@ -146,17 +162,17 @@ class JobQueue(QueueConnection):
         with self._hub.listen(job_id) as bell:
             while True:
                 bell.clear()
-                status, last_id, entries = await self._run("news", job_id, after, BATCH)
+                status, last_id, entries = await self._run("news", job_id, after, BATCH, BATCH_BYTES)
                 if status is None:
                     raise NotFound(f"no job {job_id}")
-                events = [(entry_id.decode(), EVENT.validate_json(text)) for entry_id, (_, text) in entries]
-                for event_id, event in events if len(events) < BATCH else without_stale_previews(events):
-                    yield event_id, event
+                for entry_id, (_, text) in entries:
+                    after, event = entry_id.decode(), EVENT.validate_json(text)
+                    yield after, event
                     if isinstance(event, TERMINAL_EVENTS):
                         return
-                if events:
-                    after = events[-1][0]
-                elif last_id is None:
+                if entries:
+                    continue
+                if last_id is None:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(POLL):
                             await bell.wait()
@@ -226,7 +242,9 @@ class JobQueue(QueueConnection):
         return Heartbeat((await self._run("heartbeat", *_proof(claim))).decode())
 
     async def publish(self, claim: Claim, event: Event) -> bool:
-        """Appends to the job's events; False if the claim is lost."""
+        """Appends to the job's events; False if the claim is lost. A terminal event is for ``finish``."""
+        if isinstance(event, TERMINAL_EVENTS):
+            raise TypeError(f"{event.type} ends a job: finish it")
         text = EVENT.dump_json(event)
         kept = max(16, min(EVENTS_KEPT, EVENT_BYTES // len(text)))
         return bool(await self._run("publish", *_proof(claim), text, kept))
@@ -287,9 +305,9 @@ def _claim(worker_id: str, record: Sequence[bytes]) -> Claim:
     return Claim(job, worker_id, job.attempt, fields["stream"].decode(), fields["entry"].decode())
 
 
-def _proof(claim: Claim) -> tuple[str, str, int, str]:
+def _proof(claim: Claim) -> tuple[str, str, int, str, str]:
     """What a script checks a claim by; the entry tells apart two claims of a job that was released between them."""
-    return claim.job.id, claim.worker_id, claim.attempt, claim.entry_id
+    return claim.job.id, claim.worker_id, claim.attempt, claim.stream, claim.entry_id
 
 
 def _check_job_id(job_id: str) -> None:

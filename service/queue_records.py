@@ -17,7 +17,6 @@ from service.schemas import (
     JobError,
     JobStatus,
     ModelCard,
-    Preview,
     SavingsReport,
 )
 
@@ -47,6 +46,7 @@ def job_from(record: Sequence[bytes]) -> Job:
         attempt=int(fields["attempt"]),
         error=JobError.model_validate_json(fields["error"]) if "error" in fields else None,
         report=SavingsReport.model_validate_json(fields["report"]) if "report" in fields else None,
+        tenant=fields["tenant"].decode() if "tenant" in fields else None,
     )
 
 
@@ -57,13 +57,3 @@ def terminal_event(job: Job) -> Event:
     if job.error is not None:
         return Failed(error=job.error)
     return Cancelled() if job.status is JobStatus.CANCELLED else Expired()
-
-
-def without_stale_previews(events: Sequence[tuple[str, Event]]) -> list[tuple[str, Event]]:
-    """Drops each preview that a later one of the same picture supersedes."""
-    newest = {event.index: event_id for event_id, event in events if isinstance(event, Preview)}
-    return [
-        (event_id, event)
-        for event_id, event in events
-        if not isinstance(event, Preview) or newest[event.index] == event_id
-    ]

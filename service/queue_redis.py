@@ -13,6 +13,7 @@ from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, OutOfMemoryError, ReadOnlyError, ResponseError, TimeoutError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from service import keys
 from service.errors import Unavailable
@@ -119,8 +120,14 @@ def _clients(url: str) -> tuple[Redis, Redis]:
     """A client for commands and one for blocking reads, both bounded; they connect when first used.
 
     Neither retries: a write that timed out may have happened, and only the caller knows whether to repeat it.
+    Maintenance notifications are off because with them redis-py does not look whether a pooled connection was closed
+    by the server, so that after a restart each would fail once more, at some later time.
     """
-    common: dict[str, Any] = {"socket_connect_timeout": COMMAND_TIMEOUT, "retry": Retry(NoBackoff(), 0)}
+    common: dict[str, Any] = {
+        "socket_connect_timeout": COMMAND_TIMEOUT,
+        "retry": Retry(NoBackoff(), 0),
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+    }
     commands: BlockingConnectionPool = BlockingConnectionPool.from_url(
         url, max_connections=32, timeout=COMMAND_TIMEOUT, socket_timeout=COMMAND_TIMEOUT, **common
     )
@@ -143,7 +150,6 @@ def _script(settings: Settings) -> str:
         "CLAIM_IDLE_MS": round(1000 * settings.claim_idle_seconds),
         "RESULT_TTL": settings.result_ttl_seconds,
         "IDEMPOTENCY_TTL": settings.idempotency_ttl_seconds,
-        "EVENTS_KEPT": EVENTS_KEPT,
         "DEAD_LETTERS_KEPT": DEAD_LETTERS_KEPT,
         "SKIPS": SKIPS,
         "QUEUED": Queued().model_dump_json(),

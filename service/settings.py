@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
+ApiKey = Annotated[str, Field(pattern=f"^{KEY_NAME}:[0-9a-f]{{64}}$")]
 
 
 class Settings(BaseSettings):
     """Every knob of gateway and worker; defaults suit one laptop, bound to loopback."""
 
-    model_config = SettingsConfigDict(env_prefix="PATCHFORGE_", extra="ignore")
+    # Errors do not repeat what was set: it may be a key in the wrong place, or a URL with a password.
+    model_config = SettingsConfigDict(env_prefix="PATCHFORGE_", extra="ignore", hide_input_in_errors=True)
 
     host: str = Field("127.0.0.1", description="Address the HTTP and gRPC servers bind to.")
-    http_port: int = Field(8000, ge=0, le=65535)
-    grpc_port: int = Field(50051, ge=0, le=65535)
+    http_port: int = Field(8000, ge=0, le=65535, description="REST, OpenAI API and playground; 0 = any free one.")
+    grpc_port: int = Field(50051, ge=0, le=65535, description="0 = any free one.")
     worker_metrics_port: int = Field(9100, ge=0, le=65535, description="Prometheus port of a worker; 0 = off.")
     data_dir: Path = Field(Path(".patchforge"), description="Where the embedded queue server keeps its data.")
     bundle_dir: Path = Field(Path("model/bundles"), description="Folder whose subfolders are model bundles.")
@@ -25,13 +31,20 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("PATCHFORGE_REDIS_URL", "REDIS_URL"),
         description="Queue server; left out, `patchforge serve` starts an embedded one.",
     )
+    api_keys: Annotated[list[ApiKey], NoDecode] = Field(
+        [],
+        repr=False,
+        description="Who may call, as name:sha256 from `patchforge hash-key`, with commas between; empty = everyone.",
+    )
+    tls_cert: Path | None = Field(None, description="PEM certificate chain for HTTPS and gRPC; empty = no TLS.")
+    tls_key: Path | None = Field(None, description="PEM private key that belongs to it, without a password.")
     max_waiting: int = Field(256, ge=1, description="Waiting jobs before submits are refused with 503.")
-    max_body_bytes: int = Field(1 << 20, ge=1024)
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="Of an HTTP body or a gRPC message; more is refused.")
     result_ttl_seconds: int = Field(3600, ge=1, description="How long finished jobs, pictures and events are kept.")
-    idempotency_ttl_seconds: int = Field(86400, ge=1)
+    idempotency_ttl_seconds: int = Field(86400, ge=1, description="How long an Idempotency-Key is remembered.")
     max_attempts: int = Field(3, ge=1, description="Starts before a job is dead-lettered.")
     claim_idle_seconds: float = Field(30.0, gt=0, description="Silence after which a worker's jobs are reclaimed.")
-    sse_ping_seconds: float = Field(15.0, gt=0)
+    sse_ping_seconds: float = Field(10.0, gt=0, description="Longest silence on an idle stream, SSE or gRPC.")
     client_timeout_seconds: float = Field(
         30.0, gt=0, description="How long a client may take to send a request, or to read one piece of a stream."
     )
@@ -40,5 +53,12 @@ class Settings(BaseSettings):
     patch_budget: int = Field(4096, ge=1, description="Patches a worker packs into one evaluation.")
     preview_interval_seconds: float = Field(0.1, ge=0, description="Least time between previews of one picture.")
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker; default: every core.")
-    log_level: str = "INFO"
-    log_json: bool = False
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_json: bool = Field(False, description="One JSON object a line instead of lines for people.")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _keys_from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return json.loads(value) if value.lstrip().startswith("[") else value.replace(",", " ").split()

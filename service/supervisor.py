@@ -1,4 +1,4 @@
-"""`patchforge serve`: the gateway here, a worker and the queue server as its children."""
+"""`patchforge serve`: the gateway here, a worker and the queue server as its children, kept alive."""
 
 from __future__ import annotations
 
@@ -6,29 +6,59 @@ import asyncio
 import contextlib
 import os
 import sys
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack
 
 import structlog
 
-from service.embedded import EmbeddedServer
+from service.embedded import EmbeddedServer, EmbeddedServerError
 from service.gateway.app import serve_gateway
 from service.settings import Settings
 
 log = structlog.get_logger()
 
 RESTART_SECONDS = (0.5, 1, 2, 5, 10)
+LOOK_SECONDS = 0.5  # between looks at whether the queue server still runs
 
 
 async def serve(settings: Settings) -> None:
     """Run everything until SIGTERM or SIGINT; without a queue server to use, start an embedded one."""
     with ExitStack() as stack:
-        url = settings.redis_url
+        url, server = settings.redis_url, None
         if url is None:
-            url = stack.enter_context(EmbeddedServer(settings.data_dir)).url
+            server = stack.enter_context(EmbeddedServer(settings.data_dir))
+            url = server.url
             log.info("embedded queue server ready", data=str(settings.data_dir / "queue"))
         async with AsyncExitStack() as processes:
+            if server is not None:
+                await processes.enter_async_context(_kept_running(server))
             await processes.enter_async_context(_WorkerProcess(settings, url))
             await serve_gateway(settings.model_copy(update={"redis_url": url}))
+
+
+@contextlib.asynccontextmanager
+async def _kept_running(server: EmbeddedServer) -> AsyncIterator[None]:
+    keeper = asyncio.create_task(_keep_running(server))
+    try:
+        yield
+    finally:
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+
+
+async def _keep_running(server: EmbeddedServer) -> None:
+    """Start the server again whenever it ends: its port and its log stay, so everyone finds their jobs again."""
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        if server.running:
+            continue
+        log.error("the queue server ended; starting it again")
+        server.stop()
+        try:
+            # Off the loop, for a long log takes a while to load. The thread is one of the loop's own, which live on.
+            await asyncio.to_thread(server.start)
+        except EmbeddedServerError as error:
+            log.error("the queue server did not start", error=error.message)
 
 
 class _WorkerProcess:

@@ -18,11 +18,13 @@ from starlette.types import Scope
 
 from service.errors import Unavailable
 from service.gateway import openai_api, problems, rest, telemetry
+from service.gateway.auth import ApiKeys, Authenticated
 from service.gateway.http_server import HttpServer
 from service.gateway.images_request import ImagesRequest
 from service.gateway.jobs import JobService
 from service.gateway.rpc import RpcServer
 from service.gateway.telemetry import Measured
+from service.gateway.tls import certificate
 from service.metrics import GatewayMetrics
 from service.queue import JobQueue
 from service.schemas import GenerationRequest
@@ -39,7 +41,7 @@ TICK = 1.0  # seconds between looks at whether requests can be served
 log = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings, service: JobService, metrics: GatewayMetrics) -> FastAPI:
+def create_app(settings: Settings, service: JobService, metrics: GatewayMetrics, keys: ApiKeys) -> FastAPI:
     """The HTTP application; whoever serves it closes ``service``."""
     app = Api(
         title="Patchforge",
@@ -54,7 +56,8 @@ def create_app(settings: Settings, service: JobService, metrics: GatewayMetrics)
     )
     app.state.settings, app.state.service, app.state.metrics = settings, service, metrics
     problems.install(app)
-    app.add_middleware(Measured, metrics=metrics)
+    app.add_middleware(Authenticated, keys=keys)
+    app.add_middleware(Measured, metrics=metrics)  # added last, it is outermost, and counts refusals too
     for module in (rest, openai_api, telemetry):
         app.include_router(module.router)
     _add_playground(app)
@@ -108,8 +111,10 @@ class Gateway:
         self.service = JobService(queue)
         metrics = GatewayMetrics(CollectorRegistry())
         queue.on_ended = metrics.request_ended_in_queue
-        self.http = HttpServer(create_app(settings, self.service, metrics), settings)
-        self.rpc = RpcServer(self.service, metrics, settings)
+        keys = ApiKeys(settings.api_keys)
+        shown = certificate(settings)
+        self.http = HttpServer(create_app(settings, self.service, metrics, keys), settings, shown)
+        self.rpc = RpcServer(self.service, metrics, keys, settings, shown)
         self.http_port = self.grpc_port = 0
         self._stopping = asyncio.Event()
         self._reason: str | None = ""  # why requests cannot be served, None if they can
@@ -130,7 +135,12 @@ class Gateway:
         host = self.settings.host
         self.http_port = await self.http.start(host, self.settings.http_port)
         self.grpc_port = await self.rpc.start(host, self.settings.grpc_port)
-        log.info("gateway is listening", http=f"http://{host}:{self.http_port}", grpc=f"{host}:{self.grpc_port}")
+        log.info(
+            "gateway is listening",
+            http=f"{'https' if self.http.config.is_ssl else 'http'}://{host}:{self.http_port}",
+            grpc=f"{host}:{self.grpc_port}",
+            api_keys=len(self.settings.api_keys),
+        )
 
     async def main_loop(self) -> None:
         while not self._stopping.is_set():
@@ -148,13 +158,13 @@ class Gateway:
         if reason != self._reason:
             self._reason = reason
             log.info("ready for requests") if reason is None else log.warning("not ready", reason=reason)
-        await self.rpc.report(serving=reason is None)
+        self.rpc.health.report(serving=reason is None)
 
     async def shutdown(self) -> None:
         """Unready first; watches end, calls in progress get ``drain_seconds``, then everything closes."""
         log.info("gateway is shutting down")
         self.service.drain()
-        await self.rpc.drain()
+        self.rpc.health.drain()
         await asyncio.gather(self.http.stop(), self.rpc.stop(self.settings.drain_seconds))
         await self.service.aclose()
 

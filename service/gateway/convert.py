@@ -18,6 +18,7 @@ from service.schemas import (
     Job,
     LookAhead,
     ModelCard,
+    Multistep,
     Preview,
     Sampler,
     Started,
@@ -98,6 +99,8 @@ def _sampler(sampler: Sampler | None) -> dict[str, Any]:
             return {"dual_loop": pb.DualLoopSampler(**sampler.model_dump(exclude={"name"}))}
         case LookAhead():
             return {"look_ahead": pb.LookAheadSampler(**sampler.model_dump(exclude={"name"}))}
+        case Multistep():
+            return {"multistep": pb.MultistepSampler(**sampler.model_dump(exclude={"name"}))}
         case _:
             return {"euler": pb.EulerSampler()}
 

@@ -26,6 +26,13 @@ def _metrics(request: Request) -> GatewayMetrics:
     return metrics
 
 
+def _tenant(request: Request) -> str | None:
+    tenant: str | None = request.state.tenant
+    return tenant
+
+
 Service = Annotated[JobService, Depends(_service)]
 Knobs = Annotated[Settings, Depends(_settings)]
 Metrics = Annotated[GatewayMetrics, Depends(_metrics)]
+Tenant = Annotated[str | None, Depends(_tenant)]
+"""Who calls, where keys are asked for. Only for operations that are not open: see `service.gateway.auth`."""

@@ -8,19 +8,23 @@ import socket
 from collections.abc import Iterator
 
 import h11
+import structlog
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from service.gateway.tls import Certificate
 from service.settings import Settings
 
 REQUEST_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+log = structlog.get_logger(__name__)
 
 
 class HttpServer(uvicorn.Server):
     """Serves ``app`` from :meth:`start` to :meth:`stop`."""
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, certificate: Certificate | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -32,6 +36,8 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 timeout_keep_alive=max(1, round(settings.client_timeout_seconds)),
                 timeout_graceful_shutdown=settings.drain_seconds,
+                ssl_certfile=certificate.chain if certificate else None,
+                ssl_keyfile=certificate.key if certificate else None,
             )
         )
         self._serving: asyncio.Task[None] | None = None
@@ -66,35 +72,66 @@ class HttpServer(uvicorn.Server):
 
 
 class ImpatientProtocol(H11Protocol):
-    """HTTP/1.1 that hangs up on clients that dawdle over their request line and headers."""
+    """HTTP/1.1 that hangs up on clients that dawdle: over a request's head, over the rest of a body that was answered
+    unread, or over reading the answer.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
+    _send_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._await_headers()
+        self._start_waiting()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
-            self._await_headers()
+        if self.conn.their_state is h11.IDLE or self._answered_early():
+            self._start_waiting()
         else:
-            self._have_headers()
+            self._stop_waiting()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._answered_early():
+            self._start_waiting()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._send_deadline = self.loop.call_later(self.timeout_keep_alive, self._drop)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_sending()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._have_headers()
+        self._stop_waiting()
+        self._stop_sending()
         super().connection_lost(exc)
 
-    def _await_headers(self) -> None:
+    def _answered_early(self) -> bool:
+        return self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+
+    def _start_waiting(self) -> None:
         if self._deadline is None:
             self._deadline = self.loop.call_later(self.timeout_keep_alive, self._hang_up)
 
-    def _have_headers(self) -> None:
+    def _stop_waiting(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
+    def _stop_sending(self) -> None:
+        if self._send_deadline is not None:
+            self._send_deadline.cancel()
+            self._send_deadline = None
+
     def _hang_up(self) -> None:
         if not self.transport.is_closing():
-            self.transport.write(REQUEST_TIMEOUT)
+            if self.conn.our_state is h11.IDLE:
+                self.transport.write(REQUEST_TIMEOUT)
             self.transport.close()
+
+    def _drop(self) -> None:
+        # Closing would first wait for the client to read what is already written, which it does not do.
+        self.transport.abort()
+        log.info("dropped a client too slow to read its answer", path=self.scope["path"])

@@ -53,8 +53,8 @@ class JobService:
                 return card
         raise NotFound("no such model", field="model")
 
-    async def submit(self, request: GenerationRequest, idempotency_key: str | None = None) -> Job:
-        """Queues a job that lives on without its caller."""
+    async def submit(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Job:
+        """Queues a job that lives on without its caller; ``tenant`` alone will find it."""
         self._refuse_when_draining()
         if idempotency_key is not None and not 0 < len(idempotency_key) <= MAX_IDEMPOTENCY_KEY:
             raise InvalidRequest(f"must have 1 to {MAX_IDEMPOTENCY_KEY} characters", field="idempotency_key")
@@ -62,11 +62,13 @@ class JobService:
         check(request, card)
         # The fingerprint is of what was sent: a retry is the same request, though chance gives it another seed.
         sent = request.model_dump_json()
-        return await self.queue.submit(fill(request, card), idempotency_key=idempotency_key, fingerprint=sent)
+        return await self.queue.submit(
+            fill(request, card), idempotency_key=idempotency_key, fingerprint=sent, tenant=tenant
+        )
 
-    async def run(self, request: GenerationRequest) -> Run:
+    async def run(self, request: GenerationRequest, tenant: str | None) -> Run:
         """Queues a job that belongs to its caller; to be entered with ``async with``."""
-        submitting = asyncio.create_task(self.submit(request))
+        submitting = asyncio.create_task(self.submit(request, tenant))
         try:
             job = await asyncio.shield(submitting)
         except asyncio.CancelledError:
@@ -75,18 +77,26 @@ class JobService:
             raise
         return Run(self, job)
 
-    async def get(self, job_id: str) -> Job:
-        return await self.queue.get(job_id)
+    async def get(self, job_id: str, tenant: str | None) -> Job:
+        """The tenant's job; to anyone else it does not exist."""
+        job = await self.queue.get(job_id)
+        if job.tenant != tenant:
+            raise NotFound(f"no job {job_id}")
+        return job
 
-    async def cancel(self, job_id: str) -> Job:
-        return await self.queue.cancel(job_id)
+    async def cancel(self, job_id: str, tenant: str | None) -> Job:
+        return await self.queue.cancel((await self.get(job_id, tenant)).id)
 
-    async def image(self, job_id: str, index: int) -> bytes:
-        return await self.queue.image(job_id, index)
+    async def image(self, job: Job, index: int) -> bytes:
+        return await self.queue.image(job.id, index)
 
-    def watch(self, job_id: str, after: str = "0") -> AsyncGenerator[tuple[str, Event], None]:
-        """Replays a job's events after an id and follows it to its end."""
-        return self.queue.watch(job_id, after)
+    async def watch(
+        self, job_id: str, tenant: str | None, after: str | None
+    ) -> AsyncGenerator[tuple[str, Event], None]:
+        """Replays a job's events after an id and follows it to its end; what is wrong shows at once."""
+        events = self.queue.watch(job_id, after or "0")
+        await self.get(job_id, tenant)
+        return events
 
     @asynccontextmanager
     async def until_drained(self) -> AsyncIterator[None]:
@@ -145,7 +155,7 @@ class Run:
     def __init__(self, service: JobService, job: Job) -> None:
         self.job = job
         self._service = service
-        self._events = service.watch(job.id)
+        self._events = service.queue.watch(job.id)
         self._ended = False
 
     async def __aenter__(self) -> Self:

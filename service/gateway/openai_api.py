@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from service.errors import InvalidRequest, JobFailed, PatchforgeError, Unavailable
 from service.gateway.body import json_body, json_body_schema
-from service.gateway.dependencies import Knobs, Service
+from service.gateway.dependencies import Knobs, Service, Tenant
 from service.gateway.images_request import ImagesRequest
 from service.gateway.jobs import JobService, Run
 from service.gateway.problems import Problem
@@ -40,6 +40,7 @@ async def get_model(service: Service, name: str) -> dict[str, Any]:
 async def generate_images(
     request: Request,
     service: Service,
+    tenant: Tenant,
     settings: Knobs,
     body: Annotated[ImagesRequest, Depends(json_body(ImagesRequest))],
 ) -> Response:
@@ -49,9 +50,9 @@ async def generate_images(
     under `patchforge.report`.
     """
     card = await service.model(body.model)
-    drawing = Drawing(service, card, body)
+    drawing = Drawing(service, tenant, card, body)
     if body.stream:
-        run = await service.run(drawing.generation)
+        run = await drawing.begin()
         return EventStream(drawing.stream(run), run, settings)
     return JSONResponse(await unless_gone(request, drawing.complete()))
 
@@ -59,16 +60,20 @@ async def generate_images(
 class Drawing:
     """One call of the Images API."""
 
-    def __init__(self, service: JobService, card: ModelCard, body: ImagesRequest) -> None:
+    def __init__(self, service: JobService, tenant: str | None, card: ModelCard, body: ImagesRequest) -> None:
         self.service = service
+        self.tenant = tenant
         self.body = body
         self.size = f"{card.width}x{card.height}"
         if body.size not in ("auto", self.size):
             raise InvalidRequest(f"{card.name} draws {self.size} only", field="size")
         self.generation = body.generation(card)
 
+    async def begin(self) -> Run:
+        return await self.service.run(self.generation, self.tenant)
+
     async def complete(self) -> dict[str, Any]:
-        async with await self.service.run(self.generation) as run:
+        async with await self.begin() as run:
             async for _, event in run:
                 if isinstance(event, Completed):
                     return await self._response(run, event.report)
@@ -123,7 +128,7 @@ class Drawing:
         return {"created_at": int(time.time()), "size": self.size, "quality": "auto", "background": "opaque"}
 
     async def _picture(self, run: Run, index: int) -> str:
-        return b64encode(await self.service.image(run.job.id, index)).decode("ascii")
+        return b64encode(await self.service.image(run.job, index)).decode("ascii")
 
     def _usage(self, patch_evaluations: int) -> dict[str, Any]:
         words = len((self.generation.prompt or "").split())

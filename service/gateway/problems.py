@@ -15,6 +15,7 @@ from service.errors import NotFound, PatchforgeError, PayloadTooLarge
 from service.gateway.validation import describe
 
 OPENAI_PATHS = ("/v1/images", "/v1/models")
+CHALLENGE = 'Bearer realm="patchforge"'
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for it; nobody is left to read it but the metrics
 FRAMEWORK_CODES: dict[int, str] = {
     HTTPStatus.NOT_FOUND: NotFound.code,
@@ -69,7 +70,8 @@ class Problem:
         return {"message": self.detail, "type": kind, "param": self.field, "code": self.code}
 
     def _headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return headers | ({"WWW-Authenticate": CHALLENGE} if self.status == HTTPStatus.UNAUTHORIZED else {})
 
 
 def install(app: FastAPI) -> None:

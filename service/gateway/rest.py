@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from service.gateway.body import json_body, json_body_schema
-from service.gateway.dependencies import Knobs, Service
+from service.gateway.dependencies import Knobs, Service, Tenant
 from service.gateway.streams import EventStream
 from service.schemas import MAX_IMAGES, Event, GenerationRequest, Job
 
@@ -19,39 +19,40 @@ router = APIRouter()
 @router.post("/v1/jobs", status_code=202, tags=["jobs"], openapi_extra=json_body_schema(GenerationRequest))
 async def submit_job(
     service: Service,
+    tenant: Tenant,
     response: Response,
     generation: Annotated[GenerationRequest, Depends(json_body(GenerationRequest))],
     idempotency_key: Annotated[str | None, Header(description="Repeat it, and the same job is returned.")] = None,
 ) -> Job:
     """Queue a job that lives on without you."""
-    job = await service.submit(generation, idempotency_key)
+    job = await service.submit(generation, tenant, idempotency_key)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return job
 
 
 @router.get("/v1/jobs/{job_id}", tags=["jobs"])
-async def get_job(service: Service, job_id: str) -> Job:
+async def get_job(service: Service, tenant: Tenant, job_id: str) -> Job:
     """The state of a job; with its savings report once it has completed."""
-    return await service.get(job_id)
+    return await service.get(job_id, tenant)
 
 
 @router.delete("/v1/jobs/{job_id}", tags=["jobs"])
-async def cancel_job(service: Service, job_id: str) -> Job:
+async def cancel_job(service: Service, tenant: Tenant, job_id: str) -> Job:
     """Cancel a job; harmless on one that has ended."""
-    return await service.cancel(job_id)
+    return await service.cancel(job_id, tenant)
 
 
 @router.get("/v1/jobs/{job_id}/events", tags=["jobs"], response_class=EventSourceResponse)
 async def watch_job(
     service: Service,
+    tenant: Tenant,
     settings: Knobs,
     job_id: str,
     last_event_id: Annotated[str | None, Header(description="Only events after this one.")] = None,
 ) -> EventStream:
     """Follow a job as server-sent events, resumable by `Last-Event-ID`. Leaving does not cancel it."""
     # What can be wrong has to show before the stream begins.
-    events = service.watch(job_id, last_event_id or "0")
-    await service.get(job_id)
+    events = await service.watch(job_id, tenant, last_event_id)
     return EventStream(_as_sse(events), service.until_drained(), settings)
 
 
@@ -63,14 +64,15 @@ async def _as_sse(events: AsyncIterator[tuple[str, Event]]) -> AsyncIterator[Ser
 @router.get("/v1/jobs/{job_id}/image", tags=["jobs"], response_class=Response)
 async def get_image(
     service: Service,
+    tenant: Tenant,
     settings: Knobs,
     job_id: str,
     index: Annotated[int, Query(ge=0, lt=MAX_IMAGES)] = 0,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """A finished picture."""
-    job = await service.get(job_id)
-    picture = await service.image(job_id, index)
+    job = await service.get(job_id, tenant)
+    picture = await service.image(job, index)
     etag = f'"{job_id}-{index}"'
     headers = {"ETag": etag, "Cache-Control": f"private, max-age={settings.result_ttl_seconds}, immutable"}
     if if_none_match == etag:

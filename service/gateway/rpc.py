@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service.errors import InvalidRequest, PatchforgeError
+from service.errors import InvalidRequest, PatchforgeError, Unauthenticated
+from service.gateway.auth import ApiKeys
 from service.gateway.convert import event_to_proto, generation_from_proto, job_to_proto, model_to_proto
+from service.gateway.health import Health
 from service.gateway.jobs import JobService
+from service.gateway.tls import Certificate
 from service.metrics import GatewayMetrics
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
@@ -24,9 +29,26 @@ from service.schemas import ImageReady
 from service.settings import Settings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ImageService"].full_name
+MAX_STREAMS = 100  # calls one connection has open; further ones wait at the client
 MAX_REPLY_BYTES = 64 << 20  # the largest picture anyone will serve, and then some
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call in progress, and whose it is."""
+
+    context: Any
+    tenant: str | None
+
+    async def begin(self) -> None:
+        """Opens a stream of answers. Left to the first of them, a client too slow for it could be told nothing more."""
+        await self.context.send_initial_metadata(())
+
+
+class TooSlow(Exception):
+    """The client does not read its events."""
 
 
 class ImageService:
@@ -36,86 +58,106 @@ class ImageService:
         self.service = service
         self.send_timeout = settings.client_timeout_seconds
 
-    async def GenerateImage(self, request: pb.GenerateImageRequest, context: Any) -> None:
-        async with await self.service.run(generation_from_proto(request.generation)) as run:
+    async def GenerateImage(self, request: pb.GenerateImageRequest, call: Call) -> None:
+        async with await self.service.run(generation_from_proto(request.generation), call.tenant) as run:
+            await call.begin()
             async for event_id, event in run:
                 reply = pb.GenerateImageResponse(job_id=run.job.id, event=event_to_proto(event_id, event))
                 if isinstance(event, ImageReady):
-                    reply.event.image.data = await self.service.image(run.job.id, event.index)
+                    reply.event.image.data = await self.service.image(run.job, event.index)
                     reply.event.image.content_type = f"image/{run.job.request.output_format}"
-                await self._send(context, reply)
+                await self._send(call, reply)
 
-    async def WatchJob(self, request: pb.WatchJobRequest, context: Any) -> None:
+    async def WatchJob(self, request: pb.WatchJobRequest, call: Call) -> None:
         try:
-            events = self.service.watch(request.job_id, request.after_event_id or "0")
+            events = await self.service.watch(request.job_id, call.tenant, request.after_event_id)
         except InvalidRequest as error:
             error.field = "after_event_id"
             raise
         async with self.service.until_drained(), aclosing(events):
+            await call.begin()
             async for event_id, event in events:
-                await self._send(context, pb.WatchJobResponse(event=event_to_proto(event_id, event)))
+                await self._send(call, pb.WatchJobResponse(event=event_to_proto(event_id, event)))
 
-    async def SubmitJob(self, request: pb.SubmitJobRequest, context: Any) -> pb.SubmitJobResponse:
+    async def SubmitJob(self, request: pb.SubmitJobRequest, call: Call) -> pb.SubmitJobResponse:
         generation = generation_from_proto(request.generation)
-        job = await self.service.submit(generation, request.idempotency_key or None)
+        job = await self.service.submit(generation, call.tenant, request.idempotency_key or None)
         return pb.SubmitJobResponse(job=job_to_proto(job))
 
-    async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:
-        return pb.GetJobResponse(job=job_to_proto(await self.service.get(request.job_id)))
+    async def GetJob(self, request: pb.GetJobRequest, call: Call) -> pb.GetJobResponse:
+        return pb.GetJobResponse(job=job_to_proto(await self.service.get(request.job_id, call.tenant)))
 
-    async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.CancelJobResponse:
-        return pb.CancelJobResponse(job=job_to_proto(await self.service.cancel(request.job_id)))
+    async def CancelJob(self, request: pb.CancelJobRequest, call: Call) -> pb.CancelJobResponse:
+        return pb.CancelJobResponse(job=job_to_proto(await self.service.cancel(request.job_id, call.tenant)))
 
-    async def GetImage(self, request: pb.GetImageRequest, context: Any) -> pb.GetImageResponse:
-        job = await self.service.get(request.job_id)
-        picture = await self.service.image(request.job_id, request.index)
+    async def GetImage(self, request: pb.GetImageRequest, call: Call) -> pb.GetImageResponse:
+        job = await self.service.get(request.job_id, call.tenant)
+        picture = await self.service.image(job, request.index)
         return pb.GetImageResponse(data=picture, content_type=f"image/{job.request.output_format}")
 
-    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+    async def ListModels(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
         cards = await self.service.queue.models()
         return pb.ListModelsResponse(models=[model_to_proto(card) for card in cards])
 
-    async def _send(self, context: Any, reply: Any) -> None:
+    async def _send(self, call: Call, reply: Any) -> None:
         """Waits for the client to make room, but not for ever."""
         try:
             async with asyncio.timeout(self.send_timeout):
-                await context.write(reply)
+                await call.context.write(reply)
         except TimeoutError:
-            await context.abort(grpc.StatusCode.ABORTED, "the client is too slow to read its events")
+            raise TooSlow from None
 
 
 class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Around every call to :class:`ImageService`: parses the request, turns errors into statuses, and counts."""
+    """Around every call to :class:`ImageService`: asks for the key, parses the request, turns errors into statuses,
+    and counts. Of the other services, only health answers callers without a key.
+    """
 
-    def __init__(self, metrics: GatewayMetrics) -> None:
+    def __init__(self, metrics: GatewayMetrics, keys: ApiKeys) -> None:
         self.metrics = metrics
+        self.keys = keys
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         handler = await continuation(details)
-        if handler is None or not details.method.startswith(f"/{SERVICE}/"):
+        if handler is None or details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            return handler
+        if not details.method.startswith(f"/{SERVICE}/"):
+            try:
+                self.keys.tenant_of_call(details.invocation_metadata)
+            except Unauthenticated as error:
+                return _refusal(error)
             return handler
         wrapped = self._wrap(details.method, handler.unary_unary or handler.unary_stream, handler.request_deserializer)
         make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.unary_unary_rpc_method_handler
         return make(wrapped, None, handler.response_serializer)
 
-    def _wrap(self, method: str, call: Callable[[Any, Any], Awaitable[Any]], parse: Callable[[bytes], Any]) -> Any:
+    def _wrap(self, method: str, call: Callable[[Any, Call], Awaitable[Any]], parse: Callable[[bytes], Any]) -> Any:
         async def guarded(raw: bytes, context: Any) -> Any:
             began, status = time.monotonic(), "OK"
             try:
+                tenant = self.keys.tenant_of_call(context.invocation_metadata())
                 try:
                     request = parse(raw)
                 except DecodeError:  # gRPC itself would call this INTERNAL
                     raise InvalidRequest("the request is not a valid message; is every string UTF-8?") from None
-                return await call(request, context)
+                return await call(request, Call(context, tenant))
             except PatchforgeError as error:
                 status = error.grpc_status
                 return await _abort(context, error)
             except asyncio.CancelledError:  # hung up, cancelled or out of time
                 status = "CANCELLED"
                 raise
-            except grpc.aio.AbortError:
+            except TooSlow:
                 status = "ABORTED"
-                raise
+                log.info("dropped a client too slow to read its answer", method=method)
+                # Python's gRPC cannot reset a stream: this waits behind the one message that is stuck, holding nothing
+                # else, until the client reads on or leaves.
+                with contextlib.suppress(grpc.aio.InternalError):
+                    await context.abort(grpc.StatusCode.ABORTED, "the client is too slow to read its events")
+                raise asyncio.CancelledError from None
+            except grpc.aio.InternalError:  # it hung up, and the write in progress was the first to know
+                status = "CANCELLED"
+                raise asyncio.CancelledError from None
             except Exception as error:
                 status = "INTERNAL"
                 log.error("unexpected error", method=method, exc_info=error)
@@ -133,16 +175,34 @@ async def _abort(context: Any, error: PatchforgeError) -> Any:
     return await context.abort(grpc.StatusCode[error.grpc_status], message, metadata)
 
 
+def _refusal(error: Unauthenticated) -> Any:
+    """A handler that ends a call of any kind at once."""
+
+    async def refuse(requests: Any, context: Any) -> None:
+        await _abort(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
 class RpcServer:
     """The gRPC side of a gateway's life."""
 
-    def __init__(self, service: JobService, metrics: GatewayMetrics, settings: Settings) -> None:
-        self.health = health.aio.HealthServicer()
+    def __init__(
+        self,
+        service: JobService,
+        metrics: GatewayMetrics,
+        keys: ApiKeys,
+        settings: Settings,
+        certificate: Certificate | None = None,
+    ) -> None:
+        self._certificate = certificate
+        self.health = Health([SERVICE])
         self._server = grpc.aio.server(
-            interceptors=[Boundary(metrics)],
+            interceptors=[Boundary(metrics, keys)],
             options=[
                 ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", MAX_REPLY_BYTES),
+                ("grpc.max_concurrent_streams", MAX_STREAMS),
                 ("grpc.keepalive_time_ms", round(1000 * settings.sse_ping_seconds)),
                 ("grpc.so_reuseport", 0),  # a second gateway on the same port should fail, not share it
             ],
@@ -153,19 +213,13 @@ class RpcServer:
 
     async def start(self, host: str, port: int) -> int:
         """Returns the port bound; 0 asks for any free one."""
-        await self.report(serving=False)
-        bound: int = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if self._certificate is None:
+            bound: int = self._server.add_insecure_port(address)
+        else:
+            bound = self._server.add_secure_port(address, self._certificate.for_grpc())
         await self._server.start()
         return bound
-
-    async def report(self, *, serving: bool) -> None:
-        """What the health service answers, for the server as a whole and for our service."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE):
-            await self.health.set(name, status)
-
-    async def drain(self) -> None:
-        await self.health.enter_graceful_shutdown()
 
     async def stop(self, grace: float) -> None:
         """Lets calls in progress go on for ``grace`` seconds, then cancels them."""

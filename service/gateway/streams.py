@@ -7,9 +7,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
-import structlog
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
@@ -17,8 +15,6 @@ from service.errors import PatchforgeError
 from service.settings import Settings
 
 T = TypeVar("T")
-
-log = structlog.get_logger(__name__)
 
 
 class EventStream(EventSourceResponse):
@@ -30,7 +26,7 @@ class EventStream(EventSourceResponse):
         scope_of_life: AbstractAsyncContextManager[object],
         settings: Settings,
     ) -> None:
-        super().__init__(events, ping=settings.sse_ping_seconds, send_timeout=settings.client_timeout_seconds, sep="\n")
+        super().__init__(events, ping=settings.sse_ping_seconds, sep="\n")
         self._scope_of_life = scope_of_life
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,8 +45,6 @@ class EventStream(EventSourceResponse):
                 raise
             # A proper end, after which the client comes back, here or elsewhere.
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except SendTimeoutError:
-            log.info("dropped a client too slow to read its events", path=scope["path"])
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import structlog
 import torch
@@ -21,6 +22,8 @@ from service.worker.pictures import encode_picture
 from service.worker.scheduler import Candidate, Scheduler
 
 log = structlog.get_logger()
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Engine:
         for index in range(request.n):
             seed = (request.seed or 0) + index
             run = Trajectory.begin(sampler, condition, pipeline.noise(seed))
-            pictures.append(LivePicture(index, seed, run, torch.zeros(pipeline.grid.patches, dtype=torch.long)))
+            pictures.append(LivePicture.begin(index, seed, run))
         live = LiveJob(job, request.model or "", pictures, truncated)
         self.jobs[job.id] = live
         return live
@@ -120,85 +123,108 @@ class Engine:
             except Exception as error:  # one job's trouble, of whatever kind, must stay its own
                 outcomes.append(self._broken(live, error))
         alive = [(live, picture) for live, picture in moved if live.job.id in self.jobs]
-        try:
-            outcomes += self._show(alive)
-        except Exception as error:  # say, no memory left to decode
-            outcomes += [self._broken(live, error) for live in {live.job.id: live for live, _ in alive}.values()]
-        return outcomes + self._close()
+        return outcomes + self._show(alive) + self._close()
 
     def _schedule(self) -> list[tuple[LiveJob, LivePicture, Plan]]:
         plans: dict[tuple[str, int], tuple[LiveJob, LivePicture, Plan]] = {}
         candidates = []
         for job_id, live in self.jobs.items():
             for picture in live.pictures:
-                plan = None if picture.done else picture.trajectory.plan()
-                if plan is not None:
-                    plans[job_id, picture.index] = live, picture, plan
-                    cost = self.pipelines[live.model].denoiser.patches(plan)
+                if picture.plan is not None:
+                    plans[job_id, picture.index] = live, picture, picture.plan
+                    cost = self.pipelines[live.model].denoiser.patches(picture.plan)
                     candidates.append(Candidate((job_id, picture.index), live.model, cost))
         return [plans[each.key] for each in self.scheduler.choose(candidates)]
 
     def _evaluate(self, planned: list[tuple[LiveJob, LivePicture, Plan]]) -> list[Prediction | Exception]:
-        """Predictions in order. If the pack fails, each is tried alone, so that only the culprit fails."""
+        """Predictions in order."""
         model = planned[0][0].model
         denoiser = self.pipelines[model].denoiser
         self.last_evaluation = sum(denoiser.patches(plan) for _, _, plan in planned), model
-        evaluations = [picture.trajectory.evaluation(plan) for _, picture, plan in planned]
-        try:
-            return list(denoiser.evaluate(evaluations))
-        except Exception as error:
-            if len(planned) == 1:
-                return [error]
-            log.warning("a packed evaluation failed; trying its members alone", error=repr(error))
-        return [outcome for each in planned for outcome in self._evaluate([each])]
+        return isolating(denoiser.evaluate, [picture.trajectory.evaluation(plan) for _, picture, plan in planned])
 
     def _advance(self, live: LiveJob, picture: LivePicture, plan: Plan, prediction: Prediction | Exception) -> None:
         if isinstance(prediction, Exception):
             raise prediction
-        if not torch.isfinite(prediction.velocity).all():
+        if not (torch.isfinite(prediction.velocity).all() & torch.isfinite(prediction.log_variance).all()):
             raise NotFinite("the network predicted values that are not finite")
-        picture.trajectory.advance(prediction, self.pipelines[live.model].denoiser.patches(plan))
-        picture.note_finished_patches()
+        picture.advance(prediction, self.pipelines[live.model].denoiser.patches(plan))
 
     def _broken(self, live: LiveJob, error: Exception) -> JobBroken:
         self.drop(live.job.id)
-        memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        code = "out_of_memory" if memory else "not_finite" if isinstance(error, NotFinite) else "evaluation_failed"
-        log.error("job failed", job=live.job.id, code=code, exc_info=None if memory else error)
-        message = "the device ran out of memory" if memory else "the network could not evaluate this request"
-        return JobBroken(live.job.id, JobError(code=code, message=f"{message} ({type(error).__name__})"))
+        return JobBroken(live.job.id, job_error(live.job.id, error))
 
     def _show(self, moved: Iterable[tuple[LiveJob, LivePicture]]) -> list[Outcome]:
         """Decode, in one batch, finished pictures and the previews that are due."""
         now = time.monotonic()
         due = []
         for live, picture in moved:
-            picture.done = picture.trajectory.plan() is None
             wanted = live.job.request.previews and now - picture.previewed >= self.preview_interval
             if picture.done or wanted:
                 due.append((live, picture))
         if not due:
             return []
-        clean = [p.trajectory.state.x if p.done else p.trajectory.state.estimate for _, p in due]
-        decoded = self.pipelines[due[0][0].model].decode(torch.stack(clean))
+        pipeline = self.pipelines[due[0][0].model]
+
+        def decode(some: list[tuple[LiveJob, LivePicture]]) -> torch.Tensor:
+            states = [(picture.trajectory.state, picture.done) for _, picture in some]
+            return pipeline.decode(torch.stack([state.x if done else state.estimate for state, done in states]))
+
         outcomes: list[Outcome] = []
-        for (live, picture), pixels in zip(due, decoded, strict=True):
-            request = live.job.request
-            if picture.done:
-                data = encode_picture(pixels, request.output_format, request.output_compression)
-                outcomes.append(PictureMade(live.job.id, picture.index, data))
-            else:
-                picture.previewed = now
-                live.note_preview()
-                outcomes.append(PreviewMade(live.job.id, _preview(picture, encode_picture(pixels, OutputFormat.PNG))))
+        for (live, picture), pixels in zip(due, isolating(decode, due), strict=True):
+            if live.job.id not in self.jobs:
+                continue  # another of its pictures just broke the job
+            try:
+                outcomes.append(self._shown(live, picture, pixels, now))
+            except Exception as error:
+                outcomes.append(self._broken(live, error))
         return outcomes
+
+    def _shown(self, live: LiveJob, picture: LivePicture, pixels: torch.Tensor | Exception, now: float) -> Outcome:
+        if isinstance(pixels, Exception):
+            raise pixels
+        request = live.job.request
+        if picture.done:
+            data = encode_picture(pixels, request.output_format, request.output_compression)
+            return PictureMade(live.job.id, picture.index, data)
+        picture.previewed = now
+        live.note_preview()
+        return PreviewMade(live.job.id, _preview(picture, encode_picture(pixels, OutputFormat.PNG)))
 
     def _close(self) -> list[Outcome]:
         """Reports of the jobs whose pictures are all made."""
-        done = [live for live in self.jobs.values() if live.done]
-        for live in done:
-            self.drop(live.job.id)
-        return [JobDone(live.job.id, live.report()) for live in done]
+        outcomes: list[Outcome] = []
+        for live in [live for live in self.jobs.values() if live.done]:
+            try:
+                outcomes.append(JobDone(live.job.id, live.report()))
+                self.drop(live.job.id)
+            except Exception as error:
+                outcomes.append(self._broken(live, error))
+        return outcomes
+
+
+def isolating(call: Callable[[list[T]], Iterable[R]], items: list[T]) -> list[R | Exception]:
+    """What ``call`` makes of each item, in order. If it fails on all at once, each half is tried by itself.
+
+    So only the culprit fails, and what is merely too much for the device's memory is done in smaller portions.
+    """
+    try:
+        return list(call(items))
+    except Exception as error:
+        if len(items) == 1:
+            return [error]
+        log.warning("pictures failed together; trying each half", pictures=len(items), error=repr(error))
+    half = len(items) // 2  # out here the failed attempt's memory is free again
+    return isolating(call, items[:half]) + isolating(call, items[half:])
+
+
+def job_error(job_id: str, error: Exception, otherwise: str = "evaluation_failed") -> JobError:
+    """What the client is told of an exception; ``otherwise`` is the code of one of no known kind."""
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    code = "out_of_memory" if memory else "not_finite" if isinstance(error, NotFinite) else otherwise
+    log.error("job broke", job=job_id, code=code, exc_info=None if memory else error)
+    message = "the device ran out of memory" if memory else "the network could not evaluate this request"
+    return JobError(code=code, message=f"{message} ({type(error).__name__})")
 
 
 def _preview(picture: LivePicture, png: bytes) -> Preview:

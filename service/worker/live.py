@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from model.generate import Trajectory
+from model.types import Plan, Prediction
 from service.schemas import ImageReport, Job, SavingsReport
 
 
@@ -18,11 +19,28 @@ class LivePicture:
     index: int
     seed: int
     trajectory: Trajectory
+    plan: Plan | None
+    """What to evaluate next; None when the picture is finished."""
     finished_at: torch.Tensor
     """``(P,)`` long: evaluation after which each patch stood at t = 1; 0 while it does not."""
     previewed: float = 0.0
     """Monotonic time of the last preview."""
-    done: bool = False
+
+    @classmethod
+    def begin(cls, index: int, seed: int, trajectory: Trajectory) -> LivePicture:
+        """One that has not been evaluated yet."""
+        finished_at = torch.zeros(trajectory.sampler.grid.patches, dtype=torch.long)
+        return cls(index, seed, trajectory, trajectory.plan(), finished_at)
+
+    @property
+    def done(self) -> bool:
+        return self.plan is None
+
+    def advance(self, prediction: Prediction, cost: int) -> None:
+        """Take what the plan asked for, which cost ``cost`` patch evaluations."""
+        self.trajectory.advance(prediction, cost)
+        self.plan = self.trajectory.plan()
+        self.note_finished_patches()
 
     def note_finished_patches(self) -> None:
         """Record which patches reached t = 1 with the evaluation just made."""

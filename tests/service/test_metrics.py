@@ -73,9 +73,12 @@ def test_a_request_that_did_not_complete_counts_no_work() -> None:
     metrics.request_started(a_job())
     metrics.request_finished(a_job(), None, JobStatus.FAILED)
     metrics.request_started(a_job())
-    metrics.request_left(a_job())
+    metrics.request_released(a_job())
+    metrics.request_started(a_job())
+    metrics.request_lost(a_job())
     seen = samples(metrics.exposition())
     assert seen[f"patchforge_requests_running{OF_REQUEST}"] == 0
+    assert seen[f"patchforge_claims_lost_total{OF_REQUEST}"] == 1
     assert seen['patchforge_requests_total{model="emoji",sampler="dual_loop",status="failed"}'] == 1
     assert not any("savings" in name for name in seen)
 

@@ -79,6 +79,13 @@ class TestLifeOfAJob:
         assert (await queue.get(job.id)).error == failed.error
         assert [event for _, event in await watched(queue, job.id)] == [Queued(), failed]
 
+    async def test_no_event_but_the_end_itself_may_say_that_it_ended(self, queue: JobQueue) -> None:
+        await queue.submit(a_request())
+        claim = await claimed(queue)
+        with pytest.raises(TypeError, match="finish it"):
+            await queue.publish(claim, DONE)
+        assert await queue.heartbeat(claim) is Heartbeat.OK
+
     async def test_leaves_nothing_without_an_expiry(self, queue: JobQueue, redis_client: Redis) -> None:
         job = await queue.submit(a_request(), idempotency_key="k")
         claim = await claimed(queue)

@@ -87,6 +87,35 @@ class TestWatch:
         events = [event for _, event in await watched(queue, job.id, "1-0")]
         assert events[-2:] == [a_preview(39, size=100_000), DONE]
 
+    async def test_only_previews_are_ever_trimmed(self, queue: JobQueue, redis_client: Redis) -> None:
+        job = await queue.submit(a_request(n=10))
+        claim = await claimed(queue)
+        await queue.publish(claim, Started(attempt=1, steps=4))
+        for index in range(10):
+            for evaluation in range(30):
+                await queue.publish(claim, a_preview(evaluation, index=index, size=100_000))
+            await queue.store_image(claim, index, b"x")
+        assert await redis_client.xlen(keys.events(job.id)) < 25
+        await queue.finish(claim, DONE)
+        events = [event for _, event in await watched(queue, job.id)]
+        images = [ImageReady(index=index) for index in range(10)]
+        assert [e for e in events if not isinstance(e, Preview)] == [
+            Queued(),
+            Started(attempt=1, steps=4),
+            *images,
+            DONE,
+        ]
+        assert a_preview(29, index=9, size=100_000) in events
+
+    async def test_a_reader_of_large_previews_gets_only_the_newest(self, queue: JobQueue) -> None:
+        job = await queue.submit(a_request(n=2))
+        claim = await claimed(queue)
+        for evaluation in range(12):
+            await queue.publish(claim, a_preview(evaluation, index=evaluation % 2, size=60_000))
+        await queue.finish(claim, DONE)
+        newest = [a_preview(evaluation, index=evaluation % 2, size=60_000) for evaluation in (10, 11)]
+        assert [event for _, event in await watched(queue, job.id)] == [Queued(), *newest, DONE]
+
     async def test_a_slow_reader_skips_stale_previews_only(self, queue: JobQueue) -> None:
         job = await queue.submit(a_request(n=2))
         claim = await claimed(queue)

@@ -15,6 +15,9 @@ const SAMPLERS = { // what each does, and its knobs
     quantile: EASY,
     ratio: range("How far ahead", 1, 4, 0.1, 1.4),
   }],
+  multistep: ["All patches together, of second order: 8 to 12 steps are plenty.", {
+    exponent: range("Finer near noise", 0.5, 3, 0.1, 1.5),
+  }],
 };
 const LIVE_LEGEND = "Tinted tiles are still being worked on; clear ones have finished.";
 const FINAL_LEGEND = "Point at a picture to see when each patch finished: clear early, strongly tinted late.";
@@ -28,7 +31,10 @@ async function loadModels() {
   try {
     const { data } = await call("v1/models");
     for (const { id, patchforge } of data) models.set(id, patchforge);
-  } catch { /* the server is away: try again */ }
+    complain("");
+  } catch (error) { // a server that is away is tried again in silence; one that refuses has a reason
+    if (!(error instanceof TypeError)) complain(error.message);
+  }
   if (models.size === 0) {
     say("Waiting for a worker…");
     setTimeout(loadModels, 2000);

@@ -117,7 +117,7 @@ class ScriptedWorker:
                 return
         for index in range(request.n):
             await self.queue.store_image(claim, index, png((request.seed or 0) + index))
-        await self.queue.finish(claim, Completed(report=_report(request.seed or 0, request.n)))
+        await self.queue.finish(claim, Completed(report=report(request.seed or 0, request.n)))
 
     async def _may_go_on(self, claim: Claim) -> bool:
         while (beat := await self.queue.heartbeat(claim)) is Heartbeat.OK:
@@ -140,7 +140,7 @@ def _preview(index: int, evaluation: int) -> Preview:
     )
 
 
-def _report(seed: int, n: int) -> SavingsReport:
+def report(seed: int, n: int) -> SavingsReport:
     image = {"patch_evaluations": 32, "dense_patch_evaluations": 48}
     lists = {"difficulty": [0.25] * PATCHES, "finished_at": [8] * PATCHES}
     return SavingsReport(

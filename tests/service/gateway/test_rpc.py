@@ -208,7 +208,7 @@ async def test_health_follows_readiness(gateway: Gateway, channel: grpc.aio.Chan
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         await queue.announce("scripted", CARDS)
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-        await gateway.rpc.drain()
+        gateway.rpc.health.drain()
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     watch.cancel()
 
@@ -236,3 +236,13 @@ async def test_reflection(gateway: Gateway) -> None:
 )
 def test_generations_survive_the_round_trip(request_: GenerationRequest) -> None:
     assert generation_from_proto(generation_to_proto(request_)) == request_
+
+
+async def test_health_of_what_is_not_served(channel: grpc.aio.Channel) -> None:
+    health = health_pb2_grpc.HealthStub(channel)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await health.Check(health_pb2.HealthCheckRequest(service="nothing"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    watch = health.Watch(health_pb2.HealthCheckRequest(service="nothing"))
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    watch.cancel()

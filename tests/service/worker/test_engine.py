@@ -170,6 +170,48 @@ def test_a_request_whose_evaluation_raises_fails_alone(
     assert [o.job_id for o in outcomes if isinstance(o, JobDone)] == [good.id]
 
 
+def test_pictures_too_many_to_decode_at_once_are_decoded_in_portions(
+    engine: Engine, pipelines: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = pipelines["tiny-class"]
+    decode = pipeline.decode
+
+    def out_of_memory_for_more_than_two(patches):
+        if len(patches) > 2:
+            raise torch.OutOfMemoryError("too many pictures")
+        return decode(patches)
+
+    engine.admit(several := job(n=5))
+    whole = run(engine)
+    monkeypatch.setattr(pipeline, "decode", out_of_memory_for_more_than_two)
+    engine.admit(again := job(n=5))
+    portions = run(engine)
+    assert [o.job_id for o in portions if isinstance(o, JobDone)] == [again.id]
+    for index in range(5):
+        assert np.abs(pixels(whole, several.id, index) - pixels(portions, again.id, index)).max() <= 1
+
+
+def test_a_picture_that_cannot_be_decoded_fails_alone(
+    engine: Engine, pipelines: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = pipelines["tiny-class"]
+    decode = pipeline.decode
+    good, bad = job(previews=False), job(previews=False, seed=666)
+    engine.admit(good)
+    culprit = engine.admit(bad).pictures[0]
+
+    def broken_for_the_culprit(patches):
+        if any(torch.equal(each, culprit.trajectory.state.x) for each in patches):
+            raise RuntimeError("no such picture")
+        return decode(patches)
+
+    monkeypatch.setattr(pipeline, "decode", broken_for_the_culprit)
+    outcomes = run(engine)
+    [broken] = [o for o in outcomes if isinstance(o, JobBroken)]
+    assert (broken.job_id, broken.error.code) == (bad.id, "evaluation_failed")
+    assert [o.job_id for o in outcomes if isinstance(o, JobDone)] == [good.id]
+
+
 def test_a_dropped_job_is_not_evaluated_again(engine: Engine) -> None:
     dropped, kept = job(steps=50), job()
     for each in (dropped, kept):

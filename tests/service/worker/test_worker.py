@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from redis.exceptions import ResponseError
 
 from model.pipeline import Pipeline
-from service.queue import JobQueue
+from service.queue import Claim, Heartbeat, JobQueue
 from service.schemas import (
     TERMINAL_EVENTS,
     Cancelled,
@@ -23,7 +24,10 @@ from service.schemas import (
     Started,
 )
 from service.settings import Settings
-from service.worker.main import Worker
+from service.worker.engine import Outcome
+from service.worker.outages import Outages
+from service.worker.worker import Worker
+from tests.service.queue_kit import eventually
 from tests.service.worker.jobs import request
 
 Running = Callable[..., object]
@@ -153,3 +157,56 @@ async def test_a_job_of_a_dead_worker_is_made_again_the_same(
         twin = await queue.submit(request(steps=5))
         await first(queue, twin.id, TERMINAL_EVENTS)
     assert await queue.image(job.id, 0) == await queue.image(twin.id, 0)
+
+
+async def test_a_job_on_its_last_attempt_runs_alone(
+    settings: Settings, queue: JobQueue, other_queue: JobQueue, pipelines: dict[str, Pipeline]
+) -> None:
+    suspect = await queue.submit(request(steps=5))
+    assert await other_queue.claim("dead", ["tiny-class"], block_seconds=0)
+    await eventually(lambda: other_queue.reclaim("dead too", ["tiny-class"]))
+    worker = Worker(settings, queue, pipelines)
+    together: list[set[str]] = []
+    step = worker.engine.step
+
+    def watched_step() -> list[Outcome]:
+        together.append(set(worker.engine.jobs))
+        return step()
+
+    worker.engine.step = watched_step
+    async with running(worker):
+        busy = await queue.submit(request(steps=200, n=10))  # in flight when the suspect falls idle
+        await first(queue, busy.id, Started)
+        await queue.submit(request(steps=5, seed=1))
+        assert isinstance(await first(queue, suspect.id, TERMINAL_EVENTS), Completed)
+        assert isinstance(await first(queue, busy.id, TERMINAL_EVENTS), Completed)
+    assert (await queue.get(suspect.id)).attempt == 3
+    assert [jobs for jobs in together if suspect.id in jobs] == [{suspect.id}] * 5
+
+
+async def test_a_worker_that_cannot_keep_its_claims_ends(
+    worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(claim: Claim) -> Heartbeat:
+        raise ResponseError("WRONGTYPE")
+
+    monkeypatch.setattr(queue, "heartbeat", broken)
+    await queue.submit(request(steps=200, n=10))
+    with pytest.raises(ExceptionGroup):
+        await asyncio.wait_for(worker.run(), 10)
+
+
+async def test_no_one_is_taken_for_dead_after_an_outage(
+    settings: Settings, queue: JobQueue, other_queue: JobQueue, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await other_queue.submit(request())
+    claim = await other_queue.claim("living", ["tiny-class"], block_seconds=0)
+    assert claim is not None
+    await asyncio.sleep(1.1 * settings.claim_idle_seconds)  # nobody could reach the server
+    monkeypatch.setattr(Outages, "seconds_since", 0.9 * settings.claim_idle_seconds)
+    async with running(worker):
+        after = await queue.submit(request())
+        assert isinstance(await first(queue, after.id, TERMINAL_EVENTS), Completed)
+        assert await other_queue.heartbeat(claim) is Heartbeat.OK
+        monkeypatch.undo()
+        assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)  # in the end it is

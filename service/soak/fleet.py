@@ -1,0 +1,173 @@
+"""The processes under test: two gateways, two workers and a queue server, all of the soak's own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import httpx
+
+from service.embedded import EmbeddedServer, free_port, tied_to_us
+from service.errors import Unavailable
+
+READY_SECONDS = 180.0  # for a worker to load its models on a busy machine
+STOP_SECONDS = 40.0
+RESULT_TTL = 120  # seconds; the audit has to see each job within that
+CLAIM_IDLE = 5.0
+DRAIN = 5
+
+
+@dataclass
+class Member:
+    """A gateway or a worker; its ports and its log stay the same from one life to the next."""
+
+    name: str
+    role: Literal["gateway", "worker"]
+    environment: dict[str, str]
+    log: Path
+    http: str = ""
+    grpc: str = ""
+    spared: bool = False
+    """Never killed, so that its memory can be followed from start to end."""
+    busy: bool = False
+    """Something is being done to it: that it does not run is as it should be."""
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            command = tied_to_us([sys.executable, "-m", "service.cli", self.role], signal.SIGKILL)
+            self.process = subprocess.Popen(
+                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        if self.process is None:
+            raise Unavailable(f"{self.name} was not started")
+        return self.process.pid
+
+    def send(self, signum: signal.Signals) -> None:
+        """Harmless if it has ended."""
+        if self.process is not None:
+            self.process.send_signal(signum)
+
+    async def ended(self) -> int | None:
+        """Its exit status, once it has one; None if it will not end."""
+        give_up = time.monotonic() + STOP_SECONDS
+        while True:
+            status = None if self.process is None else self.process.poll()
+            if status is not None or time.monotonic() > give_up:
+                return status
+            await asyncio.sleep(0.05)
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+class Fleet:
+    """All of them; started on entry and gone on exit. Use it from the main thread, for their lives hang on it."""
+
+    def __init__(self, folder: Path, bundle_dir: Path, gateways: int = 2, workers: int = 2) -> None:
+        self.folder = folder
+        self.server = EmbeddedServer(folder)
+        self.server_busy = False
+        self.server.start()
+        self.gateways = [self._member("gateway", bundle_dir, number) for number in range(1, gateways + 1)]
+        self.workers = [self._member("worker", bundle_dir, number) for number in range(1, workers + 1)]
+        for first in (self.gateways[0], self.workers[0]):
+            first.spared = True
+
+    @property
+    def members(self) -> list[Member]:
+        return [*self.gateways, *self.workers]
+
+    async def __aenter__(self) -> Fleet:
+        try:
+            for member in self.members:
+                member.start()
+            await self.ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *reason: object) -> None:
+        for member in self.members:
+            member.send(signal.SIGTERM)
+        for member in self.members:
+            await member.ended()
+        self.close()
+
+    async def ready(self) -> None:
+        """Until every gateway accepts requests. Raises Unavailable if one does not in time."""
+        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
+            for gateway in self.gateways:
+                await self._ready(client, gateway)
+
+    async def _ready(self, client: httpx.AsyncClient, gateway: Member) -> None:
+        give_up = time.monotonic() + READY_SECONDS
+        while time.monotonic() < give_up:
+            try:
+                if (await client.get(f"{gateway.http}/readyz")).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            await asyncio.sleep(0.2)
+        raise Unavailable(f"{gateway.name} was not ready in {READY_SECONDS:.0f} s; see {gateway.log}")
+
+    def restore(self) -> None:
+        """Whatever was paused goes on and whatever was killed runs again."""
+        if self.server.running:
+            os.kill(self.server.pid, signal.SIGCONT)
+        else:
+            self.server.stop()
+            self.server.start()
+        self.server_busy = False
+        for member in self.members:
+            member.send(signal.SIGCONT)
+            member.busy = False
+            if not member.running:
+                member.start()
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
+        self.server.stop()
+
+    def _member(self, role: Literal["gateway", "worker"], bundle_dir: Path, number: int) -> Member:
+        http, grpc = free_port(), free_port()
+        settings = {
+            "REDIS_URL": self.server.url,
+            "HOST": "127.0.0.1",
+            "HTTP_PORT": http,
+            "GRPC_PORT": grpc,
+            "WORKER_METRICS_PORT": 0,
+            "BUNDLE_DIR": bundle_dir.resolve(),
+            "RESULT_TTL_SECONDS": RESULT_TTL,
+            "IDEMPOTENCY_TTL_SECONDS": RESULT_TTL,
+            "CLAIM_IDLE_SECONDS": CLAIM_IDLE,
+            "DRAIN_SECONDS": DRAIN,
+            "MAX_WAITING": 24,
+            "LOG_JSON": "true",
+        }
+        # Nothing of the caller's own service: its keys, its certificate, its models.
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PATCHFORGE_")}
+        threads = os.environ.get("PATCHFORGE_THREADS", "1")
+        environment = kept | {f"PATCHFORGE_{name}": str(value) for name, value in settings.items()}
+        environment |= {"PATCHFORGE_THREADS": threads}
+        name = f"{role}-{number}"
+        log = self.folder / f"{name}.log"
+        return Member(name, role, environment, log, f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}")

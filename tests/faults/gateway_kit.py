@@ -1,0 +1,139 @@
+"""What the gateway's rows share: a gateway before a scripted worker, raw sockets to abuse it with, and its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import openai
+
+from service import keys
+from service.queue import JobQueue
+from service.settings import Settings
+from tests.faults.harness import PATIENCE, Gateway, Process, Stack
+from tests.faults.scripted_worker import CURTAIN
+from tests.service.gateway.harness import CARDS
+
+APPLE: dict[str, Any] = {"prompt": "a red apple", "model": "tiny-text", "seed": 7}
+NO_JOB = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
+JSON = {"Content-Type": "application/json"}
+
+
+class Stage(Stack):
+    """A queue server, a worker without a model, and one gateway ready for requests."""
+
+    gateway: Gateway
+    worker: Process
+
+    def __init__(self, data: Path, **settings: Any) -> None:
+        super().__init__(data, data, **settings)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        try:
+            self.gateway, self.worker = self.start_pair("scripted_worker")
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def jobs(self) -> list[str]:
+        """The ids of all jobs, ended ones too."""
+        with self.redis as redis:
+            return [key.decode().removeprefix(keys.JOB) for key in redis.keys(keys.JOB + "*")]
+
+    def announce(self, name: str) -> None:
+        """A text model that is said to be served, for a quarter of a minute, and that no worker takes jobs for."""
+
+        async def announce() -> None:
+            queue = JobQueue.connect(self.server.url, Settings())
+            await queue.announce(name, [CARDS[0].model_copy(update={"name": name})])
+            await queue.close()
+
+        asyncio.run(announce())
+
+    @contextmanager
+    def another_gateway(self, **settings: Any) -> Iterator[Gateway]:
+        """One more gateway on the same queue, ready, gone afterwards."""
+        gateway = self.start_gateway(**settings)
+        try:
+            gateway.await_ready()
+            yield gateway
+        finally:
+            gateway.close()
+
+    @contextmanager
+    def curtain_down(self) -> Iterator[None]:
+        """Jobs stand still after their first preview, and go on afterwards."""
+        with self.redis as redis:
+            redis.set(CURTAIN, 1)
+            try:
+                yield
+            finally:
+                redis.delete(CURTAIN)
+
+
+def openai_client(gateway: Gateway, api_key: str = "unused") -> openai.OpenAI:
+    """The official client; to be entered."""
+    return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=api_key, max_retries=0, timeout=PATIENCE)
+
+
+def raw(gateway: Gateway, receive_buffer: int | None = None) -> socket.socket:
+    """A plain connection to the HTTP port."""
+    host, _, port = gateway.url.removeprefix("http://").partition(":")
+    connection = socket.socket()
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(PATIENCE)
+    connection.connect((host, int(port)))
+    return connection
+
+
+def answer_to(gateway: Gateway, sent: bytes) -> bytes:
+    """All that comes back for these bytes, until the gateway closes the connection."""
+    with raw(gateway) as connection:
+        connection.sendall(sent)
+        return until_closed(connection)
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    received = b""
+    while chunk := connection.recv(1 << 16):
+        received += chunk
+    return received
+
+
+def post(path: str, body: bytes, *headers: str) -> bytes:
+    """A request that closes its connection, byte for byte."""
+    head = [f"POST {path} HTTP/1.1", "Host: x", "Connection: close", "Content-Type: application/json"]
+    head += [f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+def problem_of(answer: bytes) -> dict[str, Any]:
+    return json.loads(answer.partition(b"\r\n\r\n")[2])
+
+
+def memory(pid: int, what: str = "VmRSS") -> float:
+    """MiB resident now, or (``VmHWM``) at most."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{what}:")) / 1024
+
+
+@contextmanager
+def flat_memory(process: Process, allowed: float) -> Iterator[None]:
+    """Fails if the process ever takes ``allowed`` MiB more than at the start."""
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak counts from now
+    before = memory(process.pid)
+    yield
+    grown = memory(process.pid, "VmHWM") - before
+    assert grown < allowed, f"{process.name} took {grown:.0f} MiB more"

@@ -1,0 +1,100 @@
+"""A real queue server that a test may kill, two views of its queue, and one look at everything in it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import redis
+
+from service import keys
+from service.embedded import EmbeddedServer
+from service.errors import Unavailable
+from service.queue import Claim, JobQueue
+from service.settings import Settings
+
+T = TypeVar("T")
+
+CAP, MAX_ATTEMPTS, IDLE_MS = 4, 3, 3_600_000
+PREFIXES = (keys.JOB, keys.EVENTS, keys.IMAGES, keys.QUEUE)
+
+# Everything about the given jobs, the waiting list and the queues, in one atomic look.
+SNAPSHOT = """
+local jobs, queues = {}, {}
+for _, id in ipairs(ARGV) do
+  local key = KEYS[2] .. id
+  local events = {}
+  for _, entry in ipairs(redis.call('XRANGE', KEYS[3] .. id, '-', '+')) do events[#events + 1] = entry[2][2] end
+  jobs[id] = { redis.call('HMGET', key, 'status', 'attempt', 'stream', 'entry', 'cancel'), events,
+    { redis.call('TTL', key), redis.call('TTL', KEYS[3] .. id), redis.call('TTL', KEYS[4] .. id) },
+    redis.call('HKEYS', KEYS[4] .. id) }
+end
+for _, stream in ipairs(redis.call('KEYS', KEYS[5] .. '*')) do
+  local entries, pending = {}, {}
+  for _, entry in ipairs(redis.call('XRANGE', stream, '-', '+')) do entries[entry[1]] = entry[2][2] end
+  local reply = redis.pcall('XPENDING', stream, KEYS[6], '-', '+', 1000)
+  for _, entry in ipairs(reply.err and {} or reply) do pending[entry[1]] = true end
+  queues[stream] = { entries, pending }
+end
+return cjson.encode({ jobs = jobs, queues = queues, waiting = redis.call('ZRANGE', KEYS[1], 0, -1) })
+"""
+
+
+class Rig:
+    """One server for all runs, and two views of its queue: a gateway's and a worker's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server = EmbeddedServer(folder)
+        self.server.start()
+        self.runner = asyncio.Runner()
+        self.tally: Counter[str] = Counter()
+        """What happened, so that a test can tell it was not in vain."""
+        limits = Settings(max_waiting=CAP, max_attempts=MAX_ATTEMPTS, claim_idle_seconds=IDLE_MS / 1000)
+        self.gateway, self.worker = (JobQueue.connect(self.server.url, limits) for _ in range(2))
+        self.client = redis.Redis.from_url(self.server.url)
+        self._snapshot = self.client.register_script(SNAPSHOT)
+
+    def run(self, call: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(call)
+
+    def snapshot(self, jobs: Sequence[str]) -> Any:
+        return json.loads(self._snapshot([keys.WAITING, *PREFIXES, keys.GROUP], list(jobs)))
+
+    def age(self, claim: Claim) -> None:
+        """As if the claim's worker had been silent for longer than it may."""
+        entry = [claim.entry_id]
+        self.client.xclaim(claim.stream, keys.GROUP, keys.CONSUMER, 0, entry, idle=IDLE_MS + 1, justid=True)
+
+    def kill_server(self) -> None:
+        os.kill(self.server.pid, signal.SIGKILL)
+        self.server.stop()
+
+    def start_server(self) -> None:
+        """Comes back from the log it wrote; the clients reconnect."""
+        self.server.start()
+        self.tally["server kills"] += 1
+        for queue in (self.gateway, self.worker):
+            self.run(self._reconnected(queue))
+        self.client.close()
+        self.client.config_set("auto-aof-rewrite-min-size", "4mb")  # so that kills meet rewrites, and restarts are fast
+
+    async def _reconnected(self, queue: JobQueue) -> None:
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    return await queue.ping()
+                except Unavailable:
+                    await asyncio.sleep(0)  # the next try takes the next connection
+
+    def close(self) -> None:
+        self.run(self.gateway.close())
+        self.run(self.worker.close())
+        self.client.close()
+        self.runner.close()
+        self.server.stop()

@@ -1,0 +1,84 @@
+"""A worker process without a model: plays the scenes of the gateway's tests, so that the gateway's faults show fast.
+
+Jobs are held after their first preview while the key ``CURTAIN`` is set. A prompt of "flood N BYTES" is answered with
+N previews of so many bytes, as fast as the queue takes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import structlog
+
+from service.logs import configure_logs
+from service.queue import Claim, JobQueue
+from service.schemas import Completed, Preview, Started
+from service.settings import Settings
+from tests.service.gateway.harness import CARDS, ScriptedWorker, png, report
+
+CURTAIN = "curtain"
+ANNOUNCE_SECONDS = 2.0
+
+
+class FloodingWorker(ScriptedWorker):
+    """Plays floods too."""
+
+    async def _play(self, claim: Claim) -> None:
+        words = (claim.job.request.prompt or "").split()
+        if words[:1] != ["flood"]:
+            await super()._play(claim)
+            return
+        count, size = int(words[1]), int(words[2])
+        await self.queue.publish(claim, Started(attempt=claim.attempt, steps=count))
+        for evaluation in range(1, count + 1):
+            await self.queue.publish(
+                claim,
+                Preview(
+                    index=0,
+                    evaluation=evaluation,
+                    evaluations=count,
+                    times=[0.5],
+                    finished_share=0.0,
+                    patch_evaluations=evaluation,
+                    dense_patch_evaluations=evaluation,
+                    b64_png="A" * (size - size % 4),
+                ),
+            )
+            if evaluation % 100 == 0:
+                await self.queue.heartbeat(claim)
+        await self.queue.store_image(claim, 0, png(1))
+        await self.queue.finish(claim, Completed(report=report(1, 1)))
+
+
+async def main() -> None:
+    settings = Settings()
+    configure_logs(settings, "worker")
+    queue = JobQueue.connect(settings.redis_url or "", settings)
+    worker = FloodingWorker(queue)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # type: ignore[union-attr]
+    await queue.announce("scripted", CARDS)
+    structlog.get_logger().info("worker ready")
+    async with asyncio.TaskGroup() as group:
+        group.create_task(worker.run())
+        group.create_task(keep_announcing(queue))
+        group.create_task(follow_curtain(queue, worker))
+
+
+async def keep_announcing(queue: JobQueue) -> None:
+    while True:
+        await asyncio.sleep(ANNOUNCE_SECONDS)
+        await queue.announce("scripted", CARDS)
+
+
+async def follow_curtain(queue: JobQueue, worker: ScriptedWorker) -> None:
+    while True:
+        if await queue._do("EXISTS", CURTAIN):
+            worker.curtain.clear()
+        else:
+            worker.curtain.set()
+        await asyncio.sleep(0.02)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

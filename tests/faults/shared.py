@@ -1,0 +1,36 @@
+"""What the tests share that harm no process: two gateways and a worker whose network can be sabotaged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.faults.harness import Gateway, Process, Stack
+
+MAX_RUNNING = 5
+
+
+@dataclass(frozen=True)
+class Shared:
+    """To be left as it was found: everything running, nothing queued."""
+
+    stack: Stack
+    gateway: Gateway
+    other_gateway: Gateway
+    worker: Process
+
+    @classmethod
+    def start(cls, stack: Stack) -> Shared:
+        worker = stack.launch_worker("saboteur", max_running=MAX_RUNNING)
+        gateways = stack.start_gateway(), stack.start_gateway()
+        worker.wait_for("worker ready")
+        for gateway in gateways:
+            gateway.await_ready()
+        return cls(stack, *gateways, worker)
+
+    def ended(self, status: str) -> float:
+        """How many requests ended so, by the metrics. Those the other gateway ended itself are not among them."""
+        return self.gateway.metric("patchforge_requests_total", status=status)
+
+    def await_ended(self, status: str, count: float) -> None:
+        """Until the metrics say so."""
+        self.gateway.await_metric(count, "patchforge_requests_total", status=status)

@@ -1,0 +1,213 @@
+"""Row 27: without a key there is no way in, and with one no way to another's jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import httpx
+import openai
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from service.api_keys import entry, new_key
+from service.pb.patchforge.v1 import image_service_pb2 as pb
+from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
+from tests.faults.gateway_kit import APPLE, JSON, NO_JOB, Stage, flat_memory, openai_client
+from tests.faults.harness import PATIENCE, Gateway
+
+GENERATION = pb.Generation(prompt="a red apple", model="tiny-text", seed=7)
+OPEN = ("/", "/healthz", "/readyz", "/metrics", "/playground/app.js", "/playground/style.css")
+CLOSED = [
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/tiny-text"),
+    ("POST", "/v1/images/generations"),
+    ("POST", "/v1/jobs"),
+    ("GET", f"/v1/jobs/{NO_JOB}"),
+    ("DELETE", f"/v1/jobs/{NO_JOB}"),
+    ("GET", f"/v1/jobs/{NO_JOB}/events"),
+    ("GET", f"/v1/jobs/{NO_JOB}/image"),
+    ("GET", "/docs"),
+    ("GET", "/openapi.json"),
+    ("GET", "/nothing"),
+    ("BREW", "/v1/jobs"),
+    ("GET", "//healthz"),
+    ("GET", "/healthz/"),
+    ("GET", "/playground"),
+    ("GET", "/playground/../v1/models"),
+]
+
+
+@dataclass(frozen=True)
+class Locked:
+    """A gateway that asks for keys: two of Alice's, so that she can change them, and one of Bob's."""
+
+    gateway: Gateway
+    alice: str
+    alices_new: str
+    bob: str
+
+    def http(self, key: str) -> httpx.Client:
+        return httpx.Client(base_url=self.gateway.url, headers={"x-api-key": key}, timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def locked(stage: Stage) -> Iterator[Locked]:
+    keys = [new_key() for _ in range(3)]
+    entries = [entry(name, key) for name, key in zip(("alice", "alice", "bob"), keys, strict=True)]
+    with stage.another_gateway(api_keys=entries, log_level="DEBUG") as gateway:
+        yield Locked(gateway, *keys)
+
+
+def bad_credentials(locked: Locked) -> list[dict[str, str]]:
+    headers = [
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer wrong",
+        f"Bearer {new_key()}",
+        f"Bearer {locked.alice}x",
+        f"Bearer {locked.alice[:-1]}",
+        f"Bearer {entry('alice', locked.alice)}",
+        f"Bearer {entry('alice', locked.alice).partition(':')[2]}",
+        f"Basic {locked.alice}",
+        locked.alice,
+        "Bearer alice",
+        "Bearer " + "x" * 4000,
+    ]
+    return [{}, {"x-api-key": "wrong"}, {"x-api-key": "é".encode().decode("latin-1")}] + [
+        {"authorization": header} for header in headers
+    ]
+
+
+def test_row_27_no_way_in_over_rest(locked: Locked) -> None:
+    """Every path but the open ones, streams included, whatever the request is otherwise like."""
+    http = locked.gateway.http
+    for headers in bad_credentials(locked):
+        for method, path in CLOSED if len(headers) == 0 else CLOSED[2:7]:
+            answer = http.request(method, path, headers=headers | JSON, content=b'{"prompt": "x", "stream": true}')
+            assert answer.status_code == 401, (method, path, headers)
+            assert answer.headers["WWW-Authenticate"] == 'Bearer realm="patchforge"'
+            if path.startswith(("/v1/images", "/v1/models")):
+                assert set(answer.json()) == {"error"}
+                assert answer.json()["error"]["code"] == "unauthenticated"
+            else:
+                assert answer.headers["content-type"] == "application/problem+json"
+                assert answer.json()["code"] == "unauthenticated"
+            assert "x" * 100 not in answer.text
+    for path in OPEN:
+        assert http.get(path).status_code == 200, path
+
+
+def test_row_27_a_body_without_a_key_is_not_taken(locked: Locked) -> None:
+    with flat_memory(locked.gateway, 16):
+        answer = locked.gateway.http.post("/v1/jobs", content=b" " * (60 << 20), headers=JSON)
+    assert answer.status_code == 401
+
+
+def test_row_27_no_way_in_over_grpc(locked: Locked) -> None:
+    """Calls, streams and reflection; health, like the probes, is open."""
+    with grpc.insecure_channel(locked.gateway.grpc_address) as channel:
+        images, reflection = ImageServiceStub(channel), reflection_pb2_grpc.ServerReflectionStub(channel)
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        refused = 0
+        for headers in bad_credentials(locked):
+            metadata = [(name, value) for name, value in headers.items() if value.isascii()]
+            calls = [
+                lambda m: images.SubmitJob(pb.SubmitJobRequest(generation=GENERATION), metadata=m),
+                lambda m: list(images.GenerateImage(pb.GenerateImageRequest(generation=GENERATION), metadata=m)),
+                lambda m: images.GetJob(pb.GetJobRequest(job_id=NO_JOB), metadata=m),
+                lambda m: list(images.WatchJob(pb.WatchJobRequest(job_id=NO_JOB), metadata=m)),
+                lambda m: images.CancelJob(pb.CancelJobRequest(job_id=NO_JOB), metadata=m),
+                lambda m: images.GetImage(pb.GetImageRequest(job_id=NO_JOB), metadata=m),
+                lambda m: images.ListModels(pb.ListModelsRequest(), metadata=m),
+                lambda m: list(reflection.ServerReflectionInfo(iter([question]), metadata=m)),
+            ]
+            for call in calls:
+                with pytest.raises(grpc.RpcError) as caught:
+                    call(metadata)
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+                assert dict(caught.value.trailing_metadata())["error-code"] == "unauthenticated"
+            refused += len(calls) - 1
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+        metadata = [("authorization", f"Bearer {locked.alice}")]
+        assert list(reflection.ServerReflectionInfo(iter([question]), metadata=metadata))
+    locked.gateway.await_metric(refused, "patchforge_grpc_requests_total", status="UNAUTHENTICATED")
+
+
+def test_row_27_a_key_opens_every_door(locked: Locked, stage: Stage) -> None:
+    with openai_client(locked.gateway, locked.alice) as client:
+        assert client.images.generate(prompt="apple", model="tiny-text").data
+        assert list(client.images.generate(prompt="apple", model="tiny-text", stream=True))
+        assert client.models.retrieve("tiny-text").id == "tiny-text"
+    with openai_client(locked.gateway, "unused") as client, pytest.raises(openai.AuthenticationError):
+        client.images.generate(prompt="apple", model="tiny-text")
+    for headers in ({"Authorization": f"bearer  {locked.bob} "}, {"X-API-KEY": locked.bob}):
+        assert locked.gateway.http.get("/v1/models", headers=headers).status_code == 200
+    assert locked.gateway.http.get("/docs", headers={"x-api-key": locked.bob}).status_code == 200
+    with locked.gateway.grpc() as stub:
+        for metadata in ([("authorization", f"Bearer {locked.bob}")], [("x-api-key", locked.bob)]):
+            replies = list(stub.GenerateImage(pb.GenerateImageRequest(generation=GENERATION), metadata=metadata))
+            assert replies[-1].event.WhichOneof("event") == "completed"
+
+
+def test_row_27_anothers_job_is_not_there(locked: Locked, stage: Stage) -> None:
+    """Not to see, follow, fetch or cancel: exactly as if there were no such job."""
+    with locked.http(locked.alice) as alice, locked.http(locked.bob) as bob, stage.curtain_down():
+        job = alice.post("/v1/jobs", json=APPLE).json()["id"]
+        strangers = [bob, stage.gateway.http]  # and a gateway that asks for no key is no way round
+        for stranger in strangers:
+            for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/image")):
+                answer = stranger.request(method, f"/v1/jobs/{job}{path}")
+                assert answer.status_code == 404, (method, path)
+                unknown = stranger.request(method, f"/v1/jobs/{NO_JOB}{path}")
+                assert answer.text.replace(job, NO_JOB) == unknown.text
+        with locked.gateway.grpc() as stub:
+            calls: list[Any] = [
+                lambda m: stub.GetJob(pb.GetJobRequest(job_id=job), metadata=m),
+                lambda m: stub.CancelJob(pb.CancelJobRequest(job_id=job), metadata=m),
+                lambda m: stub.GetImage(pb.GetImageRequest(job_id=job), metadata=m),
+                lambda m: list(stub.WatchJob(pb.WatchJobRequest(job_id=job), metadata=m)),
+            ]
+            for call in calls:
+                with pytest.raises(grpc.RpcError) as caught:
+                    call([("x-api-key", locked.bob)])
+                assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            assert calls[0]([("x-api-key", locked.alice)]).job.id == job
+        with locked.http(locked.alices_new) as same_alice:
+            seen = same_alice.get(f"/v1/jobs/{job}")
+            assert seen.status_code == 200, "not even the stranger's cancel came through"
+            assert seen.json()["status"] in ("waiting", "running")
+            assert "tenant" not in seen.json()
+            assert same_alice.delete(f"/v1/jobs/{job}").status_code == 200
+
+
+def test_row_27_idempotency_keys_are_each_tenants_own(locked: Locked, stage: Stage) -> None:
+    with locked.http(locked.alice) as alice, locked.http(locked.alices_new) as new, locked.http(locked.bob) as bob:
+        ids = [
+            caller.post("/v1/jobs", json=APPLE, headers={"Idempotency-Key": "the same"}).json()["id"]
+            for caller in (alice, new, bob, stage.gateway.http)
+        ]
+        assert ids[0] == ids[1]
+        assert len(set(ids)) == 3
+        other = bob.post("/v1/jobs", json=APPLE | {"n": 2}, headers={"Idempotency-Key": "the same"})
+        assert other.json()["code"] == "idempotency_conflict"
+        for job, owner in zip(ids[1:], (new, bob, stage.gateway.http), strict=True):
+            owner.delete(f"/v1/jobs/{job}")
+
+
+def test_row_27_no_secret_is_logged(locked: Locked, stage: Stage) -> None:
+    """Nor kept: not a key, nor its hash, whatever was tried above."""
+    locked.gateway.http.get("/v1/jobs/x?api_key=wrong", headers={"Authorization": f"Bearer {locked.alice}"})
+    written = locked.gateway.transcript()
+    with stage.redis as redis:
+        kept = b" ".join(value for key in redis.keys("*job:*") for value in redis.hvals(key)).decode()
+    for key in (locked.alice, locked.alices_new, locked.bob):
+        for secret in (key, entry("", key)[1:]):
+            assert secret not in written
+            assert secret not in kept
+    assert "alice" in kept

@@ -1,0 +1,195 @@
+"""Gateways that die, stop or are overrun: what was accepted is kept, and what is not is refused at once."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import httpx
+import openai
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from service import keys
+from service.pb.patchforge.v1 import image_service_pb2 as pb
+from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
+from tests.faults import http2
+from tests.faults.gateway_kit import APPLE, Stage, flat_memory, openai_client
+from tests.faults.harness import PATIENCE, Gateway, eventually
+from tests.faults.tap import tapped
+
+DRAWING = {"prompt": "a red apple", "model": "tiny-text"}
+GENERATION = pb.Generation(prompt="a red apple", model="tiny-text", seed=7)
+SUBMIT = b"\r\n$6\r\nsubmit\r\n"  # the queue's command, as redis-py sends it
+
+
+# --- row 10 ---
+
+
+def test_row_10_gateway_killed_between_commit_and_reply(own_stage: Stage) -> None:
+    """The client hears nothing, repeats its call elsewhere with the same key, and gets the job that was accepted."""
+
+    def over_rest(gateway: Gateway) -> str:
+        return gateway.submit(APPLE, key="once")
+
+    def over_grpc(gateway: Gateway) -> str:
+        with gateway.grpc() as stub:
+            return stub.SubmitJob(pb.SubmitJobRequest(generation=GENERATION, idempotency_key="once again")).job.id
+
+    for count, submit in enumerate((over_rest, over_grpc), 1):
+        with tapped(own_stage.server.url) as wire, own_stage.redis as redis, own_stage.curtain_down():
+            dying = own_stage.start_gateway(redis_url=wire.url)
+            dying.await_ready()
+            dying.cancel(dying.submit(APPLE))  # the server now knows the script
+            redis.delete(*redis.keys(keys.JOB + "*"))
+            wire.once_answered(SUBMIT, dying.kill)
+            with pytest.raises((httpx.TransportError, grpc.RpcError)):
+                submit(dying)
+            [committed] = own_stage.jobs()
+            assert submit(own_stage.gateway) == committed
+            assert submit(own_stage.gateway) == committed
+            assert len(redis.keys(keys.IDEMPOTENCY + "*")) == count
+        assert own_stage.gateway.ended(committed)["status"] == "completed"
+
+
+# --- row 11 ---
+
+
+def test_row_11_queue_full_under_parallel_submits(stage: Stage) -> None:
+    """A hundred callers at two gateways for eight places: eight get in, the others are told when to come back."""
+    stage.announce("idle")
+    over, most_waiting = threading.Event(), 0
+
+    def keep_counting() -> None:
+        nonlocal most_waiting
+        with stage.redis as redis:
+            while not over.is_set():
+                most_waiting = max(most_waiting, redis.zcard(keys.WAITING))
+
+    with stage.another_gateway() as second, ThreadPoolExecutor(101) as pool, stage.redis as redis:
+        counting = pool.submit(keep_counting)
+        with flat_memory(stage.gateway, 32), flat_memory(second, 32):
+            calls = [
+                pool.submit(gateway.post, APPLE | {"model": "idle"}, key=f"caller {number}")
+                for number, gateway in enumerate([stage.gateway, second] * 50)
+            ]
+            answers = [call.result() for call in calls]
+        over.set()
+        counting.result()
+        accepted = [answer.json()["id"] for answer in answers if answer.status_code == 202]
+        refused = [answer for answer in answers if answer.status_code != 202]
+        assert len(accepted) == len(set(accepted)) == 8
+        assert most_waiting == redis.zcard(keys.WAITING) == 8
+        for answer in refused:
+            assert (answer.status_code, answer.json()["code"]) == (503, "queue_full")
+            assert int(answer.headers["Retry-After"]) > 0
+
+        with second.grpc() as stub, pytest.raises(grpc.RpcError) as caught:
+            stub.SubmitJob(pb.SubmitJobRequest(generation=pb.Generation(prompt="x", model="idle")))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert int(dict(caught.value.trailing_metadata())["retry-after"]) > 0
+
+        # A refusal leaves nothing behind, and takes no time.
+        size, times = redis.dbsize(), []
+        for number in range(20):
+            began = time.monotonic()
+            assert stage.gateway.post(APPLE | {"model": "idle"}, key=f"latecomer {number}").status_code == 503
+            times.append(time.monotonic() - began)
+        assert redis.dbsize() == size
+        assert statistics.median(times) < 0.25
+
+        for job in accepted:
+            stage.gateway.cancel(job)
+        late = stage.gateway.submit(APPLE | {"model": "idle"}, key="latecomer 0")
+        stage.gateway.cancel(late)
+
+
+# --- row 18 ---
+
+
+def test_row_18_sigterm_a_gateway(own_stage: Stage) -> None:
+    """Unready first; calls that wait for a picture get it, watches end cleanly and go on elsewhere; then it exits."""
+    leaving, other = own_stage.start_gateway(drain_seconds=30), own_stage.gateway
+    with (
+        ThreadPoolExecutor(1) as pool,
+        openai_client(leaving) as client,
+        grpc.insecure_channel(leaving.grpc_address) as channel,
+    ):
+        images, health = ImageServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        with own_stage.curtain_down():
+            watched = other.submit(APPLE)
+            other.until(watched, "preview")
+            over_sse, over_grpc = leaving.follow(watched), images.WatchJob(pb.WatchJobRequest(job_id=watched))
+            seen, heard = [next(over_sse).id], [next(over_grpc).event.id]
+            watch = health.Watch(health_pb2.HealthCheckRequest())
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            waiting = pool.submit(client.images.generate, **DRAWING)
+            streaming = client.images.generate(**DRAWING, stream=True, partial_images=3)
+            generating = images.GenerateImage(pb.GenerateImageRequest(generation=GENERATION))
+            kinds = [next(generating).event.WhichOneof("event") for _ in range(3)]
+
+            eventually(lambda: len(own_stage.jobs()) == 4, "all to be accepted")
+
+            leaving.send(signal.SIGTERM)
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            seen += [event.id for event in over_sse]  # to its end, which is no broken connection
+            with pytest.raises(grpc.RpcError) as caught:
+                heard += [reply.event.id for reply in over_grpc]
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert takes_nothing_on(leaving)
+            assert not waiting.done()
+        assert waiting.result().data[0].b64_json
+        assert [event.type for event in streaming][-1] == "image_generation.completed"
+        kinds += [reply.event.WhichOneof("event") for reply in generating]
+        assert kinds[-2:] == ["image", "completed"]
+        assert leaving.wait(20) == 0, "well within the grace period, though its health is still being watched"
+    assert not leaving.lines("unexpected error")
+    seen += [event.id for event in other.follow(watched, seen[-1])]
+    assert seen == [event.id for event in other.events(watched)]
+
+
+def test_row_18_what_outlasts_the_grace_period_is_cancelled(own_stage: Stage) -> None:
+    hasty = own_stage.start_gateway(drain_seconds=1)
+    with ThreadPoolExecutor(1) as pool, openai_client(hasty) as client, own_stage.curtain_down():
+        waiting = pool.submit(client.images.generate, **DRAWING)
+        [job] = eventually(own_stage.jobs)
+        own_stage.gateway.until(job, "started")
+        began = time.monotonic()
+        assert hasty.terminate() == 0
+        assert time.monotonic() - began < 1 + 10
+        assert own_stage.gateway.ended(job)["status"] == "cancelled"
+        with pytest.raises(openai.APIError):
+            waiting.result()
+
+
+def test_row_18_nobody_can_hold_it_up(own_stage: Stage) -> None:
+    """Clients that watch its health, a job and a picture without reading a byte delay neither health nor exit."""
+    held = own_stage.start_gateway(drain_seconds=1)
+    watch = pb.WatchJobRequest(job_id=held.submit(APPLE)).SerializeToString()
+    with http2.Connection(held.grpc_address, PATIENCE, window=0) as client, held.grpc() as stub:
+        client.call("/grpc.health.v1.Health/Watch", b"", stream=1)
+        client.call("/patchforge.v1.ImageService/WatchJob", watch, stream=3)
+        generate = pb.GenerateImageRequest(generation=GENERATION).SerializeToString()
+        client.call("/patchforge.v1.ImageService/GenerateImage", generate, stream=5)
+        eventually(lambda: len(own_stage.jobs()) == 2)
+        stub.ListModels(pb.ListModelsRequest())
+        own_stage.worker.kill()
+        with own_stage.redis as redis:
+            redis.delete(keys.WORKERS)  # rather than wait for its announcement to expire
+        held.wait_for("not ready", reason="no worker is serving a model")
+        began = time.monotonic()
+        assert held.terminate() == 0
+        assert time.monotonic() - began < 1 + 10
+
+
+def takes_nothing_on(gateway: Gateway) -> bool:
+    """A new caller is turned away, at the door or at the desk."""
+    try:
+        with httpx.Client(base_url=gateway.url, timeout=PATIENCE) as client:
+            return client.post("/v1/jobs", json=APPLE).status_code == 503
+    except httpx.TransportError:
+        return True

@@ -1,0 +1,54 @@
+"""The queue and its reference model never differ, whatever the interleaving."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.faults.queue_machine import QueueMachine
+from tests.faults.queue_rig import Rig
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    rig = Rig(tmp_path_factory.mktemp("model"))
+    yield rig
+    rig.close()
+
+
+def explore(rig: Rig, runs: int, steps: int, *, derandomize: bool) -> Counter[str]:
+    """What happened in that many runs, none of which found the queue and the model to differ."""
+    rig.tally.clear()
+    profile = settings(
+        max_examples=runs,
+        stateful_step_count=steps,
+        derandomize=derandomize,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+        phases=[Phase.generate, Phase.shrink],
+        print_blob=True,
+    )
+    run_state_machine_as_test(lambda: QueueMachine(rig), settings=profile)  # type: ignore[no-untyped-call]
+    assert rig.tally["runs"] >= runs
+    return rig.tally
+
+
+def test_random_interleavings(rig: Rig) -> None:
+    tally = explore(rig, 100, 30, derandomize=True)
+    for kind in ("reclaims", "stale acts refused", "expired unasked", "cancelled unasked", "submit: full"):
+        assert tally[kind], f"no {kind}: the runs were in vain"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_thousand_random_interleavings(rig: Rig, capsys: pytest.CaptureFixture[str]) -> None:
+    tally = explore(rig, 2000, 50, derandomize=False)
+    with capsys.disabled():
+        print("\nqueue model, no violation:", ", ".join(f"{count} {kind}" for kind, count in sorted(tally.items())))
+    assert tally["failed unasked"], "no job was dead-lettered"
+    assert tally["server kills"]

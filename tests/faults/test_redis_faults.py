@@ -1,0 +1,228 @@
+"""The queue server dies, hangs, fills up and forgets; what was accepted is kept, or its loss is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from service import keys
+from service.pb.patchforge.v1 import image_service_pb2 as pb
+from tests.faults.harness import LONG, MEDIUM, SHORT, Gateway, Stack, eventually, stop
+from tests.faults.tap import tapped
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+AWAY = "the queue server is away"
+
+
+def refused(answer: httpx.Response) -> bool:
+    """A clear no, and when to come back."""
+    return answer.status_code == 503 and answer.json()["code"] == "unavailable" and "Retry-After" in answer.headers
+
+
+def test_row_05_redis_killed_and_restarted(stack: Stack) -> None:
+    gateway, worker = stack.start_pair(max_running=2)
+    long = gateway.submit(LONG)
+    gateway.until(long, "preview")
+    accepted: list[str] = []
+    quit_ = threading.Event()
+
+    def keep_submitting() -> None:
+        while not quit_.is_set():
+            answer = gateway.post(SHORT)
+            if answer.status_code == 202:
+                accepted.append(answer.json()["id"])
+
+    with ThreadPoolExecutor(5) as pool:
+        watching = pool.submit(gateway.events, long)
+        for _ in range(4):
+            pool.submit(keep_submitting)
+        eventually(lambda: len(accepted) >= 20)
+        stack.kill_server()
+        quit_.set()
+
+        gateway.wait_for("not ready", reason=AWAY)
+        assert gateway.ready().status_code == 503
+        assert refused(gateway.post(SHORT))
+        worker.wait_for("queue server cannot be used", reason=AWAY)
+        time.sleep(2)  # longer than the idle time: nobody was heard for so long
+        mark = gateway.mark()
+        stack.server.start()
+        gateway.wait_for("ready for requests", after=mark)
+        worker.wait_for("queue server can be used again")
+        events = watching.result()
+
+    jobs = [gateway.ended(job_id) for job_id in [long, *accepted]]
+    assert [job["status"] for job in jobs] == ["completed"] * len(jobs)
+    assert [job["attempt"] for job in jobs] == [1] * len(jobs), "a worker that lived was taken for dead"
+    order = [tuple(map(int, event.id.split("-"))) for event in events]
+    assert order == sorted(set(order)), "the watcher saw an event twice, or out of order"
+    milestones = [event.data for event in events if event.type != "preview"]
+    assert [event["type"] for event in milestones] == ["queued", "started", *["image"] * 4, "completed"]
+    assert stack.redis.zcard(keys.WAITING) == 0
+    assert len(worker.lines("worker ready")) == 1
+    assert gateway.metric("patchforge_http_requests_total", route="/v1/jobs", status="5xx") >= 1
+
+
+def test_row_05_serve_restarts_its_redis(stack: Stack, tmp_path: Path) -> None:
+    serve = stack.start_serve(tmp_path / "serve")
+    job_id = serve.submit(LONG)
+    serve.until(job_id, "preview")
+    [server] = [pid for pid in children(serve.pid) if "serve" in Path(f"/proc/{pid}/comm").read_text()]
+    mark = serve.mark()
+    os.kill(server, signal.SIGKILL)
+    serve.wait_for("the queue server ended; starting it again")  # what an operator sees
+    serve.await_ready()
+    job = serve.ended(job_id)
+    assert (job["status"], job["attempt"]) == ("completed", 1)
+    assert len(serve.lines("the queue server ended; starting it again")) == 1
+    assert not [line for line in serve.log[mark:] if line["event"] == "the worker ended; starting another"]
+    assert serve.terminate() == 0
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_row_06_redis_paused_during_a_submit(stack: Stack) -> None:
+    stack.start_worker(claim_idle_seconds=30)
+    with tapped(stack.server.url) as tap:
+        gateway = stack.start_gateway(redis_url=tap.url, claim_idle_seconds=30)
+        gateway.await_ready()
+        running = gateway.submit(LONG)
+        gateway.until(running, "preview")
+
+        tap.once(b"submit", lambda: stop(stack.server.pid))
+        began = time.monotonic()
+        assert refused(gateway.post(SHORT, key="once"))
+        assert time.monotonic() - began < 10
+        gateway.wait_for("not ready", reason=AWAY)
+        assert gateway.ready().status_code == 503
+        time.sleep(max(0.0, began + 20 - time.monotonic()))  # the row's 20 s
+        mark = gateway.mark()
+        os.kill(stack.server.pid, signal.SIGCONT)
+        gateway.wait_for("ready for requests", after=mark)
+
+        jobs = eventually(lambda: len(job_keys := stack.redis.keys(keys.JOB + "*")) == 2 and job_keys)
+        [made] = [key.decode().removeprefix(keys.JOB) for key in jobs if not key.endswith(running.encode())]
+        assert gateway.submit(SHORT, key="once") == made, "the client's retry made a second job"
+        for job_id in (made, running):
+            job = gateway.ended(job_id)
+            assert (job["status"], job["attempt"]) == ("completed", 1)
+        assert len(stack.redis.keys(keys.JOB + "*")) == 2
+        gateway.await_metric(2, "patchforge_requests_total", status="completed")
+        assert gateway.metric("patchforge_http_requests_total", route="/v1/jobs", status="5xx") == 1
+
+
+def test_row_06_redis_paused_during_a_finish(stack: Stack) -> None:
+    gateway = stack.start_gateway()
+    with tapped(stack.server.url) as tap:
+        worker = stack.start_worker(redis_url=tap.url)
+        gateway.await_ready()
+        tap.once(b"\r\nfinish\r\n", lambda: stop(stack.server.pid))
+        job_id = gateway.submit(SHORT)
+        worker.wait_for("queue server cannot be used", reason=AWAY)  # the call had no answer
+        os.kill(stack.server.pid, signal.SIGCONT)
+        assert gateway.ended(job_id)["status"] == "completed"
+        # It was the worker's doing, as it finds out when it repeats the call; so it counts it.
+        worker.wait_for("job completed", job=job_id)
+        gateway.await_metric(1, "patchforge_requests_total", status="completed")
+        assert gateway.metric("patchforge_claims_lost_total") == 0
+
+
+def test_row_07_redis_out_of_memory(stack: Stack) -> None:
+    gateway, _ = stack.start_pair()
+    running = gateway.submit(LONG)
+    gateway.until(running, "preview")
+    stack.redis.config_set("maxmemory", 1)
+    for _ in range(3):
+        assert refused(gateway.post(SHORT))
+    with gateway.grpc() as stub, pytest.raises(grpc.RpcError) as caught:
+        stub.SubmitJob(pb.SubmitJobRequest(generation=pb.Generation(class_label="cat")))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert gateway.job(running)["status"] == "running"
+    job = gateway.ended(running)
+    assert (job["status"], job["attempt"]) == ("completed", 1)
+    for index in range(4):
+        assert gateway.picture(running, index).shape == (32, 32, 3)
+    # What an operator sees.
+    assert gateway.metric("patchforge_http_requests_total", route="/v1/jobs", status="5xx") == 3
+    gateway.await_metric(1, "patchforge_requests_total", status="completed")
+
+    stack.redis.config_set("maxmemory", 0)
+    assert gateway.ended(gateway.submit())["status"] == "completed"
+
+
+def test_row_07_startup_refuses_a_server_that_evicts(stack: Stack) -> None:
+    stack.redis.config_set("maxmemory-policy", "allkeys-lru")
+    worker, gateway = stack.launch_worker(), stack.start_gateway()
+    reason = "the queue server's maxmemory-policy must be noeviction, not allkeys-lru"
+    gateway.wait_for("not ready", reason=reason)
+    worker.wait_for("queue server cannot be used", reason=reason)
+    assert gateway.ready().status_code == 503
+    assert gateway.ready().json()["detail"] == reason
+    assert refused(gateway.post(SHORT))
+    assert not worker.lines("worker ready")
+    stack.redis.config_set("maxmemory-policy", "noeviction")
+    worker.wait_for("worker ready")
+    gateway.await_ready()
+    assert gateway.ended(gateway.submit())["status"] == "completed"
+
+
+def test_row_08_flushall(stack: Stack) -> None:
+    gateway, worker = stack.start_pair(max_running=1)
+    running, waiting = gateway.submit(LONG), gateway.submit(SHORT)
+    gateway.until(running, "preview")
+    with ThreadPoolExecutor(2) as pool, gateway.grpc() as stub:
+        first_event = threading.Event()
+
+        def watch(job_id: str) -> Any:
+            for _ in stub.WatchJob(pb.WatchJobRequest(job_id=job_id)):
+                first_event.set()
+
+        watching = pool.submit(watch, waiting)
+        first_event.wait(30)
+        stack.redis.flushall()
+        error = watching.exception()
+    assert isinstance(error, grpc.RpcError)
+    assert error.code() is grpc.StatusCode.NOT_FOUND, "the watcher was not told"
+    for job_id in (running, waiting):
+        assert gateway.http.get(f"/v1/jobs/{job_id}").status_code == 404
+    worker.wait_for("claim lost", job=running)  # what an operator sees
+    after_a_loss(gateway)
+    gateway.await_metric(1, "patchforge_claims_lost_total")
+    gateway.await_metric(0, "patchforge_requests_running")
+    assert worker.running
+    assert len(worker.lines("worker ready")) == 1
+
+
+def test_row_08_consumer_group_gone(stack: Stack) -> None:
+    gateway, worker = stack.start_pair(max_running=1)
+    running, waiting = gateway.submit(LONG), gateway.submit(SHORT)
+    gateway.until(running, "preview")
+    stream = keys.queue("tiny-class", "normal")
+    stack.redis.xgroup_destroy(stream, keys.GROUP)
+    for job_id in (running, waiting):
+        job = gateway.ended(job_id)
+        assert (job["status"], job["attempt"]) == ("completed", 1)
+    [group] = stack.redis.xinfo_groups(stream)
+    assert (group["name"].decode(), group["pending"]) == (keys.GROUP, 0)
+    after_a_loss(gateway)
+    gateway.await_metric(3, "patchforge_requests_total", status="completed")
+    assert len(worker.lines("worker ready")) == 1
+    assert not worker.lines("claim lost")
+
+
+def after_a_loss(gateway: Gateway) -> None:
+    """Service goes on."""
+    gateway.await_ready()
+    assert gateway.ended(gateway.submit(MEDIUM))["status"] == "completed"

@@ -1,0 +1,158 @@
+"""Workers die, freeze and are told to stop; their jobs end once all the same."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from service import keys
+from tests.faults.harness import LONG, MEDIUM, SHORT, Gateway, Process, Stack, eventually, stopped
+from tests.faults.saboteur import KILLS
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def started_attempts(gateway: Gateway, job_id: str) -> list[int]:
+    return [event.data["attempt"] for event in gateway.events(job_id) if event.type == "started"]
+
+
+def holder(workers: list[Process], job_id: str) -> tuple[Process, Process]:
+    """Of two workers, the one that started the job, and the other."""
+    eventually(lambda: any(worker.lines("job started", job=job_id) for worker in workers))
+    first, second = workers
+    return (first, second) if first.lines("job started", job=job_id) else (second, first)
+
+
+def test_row_01_worker_killed_mid_job(stack: Stack) -> None:
+    second = stack.launch_worker()
+    gateway, first = stack.start_pair()
+    second.wait_for("worker ready")
+    wanted = gateway.submit(MEDIUM)
+    gateway.ended(wanted)
+
+    job_id = gateway.submit(MEDIUM)
+    gateway.until(job_id, "preview")
+    victim, survivor = holder([first, second], job_id)
+    [pending] = stack.redis.xpending_range(keys.queue("tiny-class", "normal"), keys.GROUP, "-", "+", 1)
+    killed_at = now(stack)
+    victim.kill()
+    job = gateway.ended(job_id)
+
+    assert (job["status"], job["attempt"]) == ("completed", 2)
+    events = gateway.events(job_id)
+    assert [event.data["attempt"] for event in events if event.type == "started"] == [1, 2]
+    again = next(i for i, event in enumerate(events) if event.type == "started" and event.data["attempt"] == 2)
+    waited = int(events[again].id.partition("-")[0]) / 1000 - killed_at
+    assert waited >= 1.5 - pending["time_since_delivered"] / 1000 - 0.1, "taken over before the idle time was up"
+    images = [event.data["index"] for event in events[again:] if event.type == "image"]
+    assert sorted(images) == list(range(10))
+    assert stack.redis.hlen(keys.images(job_id)) == 10
+    for index in range(10):
+        assert np.abs(gateway.picture(job_id, index) - gateway.picture(wanted, index)).max() <= 1
+    # What an operator sees.
+    survivor.wait_for("job taken over from a silent worker", job=job_id, attempt=2)
+    gateway.await_metric(1, "patchforge_requests_reclaimed_total")
+
+
+@pytest.mark.parametrize("call", ["heartbeat", "store_image", "finish"])
+def test_row_02_worker_stopped_past_the_idle_time(stack: Stack, call: str) -> None:
+    gateway, stale = stack.start_pair("stopped_before", stop_before=call)
+    job_id = gateway.submit(MEDIUM)
+    eventually(lambda: stopped(stale.pid), "the worker to stop itself")
+    fresh = stack.start_worker()
+    fresh.wait_for("job started", job=job_id, attempt=2)
+    stale.resume()
+    stale.wait_for("claim lost", job=job_id, attempt=1)  # what an operator sees
+    running = gateway.job(job_id)
+    assert (running["status"], running["attempt"]) == ("running", 2), "the stale worker's word was taken"
+
+    job = gateway.ended(job_id)
+    assert (job["status"], job["attempt"]) == ("completed", 2)
+    assert not stale.lines("job completed", job=job_id)
+    assert fresh.lines("job completed", job=job_id)
+    assert started_attempts(gateway, job_id) == [1, 2]
+    gateway.await_metric(1, "patchforge_requests_total", status="completed")
+    gateway.await_metric(1, "patchforge_claims_lost_total")
+    gateway.await_metric(0, "patchforge_requests_running")
+    # The stale worker is as good as new.
+    fresh.kill()
+    assert gateway.ended(gateway.submit())["status"] == "completed"
+
+
+def test_row_03_job_that_crashes_every_worker(stack: Stack) -> None:
+    gateway = stack.start_gateway()
+    worker = stack.start_worker("saboteur")
+    gateway.await_ready()
+    neighbours = [gateway.submit(MEDIUM, seed=seed) for seed in range(4)]
+    for job_id in neighbours:
+        gateway.until(job_id, "preview")
+    poison = gateway.submit(seed=KILLS)
+    for attempt in (1, 2, 3):
+        worker.wait_for("job started", job=poison, attempt=attempt)
+        assert worker.wait() == -signal.SIGKILL
+        worker = stack.start_worker("saboteur")
+
+    job = gateway.ended(poison)
+    assert (job["status"], job["attempt"]) == ("failed", 3)
+    assert job["error"]["code"] == "dead_letter"
+    assert "3 attempts" in job["error"]["message"]
+    for job_id in neighbours:
+        assert gateway.ended(job_id)["status"] == "completed"
+    [(_, letter)] = stack.redis.xrange(keys.DEAD_LETTERS)
+    assert letter[b"job"].decode() == poison
+    # What an operator sees.
+    assert "3 attempts" in worker.wait_for("job dead-lettered", job=poison, attempts=3)["reason"]
+    gateway.await_metric(1, "patchforge_requests_dead_lettered_total")
+    gateway.await_metric(1, "patchforge_requests_total", status="failed")
+    assert gateway.ended(gateway.submit())["status"] == "completed"
+
+
+def test_row_19_sigterm_a_worker(stack: Stack) -> None:
+    gateway, first = stack.start_pair(max_running=1)
+    running, waiting = gateway.submit(MEDIUM), gateway.submit(LONG)
+    gateway.until(running, "preview")
+    assert first.terminate() == 0
+    assert gateway.ended(running)["status"] == "completed"
+    assert (gateway.job(waiting)["status"], gateway.job(waiting)["attempt"]) == ("waiting", 0)
+    first.wait_for("draining", jobs=1)
+    first.wait_for("worker stopped")
+    assert not first.lines("job started", job=waiting)
+    eventually(lambda: gateway.ready().status_code == 503)
+
+    hasty = stack.start_worker(drain_seconds=0)
+    gateway.until(waiting, "preview")
+    assert hasty.terminate() == 0
+    hasty.wait_for("job given back", job=waiting)
+    assert (gateway.job(waiting)["status"], gateway.job(waiting)["attempt"]) == ("waiting", 0)
+
+    last = stack.start_worker()
+    job = gateway.ended(waiting)
+    assert (job["status"], job["attempt"]) == ("completed", 1)
+    assert started_attempts(gateway, waiting) == [1, 1]
+    assert not last.lines("job taken over from a silent worker")
+    gateway.await_metric(0, "patchforge_requests_reclaimed_total")
+
+
+def test_row_19_sigterm_a_worker_while_redis_is_away(stack: Stack) -> None:
+    gateway, busy = stack.start_pair(drain_seconds=1)
+    job_id = gateway.submit(SHORT | {"steps": 200})
+    gateway.until(job_id, "preview")
+    stack.kill_server()
+    early = stack.launch_worker()
+    early.wait_for("queue server cannot be used", reason="the queue server is away")
+    began = time.monotonic()
+    for worker in (busy, early):
+        worker.send(signal.SIGTERM)
+    assert [worker.wait() for worker in (busy, early)] == [0, 0]
+    assert time.monotonic() - began < 10
+    stack.server.start()
+    stack.start_worker()
+    assert gateway.ended(job_id)["status"] == "completed"
+
+
+def now(stack: Stack) -> float:
+    seconds, microseconds = stack.redis.time()
+    return float(seconds) + microseconds / 1e6

@@ -1,0 +1,18 @@
+"""Runs the command line in a process whose wall clock is off by PATCHFORGE_CLOCK_OFF seconds."""
+
+from __future__ import annotations
+
+import os
+import time
+
+OFF = float(os.environ["PATCHFORGE_CLOCK_OFF"])
+_time, _time_ns = time.time, time.time_ns
+
+
+if __name__ == "__main__":
+    time.time = lambda: _time() + OFF
+    time.time_ns = lambda: _time_ns() + int(OFF * 1e9)
+
+    from service.cli import app  # only now, so that no module has kept the true clock
+
+    app()

@@ -1,0 +1,136 @@
+"""A soak that could not find anything wrong would prove nothing: each broken promise, made by hand, is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from redis import Redis
+
+from service import keys
+from service.embedded import EmbeddedServer
+from service.queue import JobQueue
+from service.schemas import Cancelled, Completed
+from service.soak.audit import Audit
+from service.soak.ledger import Ledger, Watch
+from service.soak.memory import ALLOWED_BYTES, MARKS, SAMPLES, Memory
+from tests.service.queue_kit import DONE, REPORT, UNKNOWN, a_request, claimed
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger()
+
+
+@pytest.fixture
+def audit(queue_server: EmbeddedServer, ledger: Ledger) -> Iterator[Audit]:
+    audit = Audit(queue_server.url, ledger)
+    yield audit
+    audit.close()
+
+
+@pytest.fixture
+def meddler(queue_server: EmbeddedServer) -> Iterator[Redis]:
+    with Redis.from_url(queue_server.url) as client:
+        yield client
+
+
+class TestAudit:
+    async def test_finds_every_job_and_how_it_ended(self, queue: JobQueue, audit: Audit, ledger: Ledger) -> None:
+        done = await queue.submit(a_request())
+        await queue.finish(await claimed(queue), DONE)
+        left = await queue.submit(a_request())
+        await queue.cancel(left.id)
+        live = await queue.submit(a_request())
+        assert audit.try_to_look()
+        assert audit.ended == {done.id: "completed", left.id: "cancelled"}
+        assert audit.live == {live.id: "waiting"}
+        assert audit.accepted == {done.id, left.id, live.id}, "though no client was told of them"
+        assert (audit.missing, ledger.broken) == (set(), [])
+
+    async def test_remembers_jobs_that_have_lapsed(self, queue: JobQueue, audit: Audit, meddler: Redis) -> None:
+        job = await queue.submit(a_request())
+        audit.ledger.accept(job.id)
+        await queue.cancel(job.id)
+        assert audit.try_to_look()
+        meddler.delete(keys.job(job.id), keys.events(job.id))
+        assert audit.try_to_look()
+        assert (audit.missing, audit.count("cancelled")) == (set(), 1)
+
+    async def test_misses_a_job_that_was_accepted_and_is_gone(self, queue: JobQueue, audit: Audit) -> None:
+        audit.ledger.accept(UNKNOWN)
+        assert audit.try_to_look()
+        assert audit.missing == {UNKNOWN}
+        assert audit.accepted - audit.ended.keys() == {UNKNOWN}
+
+    @pytest.mark.parametrize("looked_before", [True, False])
+    async def test_finds_a_second_terminal_event(
+        self, queue: JobQueue, audit: Audit, meddler: Redis, looked_before: bool
+    ) -> None:
+        job = await queue.submit(a_request())
+        await queue.finish(await claimed(queue), DONE)
+        if looked_before:
+            audit.try_to_look()
+        meddler.xadd(keys.events(job.id), {"event": Cancelled().model_dump_json()})
+        assert audit.try_to_look()
+        assert job.id in audit.ledger.broken[0]
+
+    async def test_finds_a_terminal_event_of_a_job_that_goes_on(
+        self, queue: JobQueue, audit: Audit, meddler: Redis
+    ) -> None:
+        job = await queue.submit(a_request())
+        meddler.xadd(keys.events(job.id), {"event": Completed(report=REPORT).model_dump_json()})
+        audit.try_to_look()
+        assert "is waiting and has a terminal event" in audit.ledger.broken[0]
+
+    async def test_finds_an_end_without_a_terminal_event(self, queue: JobQueue, audit: Audit, meddler: Redis) -> None:
+        job = await queue.submit(a_request())
+        meddler.hset(keys.job(job.id), mapping={"status": "failed", "last_event": "1-1", "error": '{"code": "x"}'})
+        audit.try_to_look()
+        assert "is failed with terminal events []" in audit.ledger.broken[0]
+
+    async def test_finds_what_would_be_kept_for_ever(self, queue: JobQueue, audit: Audit, meddler: Redis) -> None:
+        await queue.submit(a_request())
+        await queue.finish(await claimed(queue), DONE)
+        lasting = audit.lasting_keys()
+        assert (lasting["queue"], lasting["queue entries"], audit.ledger.broken) == (3, 0, [])
+        meddler.hset(keys.images("x"), "0", "left behind")
+        audit.lasting_keys()
+        assert audit.ledger.broken == [f"{keys.images('x')} would be kept for ever"]
+
+    def test_a_server_that_is_away_is_no_verdict(self, ledger: Ledger) -> None:
+        ledger.accept(UNKNOWN)
+        audit = Audit("redis://127.0.0.1:1/0", ledger)
+        assert not audit.try_to_look()
+        assert audit.missing == set()
+        assert audit.used_memory() == 0
+
+
+class TestWatch:
+    def test_is_content_with_events_in_order(self, ledger: Ledger) -> None:
+        watch = Watch("job", ledger)
+        for event_id, kind in (("5-0", "queued"), ("5-1", "started"), ("10-0", "completed")):
+            watch.see(event_id, kind)
+        assert (watch.terminal, watch.last_id, ledger.broken) == ("completed", "10-0", [])
+
+    @pytest.mark.parametrize(("event_id", "kind"), [("10-0", "preview"), ("9-0", "preview"), ("11-0", "failed")])
+    def test_finds_repeats_and_what_follows_the_end(self, ledger: Ledger, event_id: str, kind: str) -> None:
+        watch = Watch("job", ledger)
+        watch.see("10-0", "completed")
+        watch.see(event_id, kind)
+        assert ledger.broken
+
+
+class TestMemory:
+    def test_tells_growth_from_noise(self) -> None:
+        memory = Memory()
+        for number in range(MARKS * SAMPLES):
+            memory.sample({"flat": 1000 + number % 7, "growing": 1000 + number * ALLOWED_BYTES, "away": 0})
+        assert memory.grown() == ["growing"]
+        assert memory.course().keys() == {"flat", "growing"}
+
+    def test_says_nothing_after_too_short_a_time(self) -> None:
+        memory = Memory()
+        for number in range(SAMPLES):
+            memory.sample({"x": number * ALLOWED_BYTES})
+        assert memory.grown() == []

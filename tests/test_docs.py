@@ -1,0 +1,70 @@
+"""What the documents say about settings and the lock file is what the code says.
+
+``python -m tests.test_docs`` writes the settings table into docs/operation.md anew.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic_core import PydanticUndefined
+
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+OPERATION = ROOT / "docs" / "operation.md"
+BEGIN, END = "<!-- settings: made by python -m tests.test_docs -->\n", "<!-- end of settings -->"
+PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;]+)", re.MULTILINE)
+UNLOCKED = {"torch"}
+
+
+def settings_table() -> str:
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = field.default
+        shown = "" if default in (None, [], PydanticUndefined) else f"`{default}`"
+        also = " Also `REDIS_URL`." if name == "redis_url" else ""
+        rows.append(f"| `PATCHFORGE_{name.upper()}` | {shown} | {field.description}{also} |")
+    return "\n".join(rows) + "\n"
+
+
+def with_settings_table(text: str) -> str:
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{settings_table()}\n{END}{after}"
+
+
+def test_the_settings_table_is_up_to_date() -> None:
+    text = OPERATION.read_text("utf-8")
+    assert text == with_settings_table(text), "run: python -m tests.test_docs"
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_described(name: str) -> None:
+    assert Settings.model_fields[name].description
+
+
+def test_the_lock_file_pins_what_was_tested_and_names_no_host() -> None:
+    text = (ROOT / "requirements.lock").read_text("utf-8")
+    tested = {_plain(name): version for name, version in PIN.findall((ROOT / "constraints.txt").read_text("utf-8"))}
+    locked = {_plain(name): version for name, version in PIN.findall(text)}
+    assert {name: version for name, version in locked.items() if tested.get(name, version) != version} == {}
+    assert not re.search(r"://|^-|@ ", text, re.MULTILINE)
+    for entry in re.split(r"\n(?=[a-zA-Z])", text)[1:]:
+        assert "--hash=sha256:" in entry, entry.splitlines()[0]
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["worker"]]
+    names = {_plain(match[0]) for each in asked if (match := re.match(r"[A-Za-z0-9._-]+", each))}
+    assert names - locked.keys() == UNLOCKED, "run: make lock"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+if __name__ == "__main__":
+    OPERATION.write_text(with_settings_table(OPERATION.read_text("utf-8")), "utf-8")
