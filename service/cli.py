@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +43,7 @@ def serve() -> None:
     from service.logs import configure_logs
     from service.supervisor import serve as run
 
-    settings = Settings()
+    settings = _settings()
     configure_logs(settings, "gateway")
     with typed_errors():
         asyncio.run(run(settings))
@@ -53,7 +55,7 @@ def gateway() -> None:
     from service.gateway.app import serve_gateway
     from service.logs import configure_logs
 
-    settings = Settings()
+    settings = _settings()
     _redis_url(settings)
     configure_logs(settings, "gateway")
     with typed_errors():
@@ -66,7 +68,7 @@ def worker(parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> N
     from service.logs import configure_logs
     from service.worker.main import serve_worker
 
-    settings = Settings()
+    settings = _settings()
     url = _redis_url(settings)
     configure_logs(settings, "worker")
     with typed_errors():
@@ -162,6 +164,15 @@ def import_checkpoint(
             num_heads=num_heads,
         )
         print(f"{out}: {manifest.name}, {manifest.network.kind}-conditional")
+
+
+def _settings() -> Settings:
+    """From the environment; a bad value is one clear line, exit status 2."""
+    try:
+        return Settings()
+    except (ValidationError, SettingsError) as error:
+        errors.print(f"error: a PATCHFORGE_… setting cannot be used: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
 
 
 def _redis_url(settings: Settings) -> str:

@@ -126,8 +126,8 @@ class ModelCard(Message):
     grid: tuple[int, int] = Field(description="Patch rows and columns.")
     classes: list[str] = []
     sampler: Sampler
-    steps: int
-    guidance: float
+    steps: int = Field(ge=1, le=MAX_STEPS)
+    guidance: float = Field(ge=0, le=30)
     licence: str
     created: int = Field(description="Unix seconds the weights were made.")
     description: str = ""

@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address the HTTP and gRPC servers bind to.")
     http_port: int = Field(8000, ge=0, le=65535, description="REST, OpenAI API and playground; 0 = any free one.")
     grpc_port: int = Field(50051, ge=0, le=65535, description="0 = any free one.")
-    worker_metrics_port: int = Field(9100, ge=0, le=65535, description="Prometheus port of a worker; 0 = off.")
+    worker_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of a worker; 0 = off.")
     data_dir: Path = Field(Path(".patchforge"), description="Where the embedded queue server keeps its data.")
     bundle_dir: Path = Field(Path("model/bundles"), description="Folder whose subfolders are model bundles.")
     models: list[str] = Field([], description="Bundles to serve, by name; empty = all found.")

@@ -93,7 +93,7 @@ class Engine:
             sampler = pipeline.sampler(options.pop("name"), request.steps or 1, request.guidance or 0.0, **options)
             condition, truncated = pipeline.condition(request.prompt, request.class_label)
         except ParameterError as error:
-            raise InvalidRequest(str(error), field=error.field) from error
+            raise InvalidRequest(str(error).removeprefix(f"{error.field}: "), field=error.field) from error
         pictures = []
         for index in range(request.n):
             seed = (request.seed or 0) + index

@@ -6,13 +6,16 @@ import asyncio
 import signal
 
 from prometheus_client import start_http_server
+from pydantic import ValidationError
 
-from model.bundle import list_bundles
+from model.bundle import explain, list_bundles
 from model.device import use_threads
+from model.errors import BundleError
 from model.pipeline import Pipeline
 from service.errors import InvalidRequest
 from service.queue import JobQueue
 from service.settings import Settings
+from service.worker.cards import model_card
 from service.worker.worker import Worker
 
 
@@ -30,7 +33,13 @@ def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
         raise InvalidRequest(
             f"no bundle named {', '.join(missing)} in {settings.bundle_dir}; there: {there}", field="models"
         )
-    return {name: Pipeline(bundles[name]) for name in settings.models or bundles}
+    chosen = settings.models or list(bundles)
+    for name in chosen:
+        try:
+            model_card(bundles[name].manifest)
+        except ValidationError as error:
+            raise BundleError(f"{bundles[name].folder}: cannot be served: {explain(error)}") from error
+    return {name: Pipeline(bundles[name]) for name in chosen}
 
 
 async def serve_worker(settings: Settings, redis_url: str, parent: int | None = None) -> None:

@@ -50,7 +50,7 @@ class Worker:
         self.outages = Outages()
         self._parent = parent
         self._news = asyncio.Event()
-        self._verdicts: dict[str, Heartbeat] = {}
+        self._verdicts: dict[str, tuple[Claim, Heartbeat]] = {}
         self._making_room = False
         queue.on_ended = self._ended_in_queue
 
@@ -102,6 +102,9 @@ class Worker:
             claim = await self._reclaim() or await self._claim()
             if claim is None:
                 return
+            if claim.job.id in self.claims:
+                self.claims[claim.job.id] = claim  # our own, which fell idle while nothing could be heard: it goes on
+                continue
             if self._on_last_attempt(claim) and self.claims:
                 # It has to run alone, so that whatever ends the worker then is its own doing: here, once what runs
                 # has finished, or in a worker that happens to be idle.
@@ -197,10 +200,10 @@ class Worker:
     async def _heed_verdicts(self) -> None:
         """Drop, before the next step, what was cancelled or taken over."""
         verdicts, self._verdicts = self._verdicts, {}
-        for job_id, verdict in verdicts.items():
+        for job_id, (heard_for, verdict) in verdicts.items():
             claim = self.claims.get(job_id)
-            if claim is None:
-                continue
+            if claim is None or claim != heard_for:
+                continue  # the verdict is on an earlier claim
             self.engine.drop(job_id)
             if verdict is Heartbeat.LOST or not await self._finish(claim, Cancelled()):
                 self._lose(job_id)
@@ -253,7 +256,7 @@ class Worker:
             for claim in list(self.claims.values()):
                 verdict = await self.outages.attempt(self.queue.heartbeat, claim)
                 if verdict is not None and verdict is not Heartbeat.OK:
-                    self._verdicts[claim.job.id] = verdict
+                    self._verdicts[claim.job.id] = claim, verdict
             await asyncio.sleep(min(CLAIM_CHECK_SECONDS, self.settings.claim_idle_seconds / 4))
 
     async def _announce(self) -> None:

@@ -12,7 +12,7 @@ import signal
 import structlog
 
 from service.logs import configure_logs
-from service.queue import Claim, JobQueue
+from service.queue import Claim, Heartbeat, JobQueue
 from service.schemas import Completed, Preview, Started
 from service.settings import Settings
 from tests.service.gateway.harness import CARDS, ScriptedWorker, png, report
@@ -22,7 +22,14 @@ ANNOUNCE_SECONDS = 2.0
 
 
 class FloodingWorker(ScriptedWorker):
-    """Plays floods too."""
+    """Plays floods too, and looks for its curtain in Redis."""
+
+    async def _may_go_on(self, claim: Claim) -> bool:
+        while await self.queue.heartbeat(claim) is Heartbeat.OK:
+            if not await self.queue._do("EXISTS", CURTAIN):
+                return True
+            await asyncio.sleep(0.02)
+        return False
 
     async def _play(self, claim: Claim) -> None:
         words = (claim.job.request.prompt or "").split()
@@ -62,22 +69,12 @@ async def main() -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(worker.run())
         group.create_task(keep_announcing(queue))
-        group.create_task(follow_curtain(queue, worker))
 
 
 async def keep_announcing(queue: JobQueue) -> None:
     while True:
         await asyncio.sleep(ANNOUNCE_SECONDS)
         await queue.announce("scripted", CARDS)
-
-
-async def follow_curtain(queue: JobQueue, worker: ScriptedWorker) -> None:
-    while True:
-        if await queue._do("EXISTS", CURTAIN):
-            worker.curtain.clear()
-        else:
-            worker.curtain.set()
-        await asyncio.sleep(0.02)
 
 
 if __name__ == "__main__":

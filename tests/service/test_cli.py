@@ -54,6 +54,15 @@ def test_errors_are_one_clear_line(
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize(("name", "value"), [("HTTP_PORT", "abc"), ("MODELS", "emoji-text"), ("MAX_WAITING", "0")])
+def test_a_bad_setting_is_one_clear_line(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"PATCHFORGE_{name}", value)
+    code, output = command("serve")
+    assert code == 2
+    assert name.lower() in output.lower()
+    assert "Traceback" not in output
+
+
 def test_bench_compares_samplers_with_their_dense_form(bundle_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     code, output = command("bench", "sampler", bundle_dir / "tiny-class", "--prompt", "cat", "--out", out)

@@ -93,6 +93,18 @@ def test_previews_are_estimates_of_the_clean_picture(engine: Engine) -> None:
     assert first.size == (32, 32)
 
 
+def test_a_preview_is_the_decoded_estimate_not_the_noisy_state(engine: Engine, pipelines: dict[str, Pipeline]) -> None:
+    live = engine.admit(job(steps=6))
+    for _ in range(3):
+        [made] = [outcome for outcome in engine.step() if isinstance(outcome, PreviewMade)]
+        state = live.pictures[0].trajectory.state
+        shown = np.asarray(Image.open(BytesIO(b64decode(made.preview.b64_png)))).astype(int)
+        decode = pipelines["tiny-class"].decode
+        estimate, noisy = (decode(each[None])[0].numpy().astype(int) for each in (state.estimate, state.x))
+        assert np.array_equal(shown, estimate)
+        assert not np.array_equal(shown, noisy)
+
+
 def test_no_previews_unless_wanted(engine: Engine) -> None:
     engine.admit(job(previews=False))
     outcomes = run(engine)

@@ -1,0 +1,154 @@
+"""With the real worker behind it: callers who leave, and models that are not what they should be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from service import keys
+from service.pb.patchforge.v1 import image_service_pb2 as pb
+from tests.faults.gateway_kit import openai_client, post, raw
+from tests.faults.harness import PATIENCE, ROOT, SHORT, Stack, eventually
+from tests.model.model_files import Calls, config_tree, save, tiny_weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+# --- row 13 ---
+
+
+def test_row_13_client_leaves(stack: Stack) -> None:
+    """Whoever leaves a call that belongs to them frees the device within a step; a detached job goes on."""
+    worker = stack.start_worker("slow_device")
+    gateway = stack.start_gateway()
+    gateway.await_ready()
+    detached = gateway.submit(SHORT | {"steps": 15})
+    gateway.until(detached, "started")  # and leaves
+
+    call = b'{"model": "tiny-class", "prompt": "cat", "steps": 200}'
+    connection = raw(gateway)
+    connection.sendall(post("/v1/images/generations", call))
+    with openai_client(gateway) as client, gateway.grpc() as stub:
+        options = {"steps": 200}
+        stream = client.images.generate(model="tiny-class", prompt="cat", stream=True, extra_body=options)
+        wanted = pb.Generation(model="tiny-class", class_label="cat", steps=200)
+        generating = stub.GenerateImage(pb.GenerateImageRequest(generation=wanted))
+        next(generating)
+
+        def all_in_the_device() -> set[str] | None:
+            jobs = set(worker.lines("step")[-1]["jobs"]) if worker.lines("step") else set()
+            return jobs - {detached} if len(jobs) == 4 else None
+
+        leaving = eventually(all_in_the_device, "all four to share a step")
+        connection.close()
+        stream.close()
+        generating.cancel()
+
+        with stack.redis as redis:
+            for job in leaving:
+                eventually(lambda job=job: redis.hmget(keys.job(job), "cancel", "finished_at") != [None, None])
+                mark = worker.mark()
+                assert gateway.ended(job)["status"] == "cancelled"
+                further = [line for line in worker.log[mark:] if line["event"] == "step" and job in line["jobs"]]
+                assert len(further) <= 1
+        ended = worker.mark()
+        assert gateway.ended(detached)["status"] == "completed"
+    alone = [line["jobs"] for line in worker.log[ended:] if line["event"] == "step"]
+    assert alone.count([detached]) == len(alone) > 1
+    # What an operator sees.
+    gateway.await_metric(3, "patchforge_requests_total", status="cancelled")
+    gateway.await_metric(0, "patchforge_requests_running")
+
+
+# --- row 21 ---
+
+
+def truncated(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+def huge_header(weights: Path) -> None:
+    weights.write_bytes(struct.pack("<Q", 1 << 40) + weights.read_bytes()[8:])
+
+
+def not_a_number(weights: Path) -> None:
+    tensors = in_memory(weights)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_file(tensors, weights)
+
+
+def pickled(weights: Path) -> None:
+    torch.save(in_memory(weights), weights)
+
+
+def in_memory(weights: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in load_file(weights).items()}  # what is loaded is still the file
+
+
+def linked_elsewhere(weights: Path) -> None:
+    weights.rename(weights.parents[2] / "elsewhere.safetensors")
+    weights.symlink_to(weights.parents[2] / "elsewhere.safetensors")
+
+
+DAMAGE: dict[Callable[[Path], None], str] = {
+    truncated: "truncated: the header alone has",
+    huge_header: "a header of",
+    not_a_number: "holds NaN or infinite values",
+    pickled: "a header of",
+    linked_elsewhere: "a link that leads out",  # row 25's symlink
+}
+
+
+def test_row_21_broken_models(stack: Stack, tmp_path: Path, bundle_dir: Path) -> None:
+    """Malicious, truncated, oversized, NaN: each is refused with its reason, and the old model still serves."""
+    serving = tmp_path / "serving"
+    shutil.copytree(bundle_dir / "tiny-class", serving / "tiny-class")
+    gateway, worker = stack.start_pair(bundle_dir=serving)
+    before = gateway.picture(gateway.ended(gateway.submit())["id"])
+
+    def still_serves() -> None:
+        job = gateway.ended(gateway.submit())
+        assert job["status"] == "completed"
+        assert np.abs(gateway.picture(job["id"]) - before).max() <= 1
+
+    # A checkpoint that is a program, imported over the model that is being served.
+    whole = {path: path.read_bytes() for path in serving.rglob("*") if path.is_file()}
+    marker = tmp_path / "marker"
+    attack = save(tmp_path, config_tree(), tiny_weights(), payload=Calls(os.system, f"touch {marker}"))
+    command = ["import-checkpoint", attack, "--autoencoder", bundle_dir / ".autoencoder"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "service.cli", *map(str, command), "--out", str(serving / "tiny-class")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert ran.returncode == 1
+    assert f"refused: it contains the global {os.name}.system" in ran.stderr
+    assert not marker.exists()
+    assert {path: path.read_bytes() for path in serving.rglob("*") if path.is_file()} == whole
+
+    # Weights gone bad: no worker starts with them, even where they replace what another one is serving.
+    refused = []
+    for damage, reason in DAMAGE.items():
+        bundles = tmp_path / damage.__name__ / "bundles"
+        shutil.copytree(bundle_dir / "tiny-class", bundles / "tiny-class")
+        damage(bundles / "tiny-class" / "model.safetensors")
+        refused.append((stack.launch_worker(bundle_dir=bundles), reason))
+    for weights in serving.rglob("*.safetensors"):
+        truncated(weights)  # in place, as a careless copy would
+    refused.append((stack.launch_worker(bundle_dir=serving), "truncated: the header alone has"))
+    for newcomer, reason in refused:
+        assert newcomer.wait() == 1
+        assert any(line.startswith("error: ") and reason in line for line in newcomer.stray), newcomer.transcript()
+    still_serves()
+    assert worker.running

@@ -1,0 +1,81 @@
+"""Keys in settings and headers; tests/faults/test_gateway_auth.py tries the doors themselves."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from service.api_keys import entry, new_key
+from service.errors import Unauthenticated
+from service.gateway.auth import ApiKeys, is_open
+from service.settings import Settings
+
+KEY = "pf-secret"
+ENTRIES = [entry("alice", KEY), entry("bob", "another")]
+
+
+@pytest.mark.parametrize(
+    "text", [",".join(ENTRIES), ", ".join(ENTRIES), " ".join(ENTRIES) + ",", f'["{ENTRIES[0]}", "{ENTRIES[1]}"]']
+)
+def test_keys_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("PATCHFORGE_API_KEYS", text)
+    assert Settings().api_keys == ENTRIES
+    assert KEY not in repr(Settings())
+    assert ENTRIES[0] not in repr(Settings())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [KEY, f"alice:{KEY}", f":{'0' * 64}", f"alice:{'0' * 63}", f"alice:{'0' * 65}", f"al ice:{'0' * 64}", f"[{KEY}"],
+)
+def test_a_bad_entry_stops_the_start_and_is_not_repeated(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A key in the place of its hash is still a key."""
+    monkeypatch.setenv("PATCHFORGE_API_KEYS", text)
+    with pytest.raises(ValidationError, match="api_keys") as caught:
+        Settings()
+    assert KEY not in str(caught.value)
+
+
+def test_without_entries_everyone_may_call() -> None:
+    assert Settings(api_keys=[]).api_keys == []
+    keys = ApiKeys([])
+    assert keys.tenant({}) is None
+    assert keys.tenant({"authorization": "Bearer unused"}) is None
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": f"Bearer {KEY}"},
+        {"authorization": f"BEARER   {KEY}"},
+        {"x-api-key": KEY},
+        {"x-api-key": f" {KEY} "},
+        {"authorization": "Basic dTpw", "x-api-key": KEY},
+        {"authorization": "Bearer ", "x-api-key": KEY},
+    ],
+)
+def test_a_key_names_its_tenant(headers: dict[str, str]) -> None:
+    assert ApiKeys(ENTRIES).tenant(headers) == "alice"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"authorization": ""}, {"authorization": KEY}, {"authorization": f"Bearer {KEY}x"}, {"x-api-key": b"\xff"}],
+)
+def test_anything_else_is_refused(headers: dict[str, str | bytes]) -> None:
+    with pytest.raises(Unauthenticated) as caught:
+        ApiKeys(ENTRIES).tenant(headers)
+    assert KEY not in str(caught.value)
+
+
+def test_new_keys_are_all_different_and_admitted() -> None:
+    made = {new_key() for _ in range(100)}
+    assert len(made) == 100
+    key = made.pop()
+    assert ApiKeys([entry("x", key)]).tenant({"x-api-key": key}) == "x"
+
+
+def test_only_what_is_listed_is_open() -> None:
+    assert [path for path in ("/", "/healthz", "/readyz", "/metrics", "/playground/app.js") if not is_open(path)] == []
+    for path in ("", "/v1/models", "/docs", "/openapi.json", "//healthz", "/healthz/", "/playground", "/playgroundx"):
+        assert not is_open(path)
