@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.errors import BundleError
 from model.manifest import Latent
+from model.weights import check_finite
 
 
 class Codec:
@@ -37,6 +38,9 @@ class Codec:
             if names := [str(name) for name in found[what]]:
                 # The library would fill the gaps with random numbers.
                 raise BundleError(f"{folder}: {len(names)} {what.replace('_', ' ')}, such as {names[0]}")
+        # The library leaves the file mapped into memory: who replaced it would pull it from under a running worker.
+        weights = {name: check_finite(str(folder), name, each).clone() for name, each in loaded.state_dict().items()}
+        loaded.load_state_dict(weights, assign=True)
         self.network = loaded.eval().float().to(device, memory_format=torch.channels_last)
         self.device = device
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (latent.mean, latent.std))

@@ -53,12 +53,17 @@ async def watch_job(
     """Follow a job as server-sent events, resumable by `Last-Event-ID`. Leaving does not cancel it."""
     # What can be wrong has to show before the stream begins.
     events = await service.watch(job_id, tenant, last_event_id)
-    return EventStream(_as_sse(events), service.until_drained(), settings)
+    return EventStream(_framed(events), service.until_drained(), settings)
 
 
-async def _as_sse(events: AsyncIterator[tuple[str, Event]]) -> AsyncIterator[ServerSentEvent]:
+async def _framed(events: AsyncIterator[tuple[str, Event]]) -> AsyncIterator[ServerSentEvent]:
     async for event_id, event in events:
-        yield ServerSentEvent(event.model_dump_json(), event=event.type, id=event_id, sep="\n")
+        yield as_sse(event_id, event)
+
+
+def as_sse(event_id: str, event: Event) -> ServerSentEvent:
+    # In ASCII, for many a client splits lines as its language does, at U+2028 and such too.
+    return ServerSentEvent(event.model_dump_json(ensure_ascii=True), event=event.type, id=event_id, sep="\n")
 
 
 @router.get("/v1/jobs/{job_id}/image", tags=["jobs"], response_class=Response)

@@ -86,6 +86,10 @@ def not_a_number(weights: Path) -> None:
     save_file(tensors, weights)
 
 
+def autoencoder_not_a_number(weights: Path) -> None:
+    not_a_number(weights.parent / "autoencoder" / "diffusion_pytorch_model.safetensors")
+
+
 def pickled(weights: Path) -> None:
     torch.save(in_memory(weights), weights)
 
@@ -100,9 +104,9 @@ def linked_elsewhere(weights: Path) -> None:
 
 
 DAMAGE: dict[Callable[[Path], None], str] = {
-    truncated: "truncated: the header alone has",
     huge_header: "a header of",
     not_a_number: "holds NaN or infinite values",
+    autoencoder_not_a_number: "holds NaN or infinite values",
     pickled: "a header of",
     linked_elsewhere: "a link that leads out",  # row 25's symlink
 }

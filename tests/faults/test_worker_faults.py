@@ -82,6 +82,20 @@ def test_row_02_worker_stopped_past_the_idle_time(stack: Stack, call: str) -> No
     assert gateway.ended(gateway.submit())["status"] == "completed"
 
 
+def test_row_02_worker_stopped_with_no_one_to_take_over(stack: Stack) -> None:
+    gateway, worker = stack.start_pair()
+    job_id = gateway.submit(MEDIUM)
+    gateway.until(job_id, "preview")
+    worker.pause()
+    time.sleep(3)  # twice the idle time
+    worker.resume()
+    job = gateway.ended(job_id)
+    assert job["status"] == "completed"
+    assert job["attempt"] <= 2, "it took the job from itself more than once"
+    gateway.await_metric(1, "patchforge_requests_total", status="completed")
+    gateway.await_metric(0, "patchforge_requests_running")
+
+
 def test_row_03_job_that_crashes_every_worker(stack: Stack) -> None:
     gateway = stack.start_gateway()
     worker = stack.start_worker("saboteur")

@@ -210,3 +210,28 @@ async def test_no_one_is_taken_for_dead_after_an_outage(
         assert await other_queue.heartbeat(claim) is Heartbeat.OK
         monkeypatch.undo()
         assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)  # in the end it is
+
+
+async def test_a_worker_that_takes_over_its_own_job_goes_on_with_it(
+    worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, heartbeat = asyncio.Event(), queue.heartbeat
+
+    async def held_up(claim: Claim) -> Heartbeat:
+        await heard.wait()
+        return await heartbeat(claim)
+
+    async def taken_over() -> bool:
+        return (await queue.get(job.id)).attempt > 1
+
+    monkeypatch.setattr(queue, "heartbeat", held_up)
+    async with running(worker):
+        job = await queue.submit(request(steps=100, sampler={"name": "dual_loop", "inner_steps": 4}))
+        await eventually(taken_over)
+        heard.set()  # what is said of the first claim now, that it is lost, must not be taken for the second
+        seen = await events(queue, job.id)
+    assert isinstance(seen[-1], Completed)
+    assert not worker.claims
+    exposition = worker.metrics.exposition().decode()
+    assert 'patchforge_requests_running{model="tiny-class",sampler="dual_loop"} 0.0' in exposition
+    assert "patchforge_claims_lost_total{" not in exposition
