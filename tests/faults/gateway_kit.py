@@ -15,8 +15,8 @@ import openai
 from service import keys
 from service.queue import JobQueue
 from service.settings import Settings
-from tests.faults.harness import PATIENCE, Gateway, Process, Stack
-from tests.faults.scripted_worker import CURTAIN
+from tests.faults.harness import PATIENCE, Gateway, Process, Seen, Stack
+from tests.faults.scripted_worker import CURTAIN, READ
 from tests.service.gateway.harness import CARDS
 
 APPLE: dict[str, Any] = {"prompt": "a red apple", "model": "tiny-text", "seed": 7}
@@ -76,6 +76,17 @@ class Stage(Stack):
                 yield
             finally:
                 redis.delete(CURTAIN)
+
+    def read_attentively(self, gateway: Gateway, job: str) -> list[Seen]:
+        """All events of a flood that waits for its reader, who is this one."""
+        seen = []
+        with self.redis as redis:
+            for event in gateway.stream(job):
+                seen.append(event)
+                if event.type == "preview":
+                    redis.rpush(READ + job, event.id)
+            redis.delete(READ + job)
+        return seen
 
 
 def openai_client(gateway: Gateway, api_key: str = "unused") -> openai.OpenAI:

@@ -227,17 +227,21 @@ class Gateway(Process):
                     event = {}
 
     def events(self, job_id: str) -> list[Seen]:
-        """All events of a job up to its end, over as many connections as it takes."""
-        seen: list[Seen] = []
+        """All events of a job up to its end."""
+        return list(self.stream(job_id))
+
+    def stream(self, job_id: str) -> Iterator[Seen]:
+        """The events of a job up to its end, over as many connections as it takes."""
+        last: Seen | None = None
         give_up = time.monotonic() + PATIENCE
-        while not seen or seen[-1].type not in TERMINAL:
-            assert time.monotonic() < give_up, f"job {job_id} does not end: {[event.type for event in seen]}"
+        while last is None or last.type not in TERMINAL:
+            assert time.monotonic() < give_up, f"job {job_id} does not end; the last event is {last}"
             try:
-                for event in self.follow(job_id, seen[-1].id if seen else None):
-                    seen.append(event)
+                for event in self.follow(job_id, last.id if last else None):
+                    last = event
+                    yield event
             except (httpx.TransportError, AssertionError):
                 time.sleep(0.1)  # as a browser would, before it connects anew
-        return seen
 
     def until(self, job_id: str, kind: str) -> Seen:
         """The first event of this kind, as soon as it is there."""

@@ -1,7 +1,8 @@
 """A worker process without a model: plays the scenes of the gateway's tests, so that the gateway's faults show fast.
 
 Jobs are held after their first preview while the key ``CURTAIN`` is set. A prompt of "flood N BYTES" is answered with
-N previews of so many bytes, as fast as the queue takes them.
+N previews of so many bytes, as fast as the queue takes them; "flood N BYTES AHEAD" keeps at most AHEAD previews ahead
+of a reader, who pushes onto the list ``READ`` + job id for each one it has seen.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from service.settings import Settings
 from tests.service.gateway.harness import CARDS, ScriptedWorker, png, report
 
 CURTAIN = "curtain"
+READ = "read:"
 ANNOUNCE_SECONDS = 2.0
 
 
@@ -36,9 +38,11 @@ class FloodingWorker(ScriptedWorker):
         if words[:1] != ["flood"]:
             await super()._play(claim)
             return
-        count, size = int(words[1]), int(words[2])
+        count, size, *ahead = map(int, words[1:])
         await self.queue.publish(claim, Started(attempt=claim.attempt, steps=count))
         for evaluation in range(1, count + 1):
+            if ahead and evaluation > ahead[0]:
+                await self._another_read(claim)
             await self.queue.publish(
                 claim,
                 Preview(
@@ -56,6 +60,10 @@ class FloodingWorker(ScriptedWorker):
                 await self.queue.heartbeat(claim)
         await self.queue.store_image(claim, 0, png(1))
         await self.queue.finish(claim, Completed(report=report(1, 1)))
+
+    async def _another_read(self, claim: Claim) -> None:
+        while not await self.queue._do("BLPOP", READ + claim.job.id, 1):
+            await self.queue.heartbeat(claim)
 
 
 async def main() -> None:
