@@ -48,16 +48,36 @@ def bundle(bundle_dir: Path, tmp_path: Path) -> Path:
 
 
 @st.composite
-def mutated(draw: st.DrawFn, tree: Any) -> Any:
-    """A JSON tree with some of its parts replaced, removed, or joined by others."""
-    if draw(st.integers(0, 12)) == 0:
-        return draw(ANYTHING | st.integers(-(2**70), 2**70) | st.sampled_from([0, 10**9, 1e300, "../..", [], {}]))
-    if isinstance(tree, dict):
-        kept = {name: draw(mutated(part)) for name, part in tree.items() if draw(st.integers(0, 40))}
-        return kept | draw(st.dictionaries(st.text(max_size=5), ANYTHING, max_size=1) | st.just({}))
-    if isinstance(tree, list):
-        return [draw(mutated(part)) for part in tree][: draw(st.integers(0, 100))]
+def mutated(draw: st.DrawFn, tree: dict[str, Any]) -> Any:
+    """A JSON tree with a few of its parts replaced, removed, or joined by others."""
+    tree = json.loads(json.dumps(tree))
+    for _ in range(draw(st.integers(1, 4))):
+        parent: Any = tree
+        key = draw(st.sampled_from(sorted(tree)))
+        while isinstance(parent[key], dict | list) and parent[key] and draw(st.integers(0, 4)):
+            parent = parent[key]
+            key = draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
+        match draw(st.sampled_from(["replace", "replace", "remove", "add"])):
+            case "replace":
+                parent[key] = draw(ODD_PARTS)
+            case "remove":
+                del parent[key]
+            case "add" if isinstance(parent, dict):
+                parent[draw(st.text(max_size=5))] = draw(ODD_PARTS)
+            case "add":
+                parent.insert(key, draw(ODD_PARTS))
+        if not tree:
+            break
     return tree
+
+
+ODD_PARTS = st.one_of(
+    ANYTHING,
+    st.integers(-(2**70), 2**70),
+    st.integers(-1, 20),
+    st.sampled_from([0, 1, 10**9, 2**40, 1e300, "../..", "F16", "F64", [], {}, None, True]),
+    st.lists(st.integers(0, 2**34), max_size=4),
+)
 
 
 def refused_or(read: Callable[..., object], *arguments: Any) -> Any:
