@@ -8,6 +8,8 @@ PatchforgeError
 ├── NotReady              409 / FAILED_PRECONDITION  the job has no picture yet, or never will
 ├── IdempotencyConflict   422 / ALREADY_EXISTS       same key, another body
 ├── PayloadTooLarge       413 / RESOURCE_EXHAUSTED
+├── RateLimited           429 / RESOURCE_EXHAUSTED   this API key asks too often; with ``retry_after`` seconds
+│   └── TooManyJobs       429 / RESOURCE_EXHAUSTED   it has as many jobs in flight as it may
 ├── QueueFull             503 / UNAVAILABLE          with ``retry_after`` seconds
 ├── Unavailable           503 / UNAVAILABLE          Redis away, draining
 └── JobFailed             500 / INTERNAL             the job itself ended in `failed`
@@ -70,6 +72,18 @@ class PayloadTooLarge(PatchforgeError):
     """The request body exceeds the limit."""
 
     status, grpc_status, code = 413, "RESOURCE_EXHAUSTED", "payload_too_large"
+
+
+class RateLimited(PatchforgeError):
+    """This API key asked for more pictures than its share; try again after ``retry_after`` seconds."""
+
+    status, grpc_status, code = 429, "RESOURCE_EXHAUSTED", "rate_limited"
+
+
+class TooManyJobs(RateLimited):
+    """This API key has as many jobs waiting or running as it may."""
+
+    code = "too_many_jobs"
 
 
 class QueueFull(PatchforgeError):

@@ -15,8 +15,11 @@ TAG = "{patchforge}"
 JOB = f"{TAG}:job:"  # + job id: hash, the job's record
 EVENTS = f"{TAG}:events:"  # + job id: stream of what happened to it
 IMAGES = f"{TAG}:images:"  # + job id: hash, index → encoded picture
+SOURCES = f"{TAG}:sources:"  # + job id: hash, the picture a job starts from and its mask
 QUEUE = f"{TAG}:queue:"  # + class:model: stream of job ids, read through GROUP
 IDEMPOTENCY = f"{TAG}:idempotency:"  # + digest: hash, job id and fingerprint of its request
+RATE = f"{TAG}:rate:"  # + tenant: hash, pictures it may ask for now, and when that was reckoned
+IN_FLIGHT = f"{TAG}:flying:"  # + tenant: set, ids of its waiting and running jobs, where these are limited
 WORKER_MODELS = f"{TAG}:models:"  # + worker id: JSON list of model cards, short-lived
 WORKER_METRICS = f"{TAG}:metrics:"  # + worker id: Prometheus exposition, short-lived
 WORKERS = f"{TAG}:workers"  # sorted set: worker id by the time its announcement ends
@@ -39,6 +42,10 @@ def events(job_id: str) -> str:
 
 def images(job_id: str) -> str:
     return IMAGES + job_id
+
+
+def sources(job_id: str) -> str:
+    return SOURCES + job_id
 
 
 def queue(model: str, priority: str) -> str:

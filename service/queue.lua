@@ -90,9 +90,10 @@ local function finish(id, status, event, ...)
   end
   call('ZREM', WAITING, member(id))
   call('HSET', JOB .. id, 'status', status, 'finished_at', now, 'last_event', emit(id, event), ...)
-  for _, key in ipairs({ JOB .. id, EVENTS .. id, IMAGES .. id }) do
+  for _, key in ipairs({ JOB .. id, EVENTS .. id, IMAGES .. id, SOURCES .. id }) do
     call('EXPIRE', key, RESULT_TTL)
   end
+  call('SREM', IN_FLIGHT .. (fields(id, 'tenant') or ''), id)
 end
 
 local function finish_unasked(id, ...)
@@ -135,9 +136,43 @@ local function read_new(stream)
   end
 end
 
+-- Whether a tenant may have another job. A job that someone deleted by hand does not count for ever.
+local function may_start(tenant)
+  local key = IN_FLIGHT .. tenant
+  if MAX_IN_FLIGHT == 0 or call('SCARD', key) < MAX_IN_FLIGHT then
+    return true
+  end
+  for _, id in ipairs(call('SMEMBERS', key)) do
+    if call('EXISTS', JOB .. id) == 0 then
+      call('SREM', key, id)
+    end
+  end
+  return call('SCARD', key) < MAX_IN_FLIGHT
+end
+
+-- Takes `pictures` from a tenant's bucket, which fills by RATE_LIMIT a minute up to RATE_BURST; a request for more than
+-- that leaves a debt. Returns the seconds to wait if there are too few, else 0.
+local function seconds_to_wait(tenant, pictures)
+  if RATE_LIMIT == 0 then
+    return 0
+  end
+  local key, a_second = RATE .. tenant, RATE_LIMIT / 60
+  local left, at = unpack(call('HMGET', key, 'left', 'at'))
+  left = math.min(RATE_BURST, (left or RATE_BURST) + math.max(0, now - (at or now)) * a_second)
+  local needed = math.min(pictures, RATE_BURST)
+  if left < needed then
+    return math.ceil((needed - left) / a_second)
+  end
+  left = left - pictures
+  call('HSET', key, 'left', left, 'at', now)
+  call('EXPIRE', key, math.ceil((RATE_BURST - left) / a_second))
+  return 0
+end
+
 local commands = {}
 
-function commands.submit(id, model, priority, request, deadline_seconds, idempotency_key, fingerprint, tenant)
+function commands.submit(id, model, priority, request, deadline_seconds, idempotency_key, fingerprint, tenant, pictures,
+                         ...)
   if idempotency_key ~= '' then
     local first, its_fingerprint = unpack(call('HMGET', idempotency_key, 'job', 'fingerprint'))
     if first and its_fingerprint ~= fingerprint then
@@ -153,9 +188,22 @@ function commands.submit(id, model, priority, request, deadline_seconds, idempot
   if call('ZCARD', WAITING) >= MAX_WAITING then
     return { 'full' }
   end
+  if not may_start(tenant) then
+    return { 'busy' }
+  end
+  local wait = seconds_to_wait(tenant, tonumber(pictures))
+  if wait > 0 then
+    return { 'limited', wait }
+  end
   call('HSET', JOB .. id, 'id', id, 'model', model, 'request', request, 'created_at', now, 'attempt', 0)
-  if tenant and tenant ~= '' then
+  if tenant ~= '' then
     call('HSET', JOB .. id, 'tenant', tenant)
+  end
+  if MAX_IN_FLIGHT > 0 then
+    call('SADD', IN_FLIGHT .. tenant, id)
+  end
+  if ... then
+    call('HSET', SOURCES .. id, ...)
   end
   enqueue(id, priority, deadline_seconds == '' and '+inf' or now + deadline_seconds)
   emit(id, QUEUED)

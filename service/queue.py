@@ -28,10 +28,12 @@ from service.errors import (
     NotFound,
     NotReady,
     QueueFull,
+    RateLimited,
+    TooManyJobs,
     Unavailable,
 )
 from service.event_hub import EventHub
-from service.queue_records import CARDS, EVENT, fields_of, job_from, terminal_event
+from service.queue_records import CARDS, EVENT, Source, fields_of, job_from, terminal_event
 from service.queue_redis import EVENTS_KEPT, LONGEST_BLOCK, QueueConnection, redis_call
 from service.schemas import (
     TERMINAL_EVENTS,
@@ -53,7 +55,7 @@ BATCH = 64  # events a watcher reads at once; one for whom there are as many has
 BATCH_BYTES = 512 << 10  # and so has one for whom there is more than this: nobody holds memory by reading slowly
 EVENT_BYTES = 1 << 20  # what one job's events may take, about
 POLL = 2.0  # seconds after which a watcher looks unbidden, in case its bell was lost
-RETRY_AFTER = 5  # seconds a client is asked to wait when the queue is full
+RETRY_AFTER = 5  # seconds a client is asked to wait when the queue is full, or its own share of it
 
 _JOB_ID = re.compile(r"[0-9A-Z]{26}")
 _EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?")
@@ -99,14 +101,15 @@ class JobQueue(QueueConnection):
         idempotency_key: str | None = None,
         fingerprint: str | None = None,
         tenant: str | None = None,
+        source: Source | None = None,
     ) -> Job:
         """Accepts a request with every default filled in, or returns the job its key was first used for.
 
         ``fingerprint`` stands for the request as the client sent it; default: the filled-in request. A gateway that
         draws a seed must pass it, or a client's retry would look like another request. ``tenant`` owns the job, and its
-        keys are its own.
-        Raises QueueFull, or IdempotencyConflict if the key was used with another fingerprint. A ``Unavailable`` leaves
-        open whether the job was accepted: repeating the call is safe with a key, and only then.
+        keys are its own, as are its limits. ``source`` is what the job starts from.
+        Raises QueueFull, RateLimited, TooManyJobs, or IdempotencyConflict if the key was used with another fingerprint.
+        A ``Unavailable`` leaves open whether the job was accepted: repeating the call is safe with a key, and only then.
         """
         if request.model is None:
             raise InvalidRequest("no model was chosen", field="model")
@@ -121,9 +124,15 @@ class JobQueue(QueueConnection):
             "" if idempotency_key is None else keys.idempotency(idempotency_key, tenant),
             sha256((fingerprint or body).encode()).hexdigest(),
             tenant or "",
+            request.n,
+            *_fields(source),
         )
         if outcome == b"full":
             raise QueueFull("too many jobs are waiting", retry_after=RETRY_AFTER)
+        if outcome == b"busy":
+            raise TooManyJobs("as many jobs of this API key are in flight as may be", retry_after=RETRY_AFTER)
+        if outcome == b"limited":
+            raise RateLimited("this API key asks for too many pictures a minute", retry_after=int(record[0]))
         if outcome == b"conflict":
             raise IdempotencyConflict("this Idempotency-Key was used with a different request")
         return job_from(record[0])
@@ -141,6 +150,13 @@ class JobQueue(QueueConnection):
         if picture is None:
             raise NotReady(f"the job is {job.status.value} and has no picture {index}")
         return picture
+
+    async def source(self, job_id: str) -> Source:
+        """What a job starts from. Raises NotFound if it has no such thing, or has it no more."""
+        image, mask = await self._do("HMGET", keys.sources(job_id), "image", "mask")
+        if image is None:
+            raise NotFound(f"job {job_id} has no picture to start from")
+        return Source(image, mask)
 
     async def cancel(self, job_id: str) -> Job:
         """Ends a waiting job, asks the worker of a running one to stop, leaves an ended one be. Raises NotFound."""
@@ -308,6 +324,13 @@ def _claim(worker_id: str, record: Sequence[bytes]) -> Claim:
 def _proof(claim: Claim) -> tuple[str, str, int, str, str]:
     """What a script checks a claim by; the entry tells apart two claims of a job that was released between them."""
     return claim.job.id, claim.worker_id, claim.attempt, claim.stream, claim.entry_id
+
+
+def _fields(source: Source | None) -> list[str | bytes]:
+    """Names and values in turn."""
+    if source is None:
+        return []
+    return ["image", source.image, *(["mask", source.mask] if source.mask is not None else [])]
 
 
 def _check_job_id(job_id: str) -> None:

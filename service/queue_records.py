@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
@@ -22,6 +23,16 @@ from service.schemas import (
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 CARDS: TypeAdapter[list[ModelCard]] = TypeAdapter(list[ModelCard])
+
+
+@dataclass(frozen=True)
+class Source:
+    """The picture a job starts from, kept beside its record: both are PNG, as large as the finished picture will be."""
+
+    image: bytes
+    """RGB."""
+    mask: bytes | None = None
+    """Greyscale: 255 marks what is to change, 0 what is kept; None: all may change."""
 
 
 def fields_of(record: Sequence[bytes]) -> dict[str, bytes]:

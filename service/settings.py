@@ -39,7 +39,18 @@ class Settings(BaseSettings):
     tls_cert: Path | None = Field(None, description="PEM certificate chain for HTTPS and gRPC; empty = no TLS.")
     tls_key: Path | None = Field(None, description="PEM private key that belongs to it, without a password.")
     max_waiting: int = Field(256, ge=1, description="Waiting jobs before submits are refused with 503.")
-    max_body_bytes: int = Field(1 << 20, ge=1024, description="Of an HTTP body or a gRPC message; more is refused.")
+    rate_limit: int = Field(0, ge=0, description="Pictures a minute one API key may ask for, else 429; 0 = no limit.")
+    rate_burst: int = Field(20, ge=1, description="Pictures it may ask for at once after a quiet time.")
+    max_in_flight: int = Field(
+        0, ge=0, description="Jobs one API key may have waiting and running, else 429; 0 = no limit."
+    )
+    cors_origins: Annotated[list[str], NoDecode] = Field(
+        [], description="Origins whose pages may call from a browser, with commas between; `*` = any; empty = none."
+    )
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="Of an HTTP body; more is refused.")
+    max_upload_bytes: int = Field(
+        8 << 20, ge=1024, description="Of a body that may carry pictures, and of a gRPC message; more is refused."
+    )
     result_ttl_seconds: int = Field(3600, ge=1, description="How long finished jobs, pictures and events are kept.")
     idempotency_ttl_seconds: int = Field(86400, ge=1, description="How long an Idempotency-Key is remembered.")
     max_attempts: int = Field(3, ge=1, description="Starts before a job is dead-lettered.")
@@ -56,9 +67,9 @@ class Settings(BaseSettings):
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
     log_json: bool = Field(False, description="One JSON object a line instead of lines for people.")
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
-    def _keys_from_text(cls, value: Any) -> Any:
+    def _list_from_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         return json.loads(value) if value.lstrip().startswith("[") else value.replace(",", " ").split()

@@ -119,7 +119,7 @@ class TestSubmit:
     async def test_a_repeated_call_of_the_script_queues_once(self, queue: JobQueue, redis_client: Redis) -> None:
         body = a_request().model_dump_json()
         for _ in range(2):
-            await queue._run("submit", UNKNOWN, "emoji", Priority.NORMAL.value, body, "", "", "fingerprint")
+            await queue._run("submit", UNKNOWN, "emoji", Priority.NORMAL.value, body, "", "", "fingerprint", "", 1)
         assert await redis_client.xlen(keys.queue("emoji", Priority.NORMAL)) == 1
         assert await redis_client.xlen(keys.events(UNKNOWN)) == 1
 
