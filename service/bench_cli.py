@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.bench_forward_cli import forward
 from service.cli_errors import typed_errors
 
 bench_app = typer.Typer(help="Measure, each time against a baseline in the same run.", no_args_is_help=True)
@@ -27,9 +28,7 @@ PROMPTS = (
 )
 
 
-@bench_app.callback()
-def bench() -> None:
-    """Keep ``bench sampler`` a subcommand while it is the only one."""
+bench_app.command("forward")(forward)
 
 
 @bench_app.command("sampler")

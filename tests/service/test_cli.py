@@ -78,3 +78,24 @@ def test_bench_compares_samplers_with_their_dense_form(bundle_dir: Path, tmp_pat
     assert cached["gflop"] < dense["gflop"]
     euler = [row["psnr"] for row in rows if row["sampler"] == "euler"]
     assert euler == sorted(euler)  # more steps come closer to the fine solution
+
+
+def test_bench_forward_writes_rows_and_a_plot(bundle_dir: Path, tmp_path: Path) -> None:
+    out, plot = tmp_path / "rows.json", tmp_path / "forward.png"
+    where = ("--bundle", bundle_dir / "tiny-class", "--rounds", "1", "--out", out, "--plot", plot)
+    code, output = command("bench", "forward", "--size", "tiny", *where)
+    assert code == 0
+    assert "30% of the patches" in output
+    assert {row["size"] for row in json.loads(out.read_text())} == {"tiny"}
+    with Image.open(plot) as picture:
+        assert picture.width > 300
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--size", "huge"], "huge"), (["--size", "tiny", "--bundle", "{bundles}/tiny-text"], "class")],
+)
+def test_bench_forward_refuses_what_it_cannot_measure(words: list[str], message: str, bundle_dir: Path) -> None:
+    code, output = command("bench", "forward", *(word.format(bundles=bundle_dir) for word in words))
+    assert code == 1
+    assert message in output

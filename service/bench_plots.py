@@ -1,0 +1,47 @@
+"""Plots of what ``patchforge bench`` measured; matplotlib comes with the ``bench`` extra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from service.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from model.evaluation.forward_bench import ForwardRow
+
+
+def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure with that many axes side by side.
+
+    Raises:
+        InvalidRequest: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InvalidRequest("needs matplotlib: pip install 'patchforge[bench]'", field="plot") from error
+    figure = Figure(figsize=(6.5 * panels, 4.2), layout="constrained")
+    axes: Any = figure.subplots(1, panels, squeeze=False)
+    return figure, list(axes[0])
+
+
+def plot_forward(rows: list[ForwardRow], path: Path) -> None:
+    """Seconds of each way to evaluate one picture, with the floor its FLOPs set; one panel a size."""
+    sizes = list(dict.fromkeys(row.size for row in rows))
+    figure, panels = new_figure(len(sizes))
+    for axes, size in zip(panels, sizes, strict=True):
+        some = [row for row in rows if row.size == size][::-1]
+        positions = range(len(some))
+        bars = axes.barh(positions, [row.seconds for row in some], color="#4c78a8", label="measured")
+        axes.barh(positions, [row.floor_seconds for row in some], color="#9ecae9", height=0.35, label="FLOPs at peak")
+        axes.bar_label(bars, [f" {row.ratio:.2f}×" for row in some])
+        axes.set_yticks(positions, [row.case for row in some])
+        axes.set(title=f"{size}: × faster than dense as the paper", xlabel="seconds an evaluation")
+        axes.margins(x=0.15)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure.savefig(path)
