@@ -36,8 +36,8 @@ async def redis_client(queue_server: EmbeddedServer) -> AsyncIterator[Redis]:
 
 @pytest.fixture
 def settings(queue_server: EmbeddedServer) -> Settings:
-    """Settings that point at the server; claims fall idle soon."""
-    return Settings(redis_url=queue_server.url, claim_idle_seconds=0.3, max_waiting=8)
+    """Settings that point at the server, with room for eight jobs."""
+    return Settings(redis_url=queue_server.url, max_waiting=8)
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ async def test_no_secret_is_ever_logged(queue_server: EmbeddedServer, tmp_path: 
             )
         try:
             base = f"http://127.0.0.1:{http_port}"
-            async with httpx.AsyncClient(base_url=base, timeout=10) as http:
+            async with httpx.AsyncClient(base_url=base, timeout=60) as http:
                 await until_alive(http)
                 for secret in (key, wrong):
                     headers = {"authorization": f"Bearer {secret}"}

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from service import keys
 from service.queue import Claim, JobQueue
 from service.schemas import (
     Completed,
@@ -66,8 +67,20 @@ def a_card(name: str) -> ModelCard:
     )
 
 
-async def eventually(attempt: Callable[[], Awaitable[T | None]], seconds: float = 5.0) -> T:
-    """The first true answer; for what only the passing of the server's time brings about."""
+async def silenced(queue: JobQueue, claim: Claim) -> None:
+    """As if the claim's worker had not been heard for an hour."""
+    holder = (claim.stream, keys.GROUP, keys.CONSUMER, 0)
+    await queue._redis.xclaim(*holder, [claim.entry_id], idle=3_600_000, justid=True)
+
+
+async def overdue(queue: JobQueue) -> None:
+    """As if the deadlines of all waiting jobs had passed."""
+    for member in await queue._do("ZRANGE", keys.WAITING, 0, -1):
+        await queue._do("ZADD", keys.WAITING, "XX", 1, member)
+
+
+async def eventually(attempt: Callable[[], Awaitable[T | None]], seconds: float = 30.0) -> T:
+    """The first true answer; for what no event tells."""
     async with asyncio.timeout(seconds):
         while True:
             if result := await attempt():

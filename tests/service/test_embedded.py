@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
 
 async def answering(queue: JobQueue) -> None:
     """Until a connection made before the server's end is found out and replaced."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while True:
             with contextlib.suppress(Unavailable):
                 return await queue.ping()
@@ -114,7 +113,7 @@ def test_listens_on_loopback_only_and_does_not_hear_ctrl_c(server: EmbeddedServe
 def test_dies_with_its_parent_and_frees_the_data(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from service.embedded import EmbeddedServer\n"
-        "server = EmbeddedServer(Path(sys.argv[1])); server.start(); print(server.pid, flush=True); time.sleep(60)"
+        "server = EmbeddedServer(Path(sys.argv[1])); server.start(); print(server.pid, flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     with parent:
@@ -122,9 +121,7 @@ def test_dies_with_its_parent_and_frees_the_data(tmp_path: Path) -> None:
         ending = os.pidfd_open(int(parent.stdout.readline()))
         parent.kill()
     try:
-        began = time.monotonic()
-        assert select.select([ending], [], [], 5)[0], "the server outlived its parent"
-        assert time.monotonic() - began < 5
+        assert select.select([ending], [], [], 30)[0], "the server outlived its parent"
     finally:
         os.close(ending)
     with EmbeddedServer(tmp_path) as server:

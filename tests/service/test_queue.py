@@ -34,7 +34,7 @@ from tests.service.queue_kit import (
     a_preview,
     a_request,
     claimed,
-    eventually,
+    overdue,
     watched,
 )
 
@@ -165,17 +165,12 @@ class TestSubmit:
 
     async def test_overdue_jobs_hold_no_place(self, queue: JobQueue, settings: Settings) -> None:
         for _ in range(settings.max_waiting):
-            await queue.submit(a_request(deadline_seconds=0.3))
+            await queue.submit(a_request(deadline_seconds=600))
         with pytest.raises(QueueFull):
             await queue.submit(a_request())
-
-        async def accepted() -> Job | None:
-            try:
-                return await queue.submit(a_request())
-            except QueueFull:
-                return None
-
-        await eventually(accepted)
+        await overdue(queue)
+        await queue.submit(a_request())
+        assert await queue.waiting() == {"emoji": 1}
 
     async def test_a_paused_server_gives_503_and_one_job_after_the_retry(
         self, queue_server: EmbeddedServer, queue: JobQueue, redis_client: Redis
@@ -185,7 +180,7 @@ class TestSubmit:
             began = time.monotonic()
             tries = (queue.submit(a_request(), idempotency_key="k") for _ in range(40))  # more than connections
             results = await asyncio.gather(*tries, return_exceptions=True)
-            assert time.monotonic() - began < 8
+            assert time.monotonic() - began < 30, "they were tried again and again"
             assert {type(result) for result in results} == {Unavailable}
         finally:
             os.kill(queue_server.pid, signal.SIGCONT)
@@ -253,10 +248,12 @@ class TestCancelAndDeadline:
         assert await queue.waiting() == {}
 
     async def test_the_deadline_is_for_the_start_only(self, queue: JobQueue) -> None:
-        job = await queue.submit(a_request(deadline_seconds=0.05))
+        job = await queue.submit(a_request(deadline_seconds=600))
         claim = await claimed(queue)
-        await asyncio.sleep(0.1)
+        await overdue(queue)
+        assert await queue.heartbeat(claim) is Heartbeat.OK
         assert await queue.release(claim)
+        assert await queue._do("ZSCORE", keys.WAITING, f"{job.id}:emoji") == float("inf")
         again = await claimed(queue)
         assert again.job.id == job.id
 

@@ -7,6 +7,7 @@ import asyncio
 from redis.asyncio import Redis
 
 from service.queue import JobQueue
+from tests.service.queue_kit import eventually
 
 
 async def test_closed_connections_are_replaced_before_use(queue: JobQueue, redis_client: Redis) -> None:
@@ -16,6 +17,10 @@ async def test_closed_connections_are_replaced_before_use(queue: JobQueue, redis
     assert len(clients) > 5
     closed = await redis_client.client_kill_filter(skipme=True)
     assert closed == len(clients) - 1
-    await asyncio.sleep(0.05)  # for the news to arrive
+
+    async def gone() -> bool:
+        return len(await redis_client.client_list()) == 1
+
+    await eventually(gone)  # and on the way here, our side has heard of it
     await asyncio.gather(*(queue.ping() for _ in range(10)))
     assert await queue.claim("w", ["emoji"], block_seconds=0.01) is None

@@ -32,7 +32,10 @@ from tests.service.queue_kit import (
 
 
 class TestWatch:
-    async def test_replays_then_follows(self, queue: JobQueue, other_queue: JobQueue) -> None:
+    async def test_replays_then_follows(
+        self, queue: JobQueue, other_queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(queue_module, "POLL", 3600)  # so that only its bell wakes it
         job = await queue.submit(a_request())
         claim = await claimed(queue)
         await queue.publish(claim, Started(attempt=1, steps=4))
@@ -43,7 +46,7 @@ class TestWatch:
                 following = asyncio.ensure_future(anext(events))
                 await asyncio.sleep(0.02)  # for it to find nothing and wait for its bell
                 await queue.publish(claim, a_preview(evaluation))
-                assert (await asyncio.wait_for(following, 1))[1] == a_preview(evaluation)
+                assert (await asyncio.wait_for(following, 30))[1] == a_preview(evaluation)
             await queue.finish(claim, DONE)
             assert (await anext(events))[1] == DONE
             with pytest.raises(StopAsyncIteration):
@@ -142,7 +145,7 @@ class TestWatch:
         assert (await redis_client.info("clients"))["connected_clients"] < 50
         await queue.finish(claim, DONE)
         whole = await watched(queue, job.id)
-        assert all(seen == whole for seen in await asyncio.wait_for(asyncio.gather(*watchers), 10))
+        assert all(seen == whole for seen in await asyncio.wait_for(asyncio.gather(*watchers), 30))
 
     async def test_a_lost_subscription_loses_no_event(
         self, queue: JobQueue, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
@@ -154,7 +157,7 @@ class TestWatch:
             await anext(events)
             await redis_client.client_kill_filter(_type="pubsub")
             await queue.finish(claim, DONE)
-            assert (await asyncio.wait_for(anext(events), 1))[1] == DONE
+            assert (await asyncio.wait_for(anext(events), 30))[1] == DONE
 
     async def test_closing_at_any_moment_ends_the_listener(
         self, queue: JobQueue, queue_server: EmbeddedServer, settings: Settings
@@ -166,8 +169,8 @@ class TestWatch:
             for _ in range(turns):
                 await asyncio.sleep(0)
             watching.cancel()
-            await asyncio.wait_for(asyncio.gather(watching, return_exceptions=True), 1)
-            await asyncio.wait_for(closing.close(), 1)
+            await asyncio.wait_for(asyncio.gather(watching, return_exceptions=True), 30)
+            await asyncio.wait_for(closing.close(), 30)
 
     async def test_a_job_that_vanishes_is_reported(
         self, queue: JobQueue, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
@@ -178,7 +181,7 @@ class TestWatch:
             await anext(events)
             await redis_client.flushall()
             with pytest.raises(NotFound):
-                await asyncio.wait_for(anext(events), 1)
+                await asyncio.wait_for(anext(events), 30)
 
 
 async def _finished_at(queue: JobQueue, claim: Claim, event: Event) -> bool:

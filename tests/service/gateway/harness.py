@@ -84,7 +84,7 @@ class ScriptedWorker:
 
     async def next_job(self) -> str:
         """The next job on stage, once its scene is played or held."""
-        return await asyncio.wait_for(self._jobs.get(), 10)
+        return await asyncio.wait_for(self._jobs.get(), 60)
 
     async def run(self) -> None:
         try:
@@ -175,7 +175,7 @@ async def running(gateway: Gateway) -> AsyncIterator[Gateway]:
 async def ended(queue: JobQueue, job_id: str) -> str:
     """Waits for a job's terminal event and says which it was."""
     kind = "none"
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         async for _, event in queue.watch(job_id):
             kind = event.type
     return kind

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +37,13 @@ async def test_ready_once_a_worker_serves_a_model(http: httpx.AsyncClient, queue
     assert (await http.get("/readyz")).json() == {"status": "ready", "models": ["tiny-class", "tiny-text"]}
 
 
-async def test_small_answers_do_not_wait_for_delayed_acknowledgements(http: httpx.AsyncClient) -> None:
-    times = [(await http.get("/healthz")).elapsed.total_seconds() for _ in range(15)]
-    assert sorted(times)[7] < 0.03
+async def test_small_answers_do_not_wait_for_delayed_acknowledgements(
+    http: httpx.AsyncClient, gateway: Gateway
+) -> None:
+    await http.get("/healthz")
+    [connection] = gateway.http.server_state.connections
+    ours = connection.transport.get_extra_info("socket")
+    assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_a_gateway_waits_for_its_queue_server(settings: Settings, tmp_path: Path) -> None:
@@ -84,12 +89,12 @@ async def test_metrics_join_the_gateways_and_the_workers(http: httpx.AsyncClient
 async def test_draining_ends_watches_and_lets_runs_finish(
     settings: Settings, queue: JobQueue, worker: ScriptedWorker
 ) -> None:
-    patient = settings.model_copy(update={"drain_seconds": 10})
+    patient = settings.model_copy(update={"drain_seconds": 60})
     worker.curtain.clear()
     async with running(Gateway(patient, queue)) as gateway:
         url = f"http://127.0.0.1:{gateway.http_port}"
         async with (
-            httpx.AsyncClient(base_url=url, timeout=10) as http,
+            httpx.AsyncClient(base_url=url, timeout=60) as http,
             grpc.aio.insecure_channel(f"127.0.0.1:{gateway.grpc_port}") as channel,
         ):
             call = asyncio.create_task(http.post("/v1/images/generations", json=APPLE))
@@ -123,7 +128,7 @@ async def test_what_outlasts_the_drain_is_cancelled(
     hasty = settings.model_copy(update={"drain_seconds": 0})
     async with running(Gateway(hasty, queue)) as gateway:
         url = f"http://127.0.0.1:{gateway.http_port}"
-        async with httpx.AsyncClient(base_url=url, timeout=10) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
             call = asyncio.create_task(http.post("/v1/images/generations", json=APPLE))
             job_id = await worker.next_job()
             gateway.stop()
@@ -166,7 +171,7 @@ async def test_the_process_is_light_and_leaves_on_sigterm(settings: Settings, qu
     )
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while "ready for requests" not in (await process.stdout.readline()).decode():
                 assert process.returncode is None
         assert _resident_kib(process.pid) < 200 << 10

@@ -102,7 +102,7 @@ async def test_leaving_a_watch_leaves_the_job_alone(
 async def test_idle_streams_are_kept_alive(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
     worker.curtain.clear()
     job = await submit(http, model="tiny-text")
-    async with asyncio.timeout(5), http.stream("GET", f"/v1/jobs/{job['id']}/events") as response:
+    async with asyncio.timeout(60), http.stream("GET", f"/v1/jobs/{job['id']}/events") as response:
         async for event in sse(response):
             if "comment" in event:
                 break

@@ -80,14 +80,14 @@ async def test_grpc_over_tls(gateway: Gateway, files: tuple[Path, Path]) -> None
         assert health.status == health_pb2.HealthCheckResponse.SERVING
         stub = pb_grpc.ImageServiceStub(channel)
         request = pb.GenerateImageRequest(generation=pb.Generation(class_label="cat"))
-        kinds = [reply.event.WhichOneof("event") async for reply in stub.GenerateImage(request, timeout=20)]
+        kinds = [reply.event.WhichOneof("event") async for reply in stub.GenerateImage(request, timeout=60)]
     assert kinds[-1] == "completed"
 
 
 async def test_grpc_does_not_speak_plainly(gateway: Gateway) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.grpc_port}") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 

@@ -27,7 +27,7 @@ from service.settings import Settings
 from service.worker.engine import Outcome
 from service.worker.outages import Outages
 from service.worker.worker import Worker
-from tests.service.queue_kit import eventually
+from tests.service.queue_kit import silenced
 from tests.service.worker.jobs import request
 
 Running = Callable[..., object]
@@ -59,6 +59,13 @@ async def first(queue: JobQueue, job_id: str, kind: type) -> Event:
         if isinstance(event, kind):
             return event
     raise AssertionError(f"no {kind.__name__}")
+
+
+async def claimed(queue: JobQueue) -> Claim:
+    """A claim of someone who will not be heard of again."""
+    claim = await queue.claim("dead", ["tiny-class"], block_seconds=0)
+    assert claim is not None
+    return claim
 
 
 async def test_a_job_runs_from_queued_to_completed(worker: Worker, queue: JobQueue) -> None:
@@ -150,7 +157,7 @@ async def test_a_job_of_a_dead_worker_is_made_again_the_same(
     settings: Settings, queue: JobQueue, other_queue: JobQueue, pipelines: dict[str, Pipeline], worker: Worker
 ) -> None:
     job = await queue.submit(request(steps=5))
-    assert await other_queue.claim("dead", ["tiny-class"], block_seconds=0)
+    await silenced(queue, await claimed(other_queue))
     async with running(worker):
         assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
         assert (await queue.get(job.id)).attempt == 2
@@ -163,8 +170,9 @@ async def test_a_job_on_its_last_attempt_runs_alone(
     settings: Settings, queue: JobQueue, other_queue: JobQueue, pipelines: dict[str, Pipeline]
 ) -> None:
     suspect = await queue.submit(request(steps=5))
-    assert await other_queue.claim("dead", ["tiny-class"], block_seconds=0)
-    await eventually(lambda: other_queue.reclaim("dead too", ["tiny-class"]))
+    await silenced(queue, await claimed(other_queue))
+    last = await other_queue.reclaim("dead too", ["tiny-class"])
+    assert last is not None
     worker = Worker(settings, queue, pipelines)
     together: list[set[str]] = []
     step = worker.engine.step
@@ -175,8 +183,9 @@ async def test_a_job_on_its_last_attempt_runs_alone(
 
     worker.engine.step = watched_step
     async with running(worker):
-        busy = await queue.submit(request(steps=200, n=10))  # in flight when the suspect falls idle
+        busy = await queue.submit(request(steps=200, n=10))
         await first(queue, busy.id, Started)
+        await silenced(queue, last)  # in the middle of it, most likely
         await queue.submit(request(steps=5, seed=1))
         assert isinstance(await first(queue, suspect.id, TERMINAL_EVENTS), Completed)
         assert isinstance(await first(queue, busy.id, TERMINAL_EVENTS), Completed)
@@ -193,21 +202,21 @@ async def test_a_worker_that_cannot_keep_its_claims_ends(
     monkeypatch.setattr(queue, "heartbeat", broken)
     await queue.submit(request(steps=200, n=10))
     with pytest.raises(ExceptionGroup):
-        await asyncio.wait_for(worker.run(), 10)
+        await asyncio.wait_for(worker.run(), 60)
 
 
 async def test_no_one_is_taken_for_dead_after_an_outage(
     settings: Settings, queue: JobQueue, other_queue: JobQueue, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = await other_queue.submit(request())
-    claim = await other_queue.claim("living", ["tiny-class"], block_seconds=0)
-    assert claim is not None
-    await asyncio.sleep(1.1 * settings.claim_idle_seconds)  # nobody could reach the server
+    claim = await claimed(other_queue)
+    await silenced(queue, claim)  # nobody could reach the server
     monkeypatch.setattr(Outages, "seconds_since", 0.9 * settings.claim_idle_seconds)
     async with running(worker):
         after = await queue.submit(request())
         assert isinstance(await first(queue, after.id, TERMINAL_EVENTS), Completed)
         assert await other_queue.heartbeat(claim) is Heartbeat.OK
+        await silenced(queue, claim)
         monkeypatch.undo()
         assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)  # in the end it is
 
@@ -215,19 +224,25 @@ async def test_no_one_is_taken_for_dead_after_an_outage(
 async def test_a_worker_that_takes_over_its_own_job_goes_on_with_it(
     worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard, heartbeat = asyncio.Event(), queue.heartbeat
+    heard, heartbeat, reclaimed, reclaim = asyncio.Event(), queue.heartbeat, asyncio.Event(), queue.reclaim
+
+    async def watched_reclaim(worker_id: str, models: list[str]) -> Claim | None:
+        claim = await reclaim(worker_id, models)
+        if claim is not None:
+            reclaimed.set()
+        return claim
 
     async def held_up(claim: Claim) -> Heartbeat:
         await heard.wait()
         return await heartbeat(claim)
 
-    async def taken_over() -> bool:
-        return (await queue.get(job.id)).attempt > 1
-
     monkeypatch.setattr(queue, "heartbeat", held_up)
+    monkeypatch.setattr(queue, "reclaim", watched_reclaim)
     async with running(worker):
         job = await queue.submit(request(steps=100, sampler={"name": "dual_loop", "inner_steps": 4}))
-        await eventually(taken_over)
+        await first(queue, job.id, Started)
+        await silenced(queue, worker.claims[job.id])
+        await reclaimed.wait()
         heard.set()  # what is said of the first claim now, that it is lost, must not be taken for the second
         seen = await events(queue, job.id)
     assert isinstance(seen[-1], Completed)
