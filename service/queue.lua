@@ -235,6 +235,24 @@ function commands.waiting()
   return call('ZRANGE', WAITING, 0, -1)
 end
 
+-- {model, seconds its longest waiting job has waited} of each model that has any; ids sort by the time they were made.
+function commands.oldest()
+  local first, ages = {}, {}
+  for _, waiting in ipairs(call('ZRANGE', WAITING, 0, -1)) do
+    local id, model = string.match(waiting, '^([^:]+):(.*)$')
+    if not first[model] or id < first[model] then
+      first[model] = id
+    end
+  end
+  for model, id in pairs(first) do
+    local created_at = fields(id, 'created_at')
+    if created_at then -- else someone deleted it by hand
+      table.insert(ages, { model, string.format('%.3f', now - created_at) })
+    end
+  end
+  return ages
+end
+
 function commands.cancel(id)
   local status = fields(id, 'status')
   if status == 'waiting' then

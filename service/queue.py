@@ -109,7 +109,7 @@ class JobQueue(QueueConnection):
         draws a seed must pass it, or a client's retry would look like another request. ``tenant`` owns the job, and its
         keys are its own, as are its limits. ``source`` is what the job starts from.
         Raises QueueFull, RateLimited, TooManyJobs, or IdempotencyConflict if the key was used with another fingerprint.
-        A ``Unavailable`` leaves open whether the job was accepted: repeating the call is safe with a key, and only then.
+        ``Unavailable`` leaves open whether the job was accepted: repeating the call is safe with a key, and only then.
         """
         if request.model is None:
             raise InvalidRequest("no model was chosen", field="model")
@@ -202,6 +202,10 @@ class JobQueue(QueueConnection):
         members = await self._run("waiting")
         return dict(Counter(member.decode().partition(":")[2] for member in members))
 
+    async def oldest_waiting(self) -> dict[str, float]:
+        """Seconds the longest waiting job of each model that has any has waited, by the queue server's clock."""
+        return {model.decode(): float(age) for model, age in await self._run("oldest")}
+
     # Workers tell gateways what they serve and how they fare.
 
     async def announce(self, worker_id: str, cards: Sequence[ModelCard]) -> None:
@@ -217,10 +221,13 @@ class JobQueue(QueueConnection):
         await self._do("DEL", keys.worker_models(worker_id), keys.worker_metrics(worker_id))
         await self._do("ZREM", keys.WORKERS, worker_id)
 
+    async def workers(self) -> dict[str, list[ModelCard]]:
+        """What each live worker serves, by the worker's id."""
+        return {worker: CARDS.validate_json(text) for worker, text in await self._announced(keys.worker_models)}
+
     async def models(self) -> list[ModelCard]:
         """What the live workers serve between them, by name."""
-        announced = await self._announced(keys.worker_models)
-        cards = {card.name: card for _, text in announced for card in CARDS.validate_json(text)}
+        cards = {card.name: card for served in (await self.workers()).values() for card in served}
         return [cards[name] for name in sorted(cards)]
 
     async def worker_metrics(self) -> list[tuple[str, bytes]]:

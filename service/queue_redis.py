@@ -71,6 +71,11 @@ class QueueConnection:
         if policy != "noeviction":
             raise Unavailable(f"the queue server's maxmemory-policy must be noeviction, not {policy}")
 
+    async def memory(self) -> tuple[int, int]:
+        """Bytes the queue server uses, and may use; 0 if it has no limit."""
+        info = await self._do("INFO", "memory")
+        return int(info["used_memory"]), int(info["maxmemory"])
+
     async def _do(self, *command: str | int) -> Any:
         client: Any = self._redis  # its execute_command has no types
         with redis_call():

@@ -109,7 +109,7 @@ class Gateway:
     def __init__(self, settings: Settings, queue: JobQueue) -> None:
         self.settings = settings
         self.service = JobService(queue)
-        metrics = GatewayMetrics(CollectorRegistry())
+        metrics = GatewayMetrics(CollectorRegistry(), settings.max_waiting)
         queue.on_ended = metrics.request_ended_in_queue
         keys = ApiKeys(settings.api_keys)
         shown = certificate(settings)

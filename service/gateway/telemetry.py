@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Unavailable
 from service.gateway.dependencies import Metrics, Service
-from service.metrics import GatewayMetrics
+from service.metrics import GatewayMetrics, QueueState
+from service.queue import JobQueue
 
 router = APIRouter(tags=["operation"])
 
 
 @router.get("/metrics", response_class=Response)
-async def scrape(service: Service, metrics: Metrics) -> Response:
-    """Prometheus metrics of this gateway and of every live worker."""
-    workers: list[bytes] = []
+async def scrape(
+    service: Service,
+    metrics: Metrics,
+    workers: Annotated[bool, Query(description="Off: leave the workers' figures to a scrape of their own.")] = True,
+) -> Response:
+    """Prometheus metrics of this gateway, of the queue and of every live worker."""
+    texts: list[bytes] = []
     try:
-        metrics.requests_waiting(await service.queue.waiting())
-        workers = [text for _, text in await service.queue.worker_metrics()]
+        metrics.queue_seen(await _queue_state(service.queue))
+        if workers:
+            texts = [text for _, text in await service.queue.worker_metrics()]
     except Unavailable:
-        pass  # the gateway's own figures matter most when the queue is away
-    return Response(metrics.exposition(workers), media_type=CONTENT_TYPE_LATEST)
+        metrics.queue_seen(None)  # the gateway's own figures matter most when the queue is away
+    return Response(metrics.exposition(texts), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _queue_state(queue: JobQueue) -> QueueState:
+    waiting, oldest, workers, (memory, limit) = await asyncio.gather(
+        queue.waiting(), queue.oldest_waiting(), queue.workers(), queue.memory()
+    )
+    served = [[card.name for card in cards] for cards in workers.values()]
+    return QueueState(waiting, oldest, served, memory, limit)
 
 
 class Measured:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 from ulid import ULID
 
+from model.flops import patch_flops
 from model.pipeline import Pipeline
 from service.errors import InvalidRequest, NotFound
 from service.metrics import WorkerMetrics
@@ -21,6 +23,7 @@ from service.queue_records import terminal_event
 from service.schemas import Cancelled, Completed, Failed, Job, JobError, JobStatus, ModelCard, SavingsReport, Started
 from service.settings import Settings
 from service.worker.cards import model_card
+from service.worker.device_metrics import register_host
 from service.worker.engine import Engine, JobBroken, JobDone, Outcome, PictureMade, PreviewMade, job_error
 from service.worker.outages import Outages
 
@@ -44,7 +47,9 @@ class Worker:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{str(ULID())[-6:]}"
         self.engine = Engine(pipelines, settings.patch_budget, settings.preview_interval_seconds)
         self.registry = CollectorRegistry()
-        self.metrics = WorkerMetrics(self.registry)
+        flops = {name: patch_flops(pipeline.manifest) for name, pipeline in pipelines.items()}
+        self.metrics = WorkerMetrics(self.registry, settings.patch_budget, flops)
+        register_host(self.registry, {pipeline.device for pipeline in pipelines.values()})
         self.claims: dict[str, Claim] = {}
         self.draining = asyncio.Event()
         self.outages = Outages()
@@ -89,9 +94,10 @@ class Worker:
         await self._heed_verdicts()
         if not self.engine.jobs:
             return
+        began = time.monotonic()
         outcomes = await asyncio.to_thread(self.engine.step)
         patches, model = self.engine.last_evaluation
-        self.metrics.evaluated(model, patches)
+        self.metrics.evaluated(model, patches, time.monotonic() - began)
         for outcome in outcomes:
             await self._deliver(outcome)
 
@@ -182,7 +188,7 @@ class Worker:
     async def _fail(self, job_id: str, error: JobError) -> None:
         claim = self.claims[job_id]
         if await self._finish(claim, Failed(error=error)):
-            self._end(claim.job, JobStatus.FAILED)
+            self._end(claim.job, JobStatus.FAILED, code=error.code)
             log.warning("job failed", job=job_id, code=error.code, reason=error.message)
         else:
             self._lose(job_id)
@@ -211,10 +217,10 @@ class Worker:
                 self._end(claim.job, JobStatus.CANCELLED)
                 log.info("job cancelled", job=job_id)
 
-    def _end(self, job: Job, status: JobStatus, report: SavingsReport | None = None) -> None:
+    def _end(self, job: Job, status: JobStatus, report: SavingsReport | None = None, code: str | None = None) -> None:
         self.claims.pop(job.id, None)
         self.engine.drop(job.id)
-        self.metrics.request_finished(job, report, status)
+        self.metrics.request_finished(job, report, status, code)
         self._news.set()
 
     def _lose(self, job_id: str) -> None:

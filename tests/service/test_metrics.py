@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import math
+from pathlib import Path
+
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import GatewayMetrics, WorkerMetrics, merge_expositions
+from service.errors import InvalidRequest
+from service.expositions import merge_expositions
+from service.metrics import FAILURE_CODES, GatewayMetrics, QueueState, WorkerMetrics
 from service.schemas import DualLoop, GenerationRequest, Job, JobError, JobStatus, SavingsReport
 
 REPORT = SavingsReport(
@@ -42,15 +48,28 @@ def samples(text: bytes) -> dict[str, float]:
     return found
 
 
+def a_worker() -> WorkerMetrics:
+    """One whose only model takes 1,000 FLOPs a patch."""
+    return WorkerMetrics(CollectorRegistry(), patch_budget=400, patch_flops={"emoji": 1000})
+
+
+def a_gateway() -> GatewayMetrics:
+    return GatewayMetrics(CollectorRegistry(), max_waiting=8)
+
+
+def a_queue(*workers: list[str], **waiting: int) -> QueueState:
+    return QueueState(waiting, dict.fromkeys(waiting, 12.5), workers, memory_bytes=10, memory_limit_bytes=100)
+
+
 OF_REQUEST = '{model="emoji",sampler="dual_loop"}'
 
 
 def a_busy_worker() -> WorkerMetrics:
-    metrics = WorkerMetrics(CollectorRegistry())
+    metrics = a_worker()
     for _ in range(2):
         metrics.request_started(a_job())
     metrics.request_finished(a_job(), REPORT, JobStatus.COMPLETED)
-    metrics.evaluated("emoji", 100)
+    metrics.evaluated("emoji", 100, 0.02)
     return metrics
 
 
@@ -66,12 +85,16 @@ def test_a_completed_request_shows_what_it_saved() -> None:
     assert seen['patchforge_requests_total{model="emoji",sampler="dual_loop",status="completed"}'] == 1
     assert seen['patchforge_evaluation_patches_bucket{le="128.0",model="emoji"}'] == 1
     assert seen['patchforge_evaluation_patches_bucket{le="64.0",model="emoji"}'] == 0
+    assert seen['patchforge_evaluation_fill_ratio_sum{model="emoji"}'] == 0.25
+    assert seen['patchforge_evaluation_seconds_sum{model="emoji"}'] == 0.02
+    assert seen[f"patchforge_flops_total{OF_REQUEST}"] == 600_000
+    assert seen[f"patchforge_flops_saved_total{OF_REQUEST}"] == 400_000
 
 
 def test_a_request_that_did_not_complete_counts_no_work() -> None:
-    metrics = WorkerMetrics(CollectorRegistry())
+    metrics = a_worker()
     metrics.request_started(a_job())
-    metrics.request_finished(a_job(), None, JobStatus.FAILED)
+    metrics.request_finished(a_job(), None, JobStatus.FAILED, "out_of_memory")
     metrics.request_started(a_job())
     metrics.request_released(a_job())
     metrics.request_started(a_job())
@@ -80,21 +103,54 @@ def test_a_request_that_did_not_complete_counts_no_work() -> None:
     assert seen[f"patchforge_requests_running{OF_REQUEST}"] == 0
     assert seen[f"patchforge_claims_lost_total{OF_REQUEST}"] == 1
     assert seen['patchforge_requests_total{model="emoji",sampler="dual_loop",status="failed"}'] == 1
+    assert seen['patchforge_request_failures_total{code="out_of_memory",model="emoji"}'] == 1
     assert not any("savings" in name for name in seen)
 
 
+def test_what_alerts_look_at_is_there_before_it_happens_and_odd_codes_add_nothing() -> None:
+    metrics = a_worker()
+    before = samples(metrics.exposition())
+    assert all(
+        before[f'patchforge_request_failures_total{{code="{code}",model="emoji"}}'] == 0 for code in FAILURE_CODES
+    )
+    assert before[f"patchforge_requests_reclaimed_total{OF_REQUEST}"] == 0
+    metrics.request_started(a_job())
+    metrics.request_finished(a_job(), None, JobStatus.FAILED, "made_up")
+    after = samples(metrics.exposition())
+    assert after['patchforge_request_failures_total{code="other",model="emoji"}'] == 1
+    assert {name for name in after if "failures_total" in name} == {name for name in before if "failures_total" in name}
+
+
+def test_every_code_a_job_can_fail_with_is_listed() -> None:
+    """Each string that the worker or the queue gives to something called ``code``, or falls back to."""
+    found = {InvalidRequest.code}
+    for path in [*Path("service/worker").glob("*.py"), Path("service/queue_redis.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            given = isinstance(node, ast.keyword) and node.arg in ("code", "otherwise")
+            if given or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "code"):
+                found |= strings(node.value)
+            elif isinstance(node, ast.FunctionDef) and node.name == "job_error":
+                found |= set().union(*map(strings, node.args.defaults))
+    assert found == {*FAILURE_CODES} - {"other"}
+
+
+def strings(node: ast.AST) -> set[str]:
+    return {each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)}
+
+
 def test_dead_letters_are_counted_apart() -> None:
-    metrics = WorkerMetrics(CollectorRegistry())
+    metrics = a_worker()
     metrics.request_ended_in_queue(a_job(JobStatus.FAILED, JobError(code="dead_letter", message="…")))
     metrics.request_ended_in_queue(a_job(JobStatus.EXPIRED))
     seen = samples(metrics.exposition())
     assert seen[f"patchforge_requests_dead_lettered_total{OF_REQUEST}"] == 1
+    assert seen['patchforge_request_failures_total{code="dead_letter",model="emoji"}'] == 1
     assert seen['patchforge_requests_total{model="emoji",sampler="dual_loop",status="failed"}'] == 1
     assert seen['patchforge_requests_total{model="emoji",sampler="dual_loop",status="expired"}'] == 1
 
 
 def test_strangers_add_no_series() -> None:
-    metrics = GatewayMetrics(CollectorRegistry())
+    metrics = a_gateway()
     metrics.http_answered("GET", None, 404, 0.1)
     metrics.http_answered("BREW", None, 405, 0.1)
     metrics.rpc_answered(None, "UNIMPLEMENTED", 0.1)
@@ -105,12 +161,40 @@ def test_strangers_add_no_series() -> None:
     assert samples(metrics.exposition()).keys() == before
 
 
-def test_waiting_forgets_models_that_are_gone() -> None:
-    metrics = GatewayMetrics(CollectorRegistry())
-    metrics.requests_waiting({"emoji": 3, "digits": 1})
-    metrics.requests_waiting({"emoji": 0})
-    waiting = {name: value for name, value in samples(metrics.exposition()).items() if "waiting" in name}
-    assert waiting == {'patchforge_requests_waiting{model="emoji"}': 0}
+def test_models_that_are_gone_are_forgotten() -> None:
+    metrics = a_gateway()
+    metrics.queue_seen(a_queue(["emoji", "digits"], emoji=3, digits=1))
+    metrics.queue_seen(a_queue(["emoji"], ["emoji"]))
+    seen = samples(metrics.exposition())
+    assert {name: value for name, value in seen.items() if "{model=" in name} == {
+        'patchforge_requests_waiting{model="emoji"}': 0,
+        'patchforge_queue_oldest_seconds{model="emoji"}': 0,
+        'patchforge_model_workers{model="emoji"}': 2,
+    }
+    assert seen["patchforge_workers{}"] == 2
+
+
+def test_a_model_no_worker_serves_any_more_still_shows_what_waits() -> None:
+    metrics = a_gateway()
+    metrics.queue_seen(a_queue(emoji=3))
+    seen = samples(metrics.exposition())
+    assert seen['patchforge_requests_waiting{model="emoji"}'] == 3
+    assert seen['patchforge_queue_oldest_seconds{model="emoji"}'] == 12.5
+    assert seen['patchforge_model_workers{model="emoji"}'] == 0
+    assert seen["patchforge_workers{}"] == 0
+
+
+def test_nothing_is_claimed_of_a_queue_that_is_away() -> None:
+    metrics = a_gateway()
+    metrics.queue_seen(a_queue(["emoji"], emoji=3))
+    assert samples(metrics.exposition())["patchforge_queue_up{}"] == 1
+    metrics.queue_seen(None)
+    seen = samples(metrics.exposition())
+    assert seen["patchforge_queue_up{}"] == 0
+    assert seen["patchforge_queue_capacity{}"] == 8
+    assert math.isnan(seen["patchforge_workers{}"])
+    assert math.isnan(seen["patchforge_queue_memory_bytes{}"])
+    assert not any("waiting" in name for name in seen)
 
 
 def test_one_exposition_is_merged_to_itself() -> None:
@@ -126,11 +210,11 @@ def test_several_workers_are_summed() -> None:
 
 
 def test_the_gateway_shows_its_workers_too() -> None:
-    gateway = GatewayMetrics(CollectorRegistry())
-    gateway.requests_waiting({"emoji": 2})
+    gateway = a_gateway()
+    gateway.queue_seen(a_queue(["emoji"], emoji=2))
     gateway.request_ended_in_queue(a_job(JobStatus.CANCELLED))
     gateway.http_answered("POST", "/v1/generations", 202, 0.01)
-    idle = WorkerMetrics(CollectorRegistry())
+    idle = a_worker()
     text = gateway.exposition([a_busy_worker().exposition(), idle.exposition()])
     seen = samples(text)
     assert seen['patchforge_requests_waiting{model="emoji"}'] == 2
@@ -143,10 +227,12 @@ def test_the_gateway_shows_its_workers_too() -> None:
 
 
 def test_label_values_keep_their_quotes() -> None:
-    gateway = GatewayMetrics(CollectorRegistry())
-    gateway.requests_waiting({'a"b\\c\n': 1})
+    gateway = a_gateway()
+    gateway.queue_seen(a_queue(['a"b\\c\n']))
     twice = merge_expositions([gateway.exposition(), gateway.exposition()])
-    assert next(iter(text_string_to_metric_families(twice.decode()))).samples[0].labels == {"model": 'a"b\\c\n'}
+    families = text_string_to_metric_families(twice.decode())
+    labels = [sample.labels for family in families for sample in family.samples if "model" in sample.labels]
+    assert labels == [{"model": 'a"b\\c\n'}] * 3
 
 
 def test_what_is_no_exposition_is_refused() -> None:
