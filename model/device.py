@@ -14,13 +14,13 @@ def best_device() -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """True where bf16 matrix products beat float32: CUDA, and CPUs with AMX tiles.
+    """True where bf16 matrix products beat float32: CUDA, and CPUs with AMX tiles or AVX-512 BF16.
 
     On a CPU that only emulates bf16 it is several times *slower* than float32, so never guess.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_amx_tile_supported())
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def training_autocast(device: torch.device) -> AbstractContextManager[None]:

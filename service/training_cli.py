@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -74,6 +75,11 @@ def train_model_command(
     data: TableOption = Path("data/emoji-64.npz"),
     autoencoder: Annotated[Path, typer.Option()] = Path("runs/autoencoder"),
     steps: Annotated[int, typer.Option(help="In all; a run that was stopped resumes where it was.")] = 8000,
+    minutes: Annotated[float | None, typer.Option(help="Training time in all, if that is over sooner.")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="A bundle to go on from: its weights, sizes and autoencoder.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Scales both learning rates; below 1 to go on gently.")] = 1.0,
     batch: int = 64,
     width: int = 192,
     depth: int = 6,
@@ -84,15 +90,19 @@ def train_model_command(
     threads: ThreadsOption = None,
 ) -> None:
     """Train a text-to-image or class-conditional model; resumes, and writes a bundle with every sample grid."""
+    from model.bundle import open_bundle
     from model.device import use_threads
     from model.training.data import Pictures
     from model.training.loop import Recipe
     from model.training.run import Size, train_model
 
     use_threads(threads)
-    recipe = Recipe(steps=steps, batch=batch, compile=compile_blocks)
+    recipe = Recipe(steps=steps, minutes=minutes, batch=batch, compile=compile_blocks)
+    recipe = replace(recipe, muon_rate=rate * recipe.muon_rate, adam_rate=rate * recipe.adam_rate)
+    size = Size(width, depth)
     with typed_errors():
-        bundle = train_model(kind, Pictures.load(data), autoencoder, out, recipe, Size(width, depth), licence)
+        begun = open_bundle(start) if start else None
+        bundle = train_model(kind, Pictures.load(data), autoencoder, out, recipe, size, licence, begun)
     print(f"{bundle}: serve it with PATCHFORGE_BUNDLE_DIR={bundle.parent}")
 
 

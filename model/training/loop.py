@@ -30,6 +30,8 @@ class Recipe:
     """How a network is trained; the defaults suit a few million parameters and an hour of two cores."""
 
     steps: int = 8000
+    minutes: float | None = None
+    """Stop after this much training time, if it comes before ``steps``; the learning rate follows suit."""
     batch: int = 64
     muon_rate: float = 0.02
     adam_rate: float = 1.5e-3
@@ -37,16 +39,19 @@ class Recipe:
     constant_share: float = 0.5
     average: float = 0.999
     clip: float = 1.0
-    timesteps: LTG = field(default_factory=lambda: LTG(loc=0.5, together=0.25, clean=0.1))
+    timesteps: LTG = field(default_factory=lambda: LTG(loc=0.5, together=0.25, clean=0.15))
     seed: int = 0
     compile: bool = False
     save_every_seconds: float = 120
     sample_every: int = 1000
 
-    def rate(self, step: int) -> float:
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the run that is done, by steps or by time, whichever is further."""
+        return max(step / self.steps, seconds / 60 / self.minutes if self.minutes else 0.0)
+
+    def rate(self, step: int, seconds: float = 0.0) -> float:
         """Share of the full learning rate: warm-up, constant, then linear down to 2 %."""
-        decay_start = self.constant_share * self.steps
-        decay = max(0.0, (step - decay_start) / max(1.0, self.steps - decay_start))
+        decay = max(0.0, self.progress(step, seconds) - self.constant_share) / max(1e-9, 1 - self.constant_share)
         return min(1.0, (step + 1) / self.warm_up) * (1 - 0.98 * min(1.0, decay))
 
 
@@ -76,6 +81,8 @@ class Trainer:
         self.average = MovingAverage(network, recipe.average)
         self.step = 0
         self.seconds = 0.0
+        self.earlier_samples = 0
+        """Drawn by the runs whose weights this one began with; for the record."""
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
         if recipe.compile:
@@ -83,14 +90,19 @@ class Trainer:
             for block in network.blocks:
                 block.compile()
 
+    @property
+    def finished(self) -> bool:
+        """The recipe's steps or minutes are used up."""
+        return self.recipe.progress(self.step, self.seconds) >= 1
+
     def run(self, sample: Callable[[Trainer], None] | None = None) -> None:
-        """Train up to ``recipe.steps``, resuming where the folder's state left off; log one JSON line per 50 steps."""
+        """Train until `finished`, resuming where the folder's state left off; log one JSON line per 50 steps."""
         self.resume()
         recipe, running = self.recipe, None
         saved = time.monotonic()
         with progress_bar() as bar, (self.folder / "log.jsonl").open("a") as log:
             task = bar.add_task("training", total=recipe.steps, completed=self.step, note="")
-            while self.step < recipe.steps:
+            while not self.finished:
                 started = time.monotonic()
                 loss = self.train_step()
                 self.seconds += time.monotonic() - started
@@ -106,10 +118,10 @@ class Trainer:
                     }
                     log.write(json.dumps(line) + "\n")
                     log.flush()
-                if time.monotonic() - saved > recipe.save_every_seconds or self.step == recipe.steps:
+                if time.monotonic() - saved > recipe.save_every_seconds or self.finished:
                     self.save()
                     saved = time.monotonic()
-                if sample and self.step % recipe.sample_every == 0 and self.step < recipe.steps:
+                if sample and self.step % recipe.sample_every == 0 and not self.finished:
                     self._show(sample)
         if sample:  # also where there was nothing left to train
             self._show(sample)
@@ -137,7 +149,7 @@ class Trainer:
         loss.total.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
         for optimiser, rate in ((self.muon, recipe.muon_rate), (self.adam, recipe.adam_rate)):
-            optimiser.param_groups[0]["lr"] = rate * recipe.rate(self.step)
+            optimiser.param_groups[0]["lr"] = rate * recipe.rate(self.step, self.seconds)
             optimiser.step()
             optimiser.zero_grad()
         self.average.update(self.network, self.step)
@@ -154,6 +166,7 @@ class Trainer:
             "adam": self.adam.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "earlier_samples": self.earlier_samples,
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
@@ -179,6 +192,7 @@ class Trainer:
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.earlier_samples = state.get("earlier_samples", self.earlier_samples)
         torch.set_rng_state(state["random"].cpu())
         if self.device.type == "cuda" and state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu())

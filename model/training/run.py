@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from model.bundle import explain, write_bundle
+from model.bundle import Bundle, explain, load_weights, network_shapes, write_bundle
 from model.errors import DataError
 from model.manifest import BundleManifest
+from model.networks import build_network
 from model.pft import PFT, PFTConfig
 from model.pipeline import Pipeline
 from model.text import MiniLM
@@ -47,26 +49,44 @@ class Size:
 
 
 def train_model(
-    kind: Kind, pictures: Pictures, autoencoder: Path, folder: Path, recipe: Recipe, size: Size, licence: str
+    kind: Kind,
+    pictures: Pictures,
+    autoencoder: Path,
+    folder: Path,
+    recipe: Recipe,
+    size: Size,
+    licence: str,
+    start: Bundle | None = None,
 ) -> Path:
     """Train or go on training; keeps state, log, sample grids and the latest bundle in ``folder``.
 
+    ``start`` is a bundle of this kind whose weights, sizes and autoencoder a new run begins with.
     Returns the bundle's folder.
 
     Raises:
-        DataError: a class-conditional model was asked for, but the pictures have no classes.
+        DataError: a class-conditional model was asked for, but the pictures have no classes; ``start`` does not
+            fit; or the folder's state is of a network of other sizes.
     """
     if kind == "class" and len(pictures.class_names) < 2:
         raise DataError("a class-conditional model needs pictures in at least two class subfolders")
     shown = pictures.where(~pictures.held_out())
+    own = folder / "autoencoder"
+    if start is not None:
+        autoencoder = unpack_autoencoder(start, own)
+    elif own.exists():  # a run that began with a bundle stays in its latents, also when resumed without naming it
+        autoencoder = own
     latents = encode_pictures(shown.images, autoencoder)
     torch.manual_seed(recipe.seed)
-    side = latents.shape[-1]
-    network = build(kind, latents.shape[1], side, len(shown.class_names), size)
+    if start is None:
+        network = build(kind, latents.shape[1], latents.shape[-1], len(shown.class_names), size)
+    else:
+        network = load_network(start, kind, shown)
     conditions: Conditions = (
         ClassConditions(shown) if kind == "class" else TextConditions(shown, MAX_TOKENS, folder.parent / "cache")
     )
     trainer = Trainer(network, latents, torch.from_numpy(shown.weights), conditions, recipe, folder)
+    if start is not None:
+        trainer.earlier_samples = samples_seen(start)
     bundle = folder / f"{folder.name}-bundle"
 
     def export(trainer: Trainer) -> None:
@@ -76,6 +96,40 @@ def train_model(
     describe(trainer, kind, shown, autoencoder, bundle, licence)  # what cannot be exported is not worth training
     trainer.run(export)
     return bundle
+
+
+def unpack_autoencoder(bundle: Bundle, folder: Path) -> Path:
+    """A bundle's autoencoder as `train_autoencoder` writes one, so that training can go on in the same latents.
+
+    Raises:
+        DataError: the bundle does not say how its autoencoder was trained.
+    """
+    figures = bundle.manifest.training.get("autoencoder")
+    if figures is None:
+        raise DataError(f"{bundle.folder} was not trained here: its autoencoder's latent statistics are not recorded")
+    shutil.copytree(bundle.autoencoder, folder, dirs_exist_ok=True)
+    (folder / "latents.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return folder
+
+
+def samples_seen(bundle: Bundle) -> int:
+    """Pictures drawn in all the runs that led to a bundle."""
+    record = bundle.manifest.training
+    return sum(value for key in ("samples", "earlier_samples") if isinstance(value := record.get(key, 0), int))
+
+
+def load_network(bundle: Bundle, kind: Kind, pictures: Pictures) -> PFT | TextPFT:
+    """The trained network of a bundle, in float32.
+
+    Raises:
+        DataError: it is of the other kind, or of other classes than ``pictures`` has.
+    """
+    manifest = bundle.manifest
+    if manifest.network.kind != kind or (kind == "class" and list(manifest.class_names) != pictures.class_names):
+        raise DataError(f"{bundle.folder} is not a {kind} model of these pictures")
+    network = build_network(manifest.network)
+    network.load_state_dict(load_weights(bundle.weights, network_shapes(manifest.network), dtype=torch.float32))
+    return network
 
 
 def build(kind: Kind, channels: int, side: int, classes: int, size: Size) -> PFT | TextPFT:
@@ -138,6 +192,7 @@ def describe(
             "pictures": len(pictures),
             "steps": trainer.step,
             "samples": trainer.step * trainer.recipe.batch,
+            "earlier_samples": trainer.earlier_samples,
             "device_seconds": round(trainer.seconds),
             "device": str(trainer.device),
             "recipe": asdict(trainer.recipe),

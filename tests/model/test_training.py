@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +13,18 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from model.bundle import Bundle, open_bundle
 from model.errors import DataError
 from model.evaluation.retrieval import evaluate_prompts, rank_of_own, ranks_to_figures
 from model.pipeline import Pipeline
+from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from model.training.conditions import ClassConditions, TextConditions
 from model.training.data import Pictures, folder_pictures, load_picture, phrasings
 from model.training.loop import Recipe, Trainer
 from model.training.optimiser import MovingAverage, Muon, orthogonalise, split_parameters
-from model.training.run import Size, build
+from model.training.run import Kind, Size, build, train_model
 from model.training.timesteps import LTG
+from model.weights import load_weights
 from service.cli import app
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
@@ -38,13 +43,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def small_trainer(pictures: Pictures, out: Path, steps: int) -> Trainer:
+def small_trainer(pictures: Pictures, out: Path, steps: int, minutes: float | None = None) -> Trainer:
     torch.manual_seed(0)
     network = build("class", 4, 8, 2, Size(width=64, depth=2))
     colours = torch.from_numpy(pictures.images[:, 16, 16]).float() / 128 - 1
     latents = torch.cat([colours, colours[:, :1]], dim=1)[:, :, None, None].expand(-1, -1, 8, 8)
-    recipe = Recipe(steps=steps, batch=16, warm_up=10, save_every_seconds=1e9)
+    recipe = Recipe(steps=steps, minutes=minutes, batch=16, warm_up=10, save_every_seconds=1e9)
     return Trainer(network, latents, torch.from_numpy(pictures.weights), ClassConditions(pictures), recipe, out)
+
+
+def train(
+    pictures: Pictures,
+    out: Path,
+    name: str,
+    *,
+    kind: Kind = "class",
+    autoencoder: Path | None = None,
+    start: Bundle | None = None,
+    width: int = 64,
+    **recipe: Any,
+) -> Bundle:
+    """A few steps of `train_model`; the autoencoder is that in ``out`` unless another is given."""
+    of = autoencoder or out / "autoencoder"
+    done = train_model(kind, pictures, of, out / name, Recipe(batch=16, **recipe), Size(width, 1), "none", start)
+    return open_bundle(done)
 
 
 def test_training_learns_and_resumes_where_it_stopped(folder: Path, tmp_path: Path) -> None:
@@ -101,6 +123,47 @@ def test_the_command_line_from_pictures_to_a_bundle(folder: Path, tmp_path: Path
     assert "saved" in out
     with Image.open(tmp_path / "00-red-0.png") as picture:
         assert picture.size == (32, 32)
+
+
+def test_a_run_goes_on_from_a_bundle_in_its_latents(folder: Path, tmp_path: Path) -> None:
+    pictures = folder_pictures(folder, 32)
+    train_autoencoder(pictures, tmp_path / "autoencoder", AutoencoderRecipe(width=16, steps=20))
+    first = train(pictures, tmp_path, "first", steps=20)
+    nowhere = tmp_path / "there-is-no-such-autoencoder"
+    still = train(pictures, tmp_path, "second", steps=1, autoencoder=nowhere, start=first, muon_rate=0, adam_rate=0)
+    assert still.manifest.training["earlier_samples"] == 20 * 16
+    assert still.manifest.latent == first.manifest.latent
+    before, after = (load_weights(each.weights) for each in (first, still))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-3, rtol=1e-3)  # the sizes are the bundle's, too
+    # Resumed without naming the bundle again, it stays in the bundle's latents and still counts its samples.
+    further = train(pictures, tmp_path, "second", steps=3, autoencoder=nowhere, width=64)
+    assert further.manifest.training["steps"] == 3
+    assert further.manifest.training["earlier_samples"] == 20 * 16
+    assert not torch.equal(load_weights(further.weights)["x_embedder.proj.weight"], before["x_embedder.proj.weight"])
+
+
+def test_a_bundle_of_another_kind_or_of_other_classes_is_no_beginning(folder: Path, tmp_path: Path) -> None:
+    pictures = folder_pictures(folder, 32)
+    train_autoencoder(pictures, tmp_path / "autoencoder", AutoencoderRecipe(width=16, steps=2))
+    first = train(pictures, tmp_path, "first", steps=1)
+    others = replace(pictures, class_names=["green", "red"])
+    for kind, shown in (("text", pictures), ("class", others)):
+        with pytest.raises(DataError, match=f"not a {kind} model of these pictures"):
+            train(shown, tmp_path, "second", kind=kind, steps=1, start=first)
+    foreign = replace(first, manifest=first.manifest.model_copy(update={"training": {}}))
+    with pytest.raises(DataError, match="latent statistics are not recorded"):
+        train(pictures, tmp_path, "third", steps=1, start=foreign)
+
+
+def test_minutes_end_a_run_and_its_learning_rate(folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe(steps=1_000_000, minutes=10, warm_up=1, constant_share=0.5)
+    assert [recipe.rate(1000, 60 * minutes) for minutes in (0, 5, 7.5, 10)] == pytest.approx([1, 1, 0.51, 0.02])
+    assert Recipe(steps=100, minutes=10, warm_up=1).rate(100, 0) == pytest.approx(0.02)  # steps came first
+    assert Recipe(steps=100, warm_up=1, constant_share=1).rate(99) == 1
+    trainer = small_trainer(folder_pictures(folder, 32), tmp_path, 1_000_000, minutes=1e-6)
+    trainer.run()
+    assert trainer.step == 1
 
 
 def test_a_folder_gives_captions_and_classes(folder: Path) -> None:
