@@ -37,10 +37,12 @@ FAILURE_CODES = (
 class WorkerMetrics:
     """What a worker did, and what the samplers saved."""
 
-    def __init__(self, registry: CollectorRegistry, patch_budget: int, patch_flops: Mapping[str, int]) -> None:
-        """``patch_flops`` are of the models served here: floating-point operations of one patch evaluation."""
+    def __init__(
+        self, registry: CollectorRegistry, patch_budgets: Mapping[str, int], patch_flops: Mapping[str, int]
+    ) -> None:
+        """Of the models served here: most patches of one evaluation, floating-point operations of one of them."""
         self._registry = registry
-        self._patch_budget = patch_budget
+        self._patch_budgets = patch_budgets
         self._patch_flops = patch_flops
 
         def counter(name: str, what: str, labels: Sequence[str] = _BY_REQUEST) -> Counter:
@@ -107,6 +109,14 @@ class WorkerMetrics:
             _STEP_SECONDS,
             ("model",),
         )
+        budget = Gauge(
+            "patchforge_worker_patch_budget",
+            "Patches one network evaluation may have, as set or as found by a profile at start.",
+            ("model",),
+            registry=registry,
+        )
+        for model, patches in patch_budgets.items():
+            budget.labels(model).set(patches)
         for model in patch_flops:  # what alerts look at is there from the start: a first event is then an increase
             for code in FAILURE_CODES:
                 self._failures.labels(model, code)
@@ -168,7 +178,7 @@ class WorkerMetrics:
     def evaluated(self, model: str, patches: int, seconds: float) -> None:
         """One engine step was made: a packed network evaluation and what goes with it."""
         self._patches.labels(model).observe(patches)
-        self._fill.labels(model).observe(patches / self._patch_budget)
+        self._fill.labels(model).observe(patches / self._patch_budgets[model])
         self._step.labels(model).observe(seconds)
 
     def _failed(self, model: str, code: str) -> None:

@@ -93,7 +93,13 @@ class GenerationRequest(Message):
     output_compression: int = Field(90, ge=0, le=100, description="Quality of webp and jpeg.")
     previews: bool = Field(True, description="Stream one-step estimates while the picture is made.")
     priority: Priority = Field(Priority.NORMAL, strict=False)
-    deadline_seconds: float | None = Field(None, gt=0, le=86400, description="Expire if not started by then.")
+    deadline_seconds: float | None = Field(
+        None, gt=0, le=86400, description="Expire if not started by then; once started, the nearest one comes first."
+    )
+    deterministic: bool = Field(
+        False,
+        description="Never share an evaluation: slower, but bit-equal whenever repeated on the same kind of worker.",
+    )
 
     @field_validator("sampler", mode="before")
     @classmethod
@@ -228,6 +234,18 @@ class Preview(Message):
     b64_png: str
 
 
+class PatchesFinished(Message):
+    """Patches of picture ``index`` that reached t = 1 with its latest evaluation: they will not change again."""
+
+    type: Literal["patches"] = "patches"
+    index: int
+    evaluation: int = Field(description="Network evaluations this picture has had so far.")
+    evaluations: int = Field(description="Network evaluations it will need in all.")
+    patches: list[int] = Field(description="Row-major over the model's grid.")
+    times: list[float] = Field(description="Timestep each of them stood at before.")
+    finished_share: float = Field(description="Of all patches of the picture.")
+
+
 class ImageReady(Message):
     """Picture ``index`` is finished and can be fetched."""
 
@@ -262,7 +280,7 @@ class Expired(Message):
 
 
 Event = Annotated[
-    Queued | Started | Preview | ImageReady | Completed | Failed | Cancelled | Expired,
+    Queued | Started | PatchesFinished | Preview | ImageReady | Completed | Failed | Cancelled | Expired,
     Field(discriminator="type"),
 ]
 TERMINAL_EVENTS = (Completed, Failed, Cancelled, Expired)

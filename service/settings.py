@@ -61,7 +61,12 @@ class Settings(BaseSettings):
     )
     drain_seconds: int = Field(10, ge=0, description="How long a stopping gateway or worker lets what runs finish.")
     max_running: int = Field(16, ge=1, description="Jobs a worker keeps in flight.")
-    patch_budget: int = Field(4096, ge=1, description="Patches a worker packs into one evaluation.")
+    patch_budget: int | None = Field(
+        None, ge=1, description="Patches a worker packs into one evaluation; default: profiled at its start."
+    )
+    cache_bytes: int = Field(
+        2 << 30, ge=1, description="Keys and values a worker keeps for running pictures; beyond that, some wait."
+    )
     preview_interval_seconds: float = Field(0.1, ge=0, description="Least time between previews of one picture.")
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker; default: every core.")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")

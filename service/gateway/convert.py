@@ -19,6 +19,7 @@ from service.schemas import (
     LookAhead,
     ModelCard,
     Multistep,
+    PatchesFinished,
     Preview,
     Sampler,
     Started,
@@ -65,6 +66,8 @@ def event_to_proto(event_id: str, event: Event) -> pb.Event:
         case Preview():
             fields = event.model_dump(exclude={"type", "b64_png"})
             message.preview.CopyFrom(pb.PreviewEvent(**fields, png=b64decode(event.b64_png)))
+        case PatchesFinished():
+            message.patches.CopyFrom(pb.PatchesEvent(**event.model_dump(exclude={"type"})))
         case Started():
             message.started.CopyFrom(pb.StartedEvent(attempt=event.attempt, steps=event.steps))
         case ImageReady():

@@ -2,78 +2,55 @@
 
 from __future__ import annotations
 
+import math
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
 
-import structlog
 import torch
 
-from model.errors import ModelError, ParameterError
+from model.device import serving_dtype
+from model.errors import ParameterError
 from model.generate import Trajectory
 from model.pipeline import Pipeline
 from model.types import Plan, Prediction
 from service.errors import InvalidRequest
-from service.schemas import Job, JobError, OutputFormat, Preview, SavingsReport
+from service.schemas import Job, OutputFormat, Preview
+from service.worker.caches import CacheBudget
 from service.worker.live import LiveJob, LivePicture
+from service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
 from service.worker.pictures import encode_picture
-from service.worker.scheduler import Candidate, Scheduler
-
-log = structlog.get_logger()
-T = TypeVar("T")
-R = TypeVar("R")
+from service.worker.scheduler import Candidate
+from service.worker.trouble import NotFinite, isolating, job_error
 
 
-@dataclass(frozen=True)
-class PreviewMade:
-    """A preview to publish."""
+class Chooser(Protocol):
+    """Decides whose turn it is."""
 
-    job_id: str
-    preview: Preview
-
-
-@dataclass(frozen=True)
-class PictureMade:
-    """A finished picture to store."""
-
-    job_id: str
-    index: int
-    data: bytes
+    def choose(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """Candidates of one model; at least one if there are any."""
 
 
-@dataclass(frozen=True)
-class JobDone:
-    """All pictures of a job are made."""
+class Chosen(NamedTuple):
+    """A picture with the plan it was chosen for."""
 
-    job_id: str
-    report: SavingsReport
-
-
-@dataclass(frozen=True)
-class JobBroken:
-    """A job cannot go on; others are not affected."""
-
-    job_id: str
-    error: JobError
-
-
-Outcome = PreviewMade | PictureMade | JobDone | JobBroken
-
-
-class NotFinite(ModelError):
-    """The network predicted NaN or infinity for this picture."""
+    live: LiveJob
+    picture: LivePicture
+    plan: Plan
 
 
 class Engine:
     """Runs the jobs admitted to it, a step at a time. Not thread-safe: one caller at a time."""
 
-    def __init__(self, pipelines: Mapping[str, Pipeline], patch_budget: int, preview_interval: float) -> None:
-        """``patch_budget`` bounds the patches of one evaluation; ``preview_interval`` is in seconds."""
+    def __init__(
+        self, pipelines: Mapping[str, Pipeline], scheduler: Chooser, preview_interval: float, cache_bytes: int
+    ) -> None:
+        """``preview_interval`` is in seconds; ``cache_bytes`` bounds the keys and values kept between steps."""
         self.pipelines = pipelines
+        self.scheduler = scheduler
         self.preview_interval = preview_interval
-        self.scheduler = Scheduler(patch_budget)
+        self.caches = CacheBudget(cache_bytes)
         self.jobs: dict[str, LiveJob] = {}
         self.last_evaluation = (0, "")
         """Patches packed into the last evaluation, and its model."""
@@ -105,7 +82,9 @@ class Engine:
 
     def drop(self, job_id: str) -> None:
         """Forget a job, whatever it was doing; its memory is freed."""
-        self.jobs.pop(job_id, None)
+        live = self.jobs.pop(job_id, None)
+        for picture in live.pictures if live else ():
+            self.caches.release((job_id, picture.index))
 
     def step(self) -> list[Outcome]:
         """Schedule, evaluate, advance. A job that fails ends in `JobBroken` and never disturbs the others."""
@@ -114,64 +93,101 @@ class Engine:
             return []
         outcomes: list[Outcome] = []
         moved = []
-        for (live, picture, plan), prediction in zip(planned, self._evaluate(planned), strict=True):
+        for chosen, prediction in zip(planned, self._evaluate(planned), strict=True):
+            live = chosen.live
             if live.job.id not in self.jobs:
                 continue  # another of its pictures just broke the job
             try:
-                self._advance(live, picture, plan, prediction)
-                moved.append((live, picture))
+                self._advance(chosen, prediction)
+                moved.append(chosen)
             except Exception as error:  # one job's trouble, of whatever kind, must stay its own
                 outcomes.append(self._broken(live, error))
-        alive = [(live, picture) for live, picture in moved if live.job.id in self.jobs]
-        return outcomes + self._show(alive) + self._close()
+        outcomes += self._look(self._alive(moved))
+        return outcomes + self._show(self._alive(moved)) + self._close()
 
-    def _schedule(self) -> list[tuple[LiveJob, LivePicture, Plan]]:
-        plans: dict[tuple[str, int], tuple[LiveJob, LivePicture, Plan]] = {}
+    def _alive(self, chosen: list[Chosen]) -> list[Chosen]:
+        return [each for each in chosen if each.live.job.id in self.jobs]
+
+    def _schedule(self) -> list[Chosen]:
+        wanting: dict[tuple[str, int], Chosen] = {}
         candidates = []
         for job_id, live in self.jobs.items():
+            remaining, deadline = live.remaining, live.deadline
             for picture in live.pictures:
-                if picture.plan is not None:
-                    plans[job_id, picture.index] = live, picture, picture.plan
-                    cost = self.pipelines[live.model].denoiser.patches(picture.plan)
-                    candidates.append(Candidate((job_id, picture.index), live.model, cost))
-        return [plans[each.key] for each in self.scheduler.choose(candidates)]
+                if picture.plan is None or not self._may_keep(live, picture):
+                    continue
+                key = job_id, picture.index
+                wanting[key] = Chosen(live, picture, picture.plan)
+                cost = self.pipelines[live.model].denoiser.patches(picture.plan)
+                alone = live.job.request.deterministic
+                candidates.append(Candidate(key, live.model, cost, live.weight, remaining, deadline, alone))
+        return [wanting[each.key] for each in self.scheduler.choose(candidates)]
 
-    def _evaluate(self, planned: list[tuple[LiveJob, LivePicture, Plan]]) -> list[Prediction | Exception]:
+    def _may_keep(self, live: LiveJob, picture: LivePicture) -> bool:
+        """Whether there is room for the keys and values the plan is about; if not, the picture waits for others."""
+        if not picture.keeps:
+            return True
+        pipeline, branches = self.pipelines[live.model], picture.trajectory.sampler.branches
+        size = math.prod(pipeline.network.cache_shape) * serving_dtype(pipeline.device).itemsize * branches
+        return self.caches.grant((live.job.id, picture.index), size)
+
+    def _evaluate(self, planned: list[Chosen]) -> list[Prediction | Exception]:
         """Predictions in order."""
-        model = planned[0][0].model
+        model = planned[0].live.model
         denoiser = self.pipelines[model].denoiser
-        self.last_evaluation = sum(denoiser.patches(plan) for _, _, plan in planned), model
-        return isolating(denoiser.evaluate, [picture.trajectory.evaluation(plan) for _, picture, plan in planned])
+        self.last_evaluation = sum(denoiser.patches(each.plan) for each in planned), model
+        return isolating(denoiser.evaluate, [each.picture.trajectory.evaluation(each.plan) for each in planned])
 
-    def _advance(self, live: LiveJob, picture: LivePicture, plan: Plan, prediction: Prediction | Exception) -> None:
+    def _advance(self, chosen: Chosen, prediction: Prediction | Exception) -> None:
         if isinstance(prediction, Exception):
             raise prediction
-        if not (torch.isfinite(prediction.velocity).all() & torch.isfinite(prediction.log_variance).all()):
-            raise NotFinite("the network predicted values that are not finite")
-        picture.advance(prediction, self.pipelines[live.model].denoiser.patches(plan))
+        live, picture, plan = chosen
+        try:
+            picture.advance(prediction, self.pipelines[live.model].denoiser.patches(plan))
+        except Exception as error:
+            raise error if picture.finite else NotFinite(repr(error)) from error
+        if picture.done:
+            self.caches.release((live.job.id, picture.index))
+
+    def _look(self, moved: list[Chosen]) -> list[Outcome]:
+        """Fetch from the device, in one transfer for all pictures, whether all is well and where patches stand."""
+        if not moved:
+            return []
+        finite = torch.stack([each.picture.finite for each in moved])
+        times = torch.stack([each.picture.trajectory.state.times for each in moved])
+        fetched = torch.cat([finite[:, None].to(times.dtype), times], dim=1).cpu()
+        outcomes: list[Outcome] = []
+        for (live, picture, _), row in zip(moved, fetched, strict=True):
+            if live.job.id not in self.jobs:
+                continue
+            if not row[0]:
+                outcomes.append(self._broken(live, NotFinite("the network predicted values that are not finite")))
+            elif finished := picture.note(row[1:]):
+                outcomes.append(PatchesMade(live.job.id, finished))
+        return outcomes
 
     def _broken(self, live: LiveJob, error: Exception) -> JobBroken:
         self.drop(live.job.id)
         return JobBroken(live.job.id, job_error(live.job.id, error))
 
-    def _show(self, moved: Iterable[tuple[LiveJob, LivePicture]]) -> list[Outcome]:
+    def _show(self, moved: Iterable[Chosen]) -> list[Outcome]:
         """Decode, in one batch, finished pictures and the previews that are due."""
         now = time.monotonic()
         due = []
-        for live, picture in moved:
-            wanted = live.job.request.previews and now - picture.previewed >= self.preview_interval
-            if picture.done or wanted:
-                due.append((live, picture))
+        for each in moved:
+            wanted = each.live.job.request.previews and now - each.picture.previewed >= self.preview_interval
+            if each.picture.done or wanted:
+                due.append(each)
         if not due:
             return []
-        pipeline = self.pipelines[due[0][0].model]
+        pipeline = self.pipelines[due[0].live.model]
 
-        def decode(some: list[tuple[LiveJob, LivePicture]]) -> torch.Tensor:
-            states = [(picture.trajectory.state, picture.done) for _, picture in some]
+        def decode(some: list[Chosen]) -> torch.Tensor:
+            states = [(each.picture.trajectory.state, each.picture.done) for each in some]
             return pipeline.decode(torch.stack([state.x if done else state.estimate for state, done in states]))
 
         outcomes: list[Outcome] = []
-        for (live, picture), pixels in zip(due, isolating(decode, due), strict=True):
+        for (live, picture, _), pixels in zip(due, isolating(decode, due), strict=True):
             if live.job.id not in self.jobs:
                 continue  # another of its pictures just broke the job
             try:
@@ -203,34 +219,10 @@ class Engine:
         return outcomes
 
 
-def isolating(call: Callable[[list[T]], Iterable[R]], items: list[T]) -> list[R | Exception]:
-    """What ``call`` makes of each item, in order. If it fails on all at once, each half is tried by itself.
-
-    So only the culprit fails, and what is merely too much for the device's memory is done in smaller portions.
-    """
-    try:
-        return list(call(items))
-    except Exception as error:
-        if len(items) == 1:
-            return [error]
-        log.warning("pictures failed together; trying each half", pictures=len(items), error=repr(error))
-    half = len(items) // 2  # out here the failed attempt's memory is free again
-    return isolating(call, items[:half]) + isolating(call, items[half:])
-
-
-def job_error(job_id: str, error: Exception, otherwise: str = "evaluation_failed") -> JobError:
-    """What the client is told of an exception; ``otherwise`` is the code of one of no known kind."""
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-    code = "out_of_memory" if memory else "not_finite" if isinstance(error, NotFinite) else otherwise
-    log.error("job broke", job=job_id, code=code, exc_info=None if memory else error)
-    message = "the device ran out of memory" if memory else "the network could not evaluate this request"
-    return JobError(code=code, message=f"{message} ({type(error).__name__})")
-
-
 def _preview(picture: LivePicture, png: bytes) -> Preview:
     run = picture.trajectory
     state, sampler = run.state, run.sampler
-    times = [round(value, 4) for value in state.times.tolist()]
+    times = [round(value, 4) for value in picture.times.tolist()]
     return Preview(
         index=picture.index,
         evaluation=state.evaluations,

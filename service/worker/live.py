@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from model.denoiser import Memory
 from model.generate import Trajectory
 from model.types import Plan, Prediction
-from service.schemas import ImageReport, Job, SavingsReport
+from service.schemas import ImageReport, Job, PatchesFinished, Priority, SavingsReport
+
+WEIGHTS = {Priority.HIGH: 4.0, Priority.NORMAL: 1.0, Priority.LOW: 0.25}
+"""A job's share of the worker beside others: see scheduler.py."""
 
 
 @dataclass
@@ -21,31 +25,64 @@ class LivePicture:
     trajectory: Trajectory
     plan: Plan | None
     """What to evaluate next; None when the picture is finished."""
+    times: torch.Tensor
+    """``(P,)`` on the CPU: where each patch stands."""
     finished_at: torch.Tensor
-    """``(P,)`` long: evaluation after which each patch stood at t = 1; 0 while it does not."""
+    """``(P,)`` long, on the CPU: evaluation after which each patch stood at t = 1; 0 while it does not."""
+    finite: torch.Tensor
+    """Bool scalar: whether the last prediction was; not yet looked at, for that would wait for the device."""
     previewed: float = 0.0
     """Monotonic time of the last preview."""
 
     @classmethod
     def begin(cls, index: int, seed: int, trajectory: Trajectory) -> LivePicture:
         """One that has not been evaluated yet."""
-        finished_at = torch.zeros(trajectory.sampler.grid.patches, dtype=torch.long)
-        return cls(index, seed, trajectory, trajectory.plan(), finished_at)
+        times = trajectory.state.times.cpu()
+        finished_at, finite = torch.zeros(times.shape, dtype=torch.long), torch.tensor(True)
+        return cls(index, seed, trajectory, trajectory.plan(), times, finished_at, finite)
 
     @property
     def done(self) -> bool:
         return self.plan is None
 
+    @property
+    def remaining(self) -> int:
+        """Patch evaluations still to come, at most."""
+        if self.done:
+            return 0
+        sampler, made = self.trajectory.sampler, self.trajectory.state.evaluations
+        unfinished = int((self.finished_at == 0).sum())
+        return unfinished * sampler.branches * max(1, sampler.evaluations - made)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the plan keeps keys and values, or needs those kept before."""
+        return self.plan is not None and (self.plan.keep or self.plan.patches is not None)
+
     def advance(self, prediction: Prediction, cost: int) -> None:
         """Take what the plan asked for, which cost ``cost`` patch evaluations."""
+        self.finite = torch.isfinite(prediction.velocity).all() & torch.isfinite(prediction.log_variance).all()
         self.trajectory.advance(prediction, cost)
         self.plan = self.trajectory.plan()
-        self.note_finished_patches()
+        if self.done:
+            self.trajectory.memory = Memory()  # nothing will read it: its bytes are free for others
 
-    def note_finished_patches(self) -> None:
-        """Record which patches reached t = 1 with the evaluation just made."""
-        arrived = (self.trajectory.state.times.cpu() >= 1) & (self.finished_at == 0)
-        self.finished_at[arrived] = self.trajectory.state.evaluations
+    def note(self, times: torch.Tensor) -> PatchesFinished | None:
+        """Take where the patches stand now, ``(P,)`` on the CPU; which of them reached t = 1 with this evaluation."""
+        state, sampler = self.trajectory.state, self.trajectory.sampler
+        arrived = ((times >= 1) & (self.finished_at == 0)).nonzero()[:, 0]
+        before, self.times = self.times, times
+        if not len(arrived):
+            return None
+        self.finished_at[arrived] = state.evaluations
+        return PatchesFinished(
+            index=self.index,
+            evaluation=state.evaluations,
+            evaluations=sampler.evaluations,
+            patches=arrived.tolist(),
+            times=[round(value, 4) for value in before[arrived].tolist()],
+            finished_share=float((self.finished_at > 0).float().mean()),
+        )
 
     def report(self) -> ImageReport:
         """What this picture cost."""
@@ -78,6 +115,24 @@ class LiveJob:
     @property
     def done(self) -> bool:
         return all(picture.done for picture in self.pictures)
+
+    @property
+    def weight(self) -> float:
+        """What the scheduler gives each unfinished picture: their job's, divided among them."""
+        return WEIGHTS[self.job.request.priority] / sum(not picture.done for picture in self.pictures)
+
+    @property
+    def remaining(self) -> float:
+        """Work to come, in patch evaluations divided by the job's weight."""
+        return sum(picture.remaining for picture in self.pictures) / WEIGHTS[self.job.request.priority]
+
+    @property
+    def deadline(self) -> float | None:
+        """Seconds until the job's deadline; None if it has none, or missed it."""
+        if self.job.request.deadline_seconds is None:
+            return None
+        left = self.job.request.deadline_seconds - self.queue_seconds - (time.monotonic() - self.begun)
+        return left if left > 0 else None
 
     def note_preview(self) -> None:
         """Remember when the client first had something to see."""

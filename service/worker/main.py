@@ -15,6 +15,7 @@ from model.pipeline import Pipeline
 from service.errors import InvalidRequest
 from service.queue import JobQueue
 from service.settings import Settings
+from service.worker.budgets import patch_budget
 from service.worker.cards import model_card
 from service.worker.worker import Worker
 
@@ -42,12 +43,18 @@ def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
     return {name: Pipeline(bundles[name]) for name in chosen}
 
 
+def find_budgets(settings: Settings, pipelines: dict[str, Pipeline]) -> dict[str, int]:
+    """Patches an evaluation of each model may have: as set, or as a short profile finds."""
+    return {name: settings.patch_budget or patch_budget(pipeline) for name, pipeline in pipelines.items()}
+
+
 async def serve_worker(settings: Settings, redis_url: str, parent: int | None = None) -> None:
     """Run a worker until SIGTERM or SIGINT, or until the process ``parent`` is gone."""
     use_threads(settings.threads)
     pipelines = await asyncio.to_thread(load_pipelines, settings)
+    budgets = await asyncio.to_thread(find_budgets, settings, pipelines)
     queue = JobQueue.connect(redis_url, settings)
-    worker = Worker(settings, queue, pipelines, parent)
+    worker = Worker(settings, queue, pipelines, budgets, parent)
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, worker.draining.set)

@@ -1,49 +1,103 @@
-"""Which pictures take part in the next evaluation; counts patches, touches no tensor."""
+"""Which pictures take part in the next evaluation; counts patches, touches no tensor.
+
+Two halves. **A guaranteed one**: in every step each waiting picture is credited its weight's share of half a step.
+Once its credit pays for the patches it wants, it is *owed* them, and those owed are served first, longest owed
+first. **An urgent one**: what is left of the budget goes by the nearest deadline, then by the least work left in the
+job divided by its weight, which is what keeps the mean wait short.
+
+A picture of weight w that wants a share s of its model's budget is therefore served at least once every
+``⌈s·W / (½·w)⌉ + N`` steps, where W is the weight of all N pictures in flight: whatever arrives meanwhile, however
+short and urgent, cannot hold it back for longer. Shares are of the model's own budget, so that a step of one model
+counts as much as a step of another.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+GUARANTEED = 0.5
+"""Part of each step that is handed out by weight alone."""
+ROUNDING = 1e-9
+
+Key = tuple[str, int]
+"""(job id, index of the picture)."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A picture that wants an evaluation of ``cost`` patches by ``model``."""
 
-    key: tuple[str, int]
-    """(job id, index of the picture)."""
+    key: Key
     model: str
     cost: int
+    weight: float = 1.0
+    """Of the picture: its job's, divided by how many pictures that still has."""
+    remaining: float = 0.0
+    """Work its job still needs, in patches divided by the job's weight; at most, for it may finish early."""
+    deadline: float | None = None
+    """Seconds left until the job's deadline; None without one, or once it has passed."""
+    alone: bool = False
+    """Never packed with others."""
+
+
+@dataclass
+class _Account:
+    credit: float = 0.0
+    """In steps."""
+    owed_since: int | None = None
+    """The step in which the credit first paid for what is wanted."""
 
 
 class Scheduler:
-    """Serves pictures in turn: whoever was served longest ago comes first.
+    """Packs evaluations: first who is owed one, then who is most urgent. One evaluation runs one model."""
 
-    One evaluation runs one model, that of the first in turn; other pictures of the same model join it, in
-    order, while the patch budget lasts. So a long job cannot starve a short one (each picture gets one
-    evaluation a turn) and a burst cannot starve a running job (newcomers queue behind it).
-    """
-
-    def __init__(self, patch_budget: int) -> None:
-        self.patch_budget = patch_budget
-        self._turns: dict[tuple[str, int], int] = {}
-        self._turn = 0
+    def __init__(self, budgets: Mapping[str, int]) -> None:
+        """``budgets``: the most patches one evaluation of each model should have."""
+        self.budgets = budgets
+        self._accounts: dict[Key, _Account] = {}
+        self._step = 0
 
     def choose(self, candidates: Iterable[Candidate]) -> list[Candidate]:
         """The next evaluation's pictures; at least one if there are candidates, however large it is."""
         waiting = list(candidates)
-        known = {each.key for each in waiting}
-        self._turns = {key: turn for key, turn in self._turns.items() if key in known}
+        self._step += 1
+        self._credit(waiting)
+        chosen = self._pack(sorted(waiting, key=self._rank))  # stable: equals keep their order of arrival
+        for each in chosen:
+            account = self._accounts[each.key]
+            account.credit = max(0.0, account.credit - self._share(each))
+            account.owed_since = None
+        return chosen
+
+    def _share(self, candidate: Candidate) -> float:
+        return candidate.cost / self.budgets[candidate.model]
+
+    def _credit(self, waiting: list[Candidate]) -> None:
+        """Everyone's part of the guaranteed half; no more is saved up than the next evaluation costs."""
+        self._accounts = {each.key: self._accounts.get(each.key) or _Account() for each in waiting}
+        total = sum(each.weight for each in waiting)
         for each in waiting:
-            self._turns.setdefault(each.key, self._turn)
-        waiting.sort(key=lambda each: self._turns[each.key])  # stable: equal turns keep their order of arrival
+            account, share = self._accounts[each.key], self._share(each)
+            account.credit = min(share, account.credit + GUARANTEED * each.weight / total)
+            if account.owed_since is None and account.credit > share - ROUNDING:
+                account.owed_since = self._step
+
+    def _rank(self, candidate: Candidate) -> tuple[float, ...]:
+        since = self._accounts[candidate.key].owed_since
+        if since is not None:
+            return 0, since
+        return 1, math.inf if candidate.deadline is None else candidate.deadline, candidate.remaining
+
+    def _pack(self, ranked: list[Candidate]) -> list[Candidate]:
+        """The first, and of its model whoever else fits, in order."""
+        if not ranked or ranked[0].alone:
+            return ranked[:1]
         chosen: list[Candidate] = []
-        budget = self.patch_budget
-        for each in waiting:
-            if chosen and (each.model != chosen[0].model or each.cost > budget):
-                continue
-            chosen.append(each)
-            budget -= each.cost
-        self._turn += 1
-        self._turns.update((each.key, self._turn) for each in chosen)
+        left = self.budgets[ranked[0].model]
+        for each in ranked:
+            if not chosen or (each.model == ranked[0].model and not each.alone and each.cost <= left):
+                chosen.append(each)
+                left -= each.cost
         return chosen

@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import structlog
@@ -24,8 +24,11 @@ from service.schemas import Cancelled, Completed, Failed, Job, JobError, JobStat
 from service.settings import Settings
 from service.worker.cards import model_card
 from service.worker.device_metrics import register_host
-from service.worker.engine import Engine, JobBroken, JobDone, Outcome, PictureMade, PreviewMade, job_error
+from service.worker.engine import Engine
 from service.worker.outages import Outages
+from service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
+from service.worker.scheduler import Scheduler
+from service.worker.trouble import job_error
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -39,16 +42,23 @@ class Worker:
     """Keeps several jobs in flight: startup, run until told to stop, drain, shutdown."""
 
     def __init__(
-        self, settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline], parent: int | None = None
+        self,
+        settings: Settings,
+        queue: JobQueue,
+        pipelines: dict[str, Pipeline],
+        patch_budgets: Mapping[str, int],
+        parent: int | None = None,
     ) -> None:
-        """``parent`` is the process to outlive by no more than a drain."""
+        """``patch_budgets``: of each model's evaluations. ``parent``: the process to outlive by no more than a drain."""
         self.settings = settings
         self.queue = queue
         self.id = f"{socket.gethostname()}-{os.getpid()}-{str(ULID())[-6:]}"
-        self.engine = Engine(pipelines, settings.patch_budget, settings.preview_interval_seconds)
+        self.engine = Engine(
+            pipelines, Scheduler(patch_budgets), settings.preview_interval_seconds, settings.cache_bytes
+        )
         self.registry = CollectorRegistry()
         flops = {name: patch_flops(pipeline.manifest) for name, pipeline in pipelines.items()}
-        self.metrics = WorkerMetrics(self.registry, settings.patch_budget, flops)
+        self.metrics = WorkerMetrics(self.registry, patch_budgets, flops)
         register_host(self.registry, {pipeline.device for pipeline in pipelines.values()})
         self.claims: dict[str, Claim] = {}
         self.draining = asyncio.Event()
@@ -163,9 +173,10 @@ class Worker:
         claim = self.claims.get(outcome.job_id)
         if claim is None:
             return
-        if isinstance(outcome, PreviewMade):
-            if self.outages.reason is None:  # a preview may be missed
-                await self.outages.attempt(self.queue.publish, claim, outcome.preview)
+        if isinstance(outcome, PreviewMade | PatchesMade):
+            event = outcome.preview if isinstance(outcome, PreviewMade) else outcome.finished
+            if self.outages.reason is None:  # it may be missed: the report says it all
+                await self.outages.attempt(self.queue.publish, claim, event)
         elif isinstance(outcome, PictureMade):
             await self.outages.outlast(self.queue.store_image, claim, outcome.index, outcome.data)
         elif isinstance(outcome, JobDone):

@@ -50,7 +50,7 @@ def samples(text: bytes) -> dict[str, float]:
 
 def a_worker() -> WorkerMetrics:
     """One whose only model takes 1,000 FLOPs a patch."""
-    return WorkerMetrics(CollectorRegistry(), patch_budget=400, patch_flops={"emoji": 1000})
+    return WorkerMetrics(CollectorRegistry(), patch_budgets={"emoji": 400}, patch_flops={"emoji": 1000})
 
 
 def a_gateway() -> GatewayMetrics:

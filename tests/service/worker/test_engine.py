@@ -13,7 +13,9 @@ from PIL import Image
 from model.pipeline import Pipeline
 from service.errors import InvalidRequest
 from service.schemas import OutputFormat
-from service.worker.engine import Engine, JobBroken, JobDone, Outcome, PictureMade, PreviewMade
+from service.worker.engine import Engine
+from service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
+from service.worker.scheduler import Scheduler
 from tests.service.worker.jobs import job
 
 DUAL_LOOP = {"name": "dual_loop", "quantile": 0.4, "inner_steps": 4}
@@ -21,7 +23,7 @@ DUAL_LOOP = {"name": "dual_loop", "quantile": 0.4, "inner_steps": 4}
 
 @pytest.fixture
 def engine(pipelines: dict[str, Pipeline]) -> Engine:
-    return Engine(pipelines, patch_budget=4096, preview_interval=0.0)
+    return Engine(pipelines, Scheduler(dict.fromkeys(pipelines, 4096)), preview_interval=0.0, cache_bytes=1 << 30)
 
 
 def run(engine: Engine) -> list[Outcome]:
@@ -108,14 +110,14 @@ def test_a_preview_is_the_decoded_estimate_not_the_noisy_state(engine: Engine, p
 def test_no_previews_unless_wanted(engine: Engine) -> None:
     engine.admit(job(previews=False))
     outcomes = run(engine)
-    assert [type(o) for o in outcomes] == [PictureMade, JobDone]
-    assert outcomes[1].report.time_to_first_preview_seconds is None
+    assert [type(o) for o in outcomes] == [PatchesMade, PictureMade, JobDone]
+    assert outcomes[-1].report.time_to_first_preview_seconds is None
 
 
 @pytest.mark.parametrize("output_format", list(OutputFormat))
 def test_formats(engine: Engine, output_format: OutputFormat) -> None:
     engine.admit(job(output_format=output_format, output_compression=50))
-    [made, _] = [o for o in run(engine) if not isinstance(o, PreviewMade)]
+    [made] = [o for o in run(engine) if isinstance(o, PictureMade)]
     assert Image.open(BytesIO(made.data)).format == output_format.value.upper()
 
 

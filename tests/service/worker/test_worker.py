@@ -24,13 +24,14 @@ from service.schemas import (
     Started,
 )
 from service.settings import Settings
-from service.worker.engine import Outcome
 from service.worker.outages import Outages
+from service.worker.outcomes import Outcome
 from service.worker.worker import Worker
 from tests.service.queue_kit import silenced
 from tests.service.worker.jobs import request
 
 Running = Callable[..., object]
+BUDGETS = {"tiny-class": 4096, "tiny-text": 4096}
 
 
 @asynccontextmanager
@@ -47,7 +48,7 @@ async def running(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
 
 @pytest.fixture
 def worker(settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline]) -> Worker:
-    return Worker(settings.model_copy(update={"preview_interval_seconds": 0.0}), queue, pipelines)
+    return Worker(settings.model_copy(update={"preview_interval_seconds": 0.0}), queue, pipelines, BUDGETS)
 
 
 async def events(queue: JobQueue, job_id: str) -> list[Event]:
@@ -136,7 +137,7 @@ async def test_draining_finishes_what_runs(worker: Worker, queue: JobQueue) -> N
 async def test_draining_gives_back_what_it_cannot_finish(
     settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline]
 ) -> None:
-    hasty = Worker(settings.model_copy(update={"drain_seconds": 0}), queue, pipelines)
+    hasty = Worker(settings.model_copy(update={"drain_seconds": 0}), queue, pipelines, BUDGETS)
     async with running(hasty) as task:
         job = await queue.submit(request(steps=200, n=10))
         await first(queue, job.id, Preview)
@@ -144,7 +145,7 @@ async def test_draining_gives_back_what_it_cannot_finish(
         await task
     waiting = await queue.get(job.id)
     assert waiting.status is JobStatus.WAITING
-    patient = Worker(settings, queue, pipelines)
+    patient = Worker(settings, queue, pipelines, BUDGETS)
     async with running(patient):
         again = await queue.submit(request())
         await first(queue, again.id, TERMINAL_EVENTS)
@@ -173,7 +174,7 @@ async def test_a_job_on_its_last_attempt_runs_alone(
     await silenced(queue, await claimed(other_queue))
     last = await other_queue.reclaim("dead too", ["tiny-class"])
     assert last is not None
-    worker = Worker(settings, queue, pipelines)
+    worker = Worker(settings, queue, pipelines, BUDGETS)
     together: list[set[str]] = []
     step = worker.engine.step
 

@@ -1,0 +1,80 @@
+"""How many patches one evaluation should have: found by a short profile of each model when a worker starts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from model.denoiser import Evaluation, Memory
+from model.pipeline import Pipeline
+from model.types import Plan
+
+ENOUGH = 0.92
+"""The budget is the smallest pack that reaches this share of the best throughput seen: beyond it, packing more only
+makes everyone wait longer for a step."""
+MOST_PATCHES = 1 << 15
+SECONDS = 2.0
+"""Of profiling, for each model; the last pack measured may exceed it."""
+ROUNDS = 3
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One size of pack."""
+
+    patches: int
+    seconds: float
+    """Of one evaluation, the best of a few."""
+
+    @property
+    def throughput(self) -> float:
+        """Patches a second."""
+        return self.patches / self.seconds
+
+
+def patch_budget(pipeline: Pipeline) -> int:
+    """Patches an evaluation of this model should have at most; logged."""
+    measured = profile(pipeline)
+    chosen = knee(measured)
+    log.info(
+        "patch budget",
+        model=pipeline.manifest.name,
+        patches=chosen,
+        milliseconds={each.patches: round(1000 * each.seconds, 1) for each in measured},
+    )
+    return chosen
+
+
+def knee(measured: list[Measured]) -> int:
+    """The smallest pack with `ENOUGH` of the best throughput."""
+    best = max(each.throughput for each in measured)
+    return min(each.patches for each in measured if each.throughput >= ENOUGH * best)
+
+
+def profile(pipeline: Pipeline) -> list[Measured]:
+    """Packs of 1, 2, 4 … guided pictures, until `SECONDS` are over or `MOST_PATCHES` reached."""
+    words = pipeline.manifest.class_names[0] if pipeline.manifest.class_names else "picture"
+    plan = Plan(pipeline.noise(0), (0.5,), guidance=2.0)
+    one = Evaluation(plan, pipeline.condition_on(words), Memory())
+    cost = pipeline.denoiser.patches(plan)
+    pipeline.denoiser.evaluate([one])  # the first evaluation pays for what is set up once
+    measured: list[Measured] = []
+    began, pictures = time.monotonic(), 1
+    while not measured or (time.monotonic() - began < SECONDS and pictures * cost <= MOST_PATCHES):
+        seconds = min(_seconds(pipeline, [one] * pictures) for _ in range(ROUNDS))
+        measured.append(Measured(pictures * cost, seconds))
+        pictures *= 2
+    return measured
+
+
+def _seconds(pipeline: Pipeline, evaluations: list[Evaluation]) -> float:
+    began = time.perf_counter()
+    pipeline.denoiser.evaluate(evaluations)
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize(pipeline.device)
+    return time.perf_counter() - began
