@@ -21,7 +21,7 @@ setup: $(READY) $(STUBS)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[worker,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[worker,otel,dev]'
 	touch $@
 
 $(STUBS): proto/patchforge/v1/image_service.proto $(READY)
@@ -51,7 +51,7 @@ format: setup
 # What gateway and worker need, for every platform, with the hashes the package index states.
 lock: $(TOOLS)
 	echo '# Everything that serves, with hashes; see docs/operation.md. Made by: make lock' > requirements.lock
-	$(TOOLS)/bin/uv pip compile pyproject.toml --extra worker -c constraints.txt --universal --python-version 3.11 \
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra worker --extra otel -c constraints.txt --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header --upgrade $(addprefix --no-emit-package ,$(UNLOCKED)) -q >> requirements.lock
 
 # Known vulnerabilities; asks the public advisory service.

@@ -57,7 +57,8 @@ def test_the_lock_file_pins_what_was_tested_and_names_no_host() -> None:
         assert "--hash=sha256:" in entry, entry.splitlines()[0]
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["worker"]]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["worker"], *extras["otel"]]
     names = {_plain(match[0]) for each in asked if (match := re.match(r"[A-Za-z0-9._-]+", each))}
     assert names - locked.keys() == UNLOCKED, "run: make lock"
 

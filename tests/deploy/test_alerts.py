@@ -1,0 +1,222 @@
+"""Each alert fires when it should and not otherwise, by Prometheus's own rule tests."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "deploy" / "prometheus" / "rules" / "patchforge.yml"
+PROMTOOL = shutil.which("promtool")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool here (Debian: apt install prometheus)")
+
+GATEWAY = 'up{job="patchforge-gateway",instance="a"}'
+WORKER = 'up{job="patchforge-worker",instance="w"}'
+STUCK = (
+    'patchforge_requests_running{instance="w",model="m"}',
+    'patchforge_evaluation_seconds_count{instance="w",model="m"}',
+)
+
+RULE = {rule["alert"]: rule for group in yaml.safe_load(RULES.read_text("utf-8"))["groups"] for rule in group["rules"]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What Prometheus saw, one value a minute (``0+3x20`` counts up by three), and whether the alert then fires."""
+
+    alert: str
+    series: dict[str, str]
+    fires: bool
+    minutes: int = 20
+    labels: dict[str, str] = field(default_factory=dict)
+    """Of the alert, beside its name, state and severity."""
+
+
+def both(alert: str, good: dict[str, str], bad: dict[str, str], **labels: str) -> list[Case]:
+    return [Case(alert, good, False), Case(alert, bad, True, labels=labels)]
+
+
+def failures(code: str) -> str:
+    return f'patchforge_request_failures_total{{model="m",code="{code}"}}'
+
+
+def ended(status: str) -> str:
+    return f'patchforge_requests_total{{model="m",sampler="euler",status="{status}"}}'
+
+
+CASES = [
+    *both(
+        "PatchforgeNoGateway",
+        {GATEWAY: "1x20", GATEWAY.replace('"a"', '"b"'): "0x20"},
+        {GATEWAY: "0x20"},
+    ),
+    Case("PatchforgeNoGateway", {WORKER: "1x20"}, True),
+    *both(
+        "PatchforgeTargetDown",
+        {GATEWAY: "1x20", WORKER: "1x20"},
+        {WORKER: "0x20"},
+        job="patchforge-worker",
+        instance="w",
+    ),
+    *both(
+        "PatchforgeQueueServerAway",
+        {'patchforge_queue_up{instance="a"}': "0x20", 'patchforge_queue_up{instance="b"}': "1x20"},
+        {"patchforge_queue_up": "0x20"},
+    ),
+    *both(
+        "PatchforgeQueueServerMemory",
+        {"patchforge_queue_memory_bytes": "80x20", "patchforge_queue_memory_limit_bytes": "100x20"},
+        {"patchforge_queue_memory_bytes": "90x20", "patchforge_queue_memory_limit_bytes": "100x20"},
+    ),
+    Case(
+        "PatchforgeQueueServerMemory",
+        {"patchforge_queue_memory_bytes": "90x20", "patchforge_queue_memory_limit_bytes": "0x20"},
+        False,
+    ),
+    *both("PatchforgeNoWorkers", {"patchforge_workers": "1x20"}, {"patchforge_workers": "0x20"}),
+    Case("PatchforgeNoWorkers", {"patchforge_workers": " ".join(["NaN"] * 20)}, False),
+    *both(
+        "PatchforgeModelWithoutWorker",
+        {
+            'patchforge_requests_waiting{model="m"}': "3x20",
+            'patchforge_model_workers{model="m"}': "1x20",
+            'patchforge_model_workers{model="n"}': "0x20",
+        },
+        {'patchforge_requests_waiting{model="m"}': "3x20", 'patchforge_model_workers{model="m"}': "0x20"},
+        model="m",
+    ),
+    *both(
+        "PatchforgeQueueOld",
+        {'patchforge_queue_oldest_seconds{model="m"}': "59x20"},
+        {'patchforge_queue_oldest_seconds{model="m"}': "0+10x20"},
+        model="m",
+    ),
+    *both(
+        "PatchforgeQueueNearlyFull",
+        {
+            'patchforge_requests_waiting{model="m",instance="a"}': "7x20",
+            'patchforge_requests_waiting{model="m",instance="b"}': "7x20",
+            'patchforge_queue_capacity{instance="a"}': "10x20",
+        },
+        {
+            'patchforge_requests_waiting{model="m",instance="a"}': "5x20",
+            'patchforge_requests_waiting{model="n",instance="a"}': "4x20",
+            'patchforge_queue_capacity{instance="a"}': "10x20",
+        },
+    ),
+    *both(
+        "PatchforgeErrorRatio",
+        {ended("failed"): "0+1x20", ended("completed"): "0+50x20"},
+        {ended("failed"): "0+1x20", ended("completed"): "0+10x20"},
+        model="m",
+    ),
+    *both(
+        "PatchforgeHttpErrors",
+        {
+            'patchforge_http_requests_total{status="5xx",route="/readyz"}': "0+60x20",
+            'patchforge_http_requests_total{status="2xx",route="/v1/jobs"}': "0+10x20",
+        },
+        {
+            'patchforge_http_requests_total{status="5xx",route="/v1/jobs"}': "0+10x20",
+            'patchforge_http_requests_total{status="2xx",route="/v1/jobs"}': "0+90x20",
+        },
+    ),
+    *both(
+        "PatchforgeGrpcErrors",
+        {
+            'patchforge_grpc_requests_total{status="CANCELLED"}': "0+9x20",
+            'patchforge_grpc_requests_total{status="OK"}': "0+9x20",
+        },
+        {
+            'patchforge_grpc_requests_total{status="INTERNAL"}': "0+1x20",
+            'patchforge_grpc_requests_total{status="OK"}': "0+9x20",
+        },
+    ),
+    *both(
+        "PatchforgeDeadLetters",
+        {failures("dead_letter"): "3x20", failures("not_finite"): "0+1x20"},
+        {failures("dead_letter"): "0x15 1x5"},
+        model="m",
+    ),
+    *both(
+        "PatchforgeOutOfMemory",
+        {failures("out_of_memory"): "3x20", failures("not_finite"): "0+1x20"},
+        {failures("out_of_memory"): "0x15 1x5"},
+        model="m",
+    ),
+    *both(
+        "PatchforgeJobsReclaimed",
+        {"patchforge_requests_reclaimed_total": "2x20"},
+        {"patchforge_requests_reclaimed_total": "0x15 1x5"},
+    ),
+    *both(
+        "PatchforgeWorkerStuck",
+        dict(zip(STUCK, ("3x20", "0+9x20"), strict=True)),
+        dict(zip(STUCK, ("3x20", "5x20"), strict=True)),
+        instance="w",
+    ),
+    Case("PatchforgeWorkerStuck", dict(zip(STUCK, ("0x20", "5x20"), strict=True)), False),
+]
+
+
+def rule_test(case: Case) -> dict[str, Any]:
+    """One of promtool's unit tests: the alert's state, asked as a query so that annotations need no repeating."""
+    firing = f'ALERTS{{alertname="{case.alert}",alertstate="firing"}}'
+    labels = {"alertname": case.alert, "alertstate": "firing", **RULE[case.alert]["labels"], **case.labels}
+    text = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    expected = [{"labels": f"ALERTS{{{text}}}", "value": 1}] if case.fires else []
+    return {
+        "rule_files": [str(RULES)],
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": name, "values": values} for name, values in case.series.items()],
+                "promql_expr_test": [{"expr": firing, "eval_time": f"{case.minutes}m", "exp_samples": expected}],
+            }
+        ],
+    }
+
+
+@needs_promtool
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.alert}-{'fires' if case.fires else 'quiet'}")
+def test_alert(case: Case, tmp_path: Path) -> None:
+    file = tmp_path / "test.yml"
+    file.write_text(yaml.safe_dump(rule_test(case)), "utf-8")
+    ran = subprocess.run([str(PROMTOOL), "test", "rules", file], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@needs_promtool
+def test_a_wrong_expectation_is_noticed(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.fires)
+    file = tmp_path / "test.yml"
+    file.write_text(yaml.safe_dump(rule_test(Case(case.alert, case.series, fires=False))), "utf-8")
+    assert subprocess.run([str(PROMTOOL), "test", "rules", file], capture_output=True).returncode != 0
+
+
+def test_every_alert_has_a_case_of_either_kind() -> None:
+    assert {case.alert for case in CASES if case.fires} == {*RULE}
+    assert {case.alert for case in CASES if not case.fires} == {*RULE}
+
+
+@pytest.mark.parametrize("rule", RULE.values(), ids=RULE.keys())
+def test_an_alert_says_what_is_wrong_and_what_follows(rule: dict[str, Any]) -> None:
+    assert rule["labels"]["severity"] in ("critical", "warning")
+    assert {*rule["annotations"]} == {"summary", "description"}
+
+
+@needs_promtool
+@pytest.mark.parametrize("name", ["prometheus.yml", "kubernetes.yml"])
+def test_the_configuration(name: str) -> None:
+    checked = subprocess.run(
+        [str(PROMTOOL), "check", "config", RULES.parents[1] / name], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert f"{len(RULE)} rules found" in checked.stdout
