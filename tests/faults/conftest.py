@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.gateway_kit import Stage
-from tests.faults.harness import Stack
+from tests.faults.harness import IDLE, Stack
 from tests.faults.shared import Shared
 
 # What the tests do to processes they see through /proc.
@@ -18,8 +18,8 @@ collect_ignore_glob = [] if sys.platform == "linux" else ["test_*_faults.py", "t
 
 @pytest.fixture
 def stack(tmp_path: Path, bundle_dir: Path) -> Iterator[Stack]:
-    """Nothing but the queue server runs yet. Claims are taken over after 1.5 s of silence."""
-    with Stack(tmp_path, bundle_dir, claim_idle_seconds=1.5) as running:
+    """Nothing but the queue server runs yet. Claims are taken over after ``IDLE`` seconds of silence."""
+    with Stack(tmp_path, bundle_dir, claim_idle_seconds=IDLE) as running:
         yield running
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ from typing import Any, Self
 import openai
 
 from service import keys
-from service.queue import JobQueue
-from service.settings import Settings
 from tests.faults.harness import PATIENCE, Gateway, Process, Seen, Stack
 from tests.faults.scripted_worker import CURTAIN, READ
 from tests.service.gateway.harness import CARDS
@@ -47,15 +44,24 @@ class Stage(Stack):
         with self.redis as redis:
             return [key.decode().removeprefix(keys.JOB) for key in redis.keys(keys.JOB + "*")]
 
-    def announce(self, name: str) -> None:
-        """A text model that is said to be served, for a quarter of a minute, and that no worker takes jobs for."""
+    @contextmanager
+    def served_by_nobody(self, name: str) -> Iterator[None]:
+        """A text model that is said to be served meanwhile, and that no worker takes jobs for."""
+        card = CARDS[0].model_copy(update={"name": name})
+        with self.redis as redis:
+            redis.set(keys.worker_models(name), f"[{card.model_dump_json()}]")
+            redis.zadd(keys.WORKERS, {name: "+inf"})
+            try:
+                yield
+            finally:
+                redis.zrem(keys.WORKERS, name)
+                redis.delete(keys.worker_models(name))
 
-        async def announce() -> None:
-            queue = JobQueue.connect(self.server.url, Settings())
-            await queue.announce(name, [CARDS[0].model_copy(update={"name": name})])
-            await queue.close()
-
-        asyncio.run(announce())
+    def stored(self) -> set[bytes]:
+        """The keys of all that callers have brought about."""
+        with self.redis as redis:
+            announced = (keys.WORKERS, keys.worker_models(""), keys.worker_metrics(""))
+            return {key for key in redis.scan_iter() if not key.decode().startswith(announced)}
 
     @contextmanager
     def another_gateway(self, **settings: Any) -> Iterator[Gateway]:

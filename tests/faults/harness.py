@@ -33,6 +33,7 @@ from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 90.0  # seconds for anything that has to happen; the machine may be busy with other things
+IDLE = 3.0  # seconds of silence after which a worker of the fixture `stack` is taken for dead
 TERMINAL = ("completed", "failed", "cancelled", "expired")
 SHORT: dict[str, Any] = {"class_label": "cat", "seed": 7, "sampler": "euler", "steps": 4, "guidance": 2.0}
 MEDIUM = SHORT | {"steps": 200, "n": 10}  # a second of work or two
@@ -78,6 +79,11 @@ class Process:
     @property
     def running(self) -> bool:
         return self._process.poll() is None
+
+    def processor_seconds(self) -> float:
+        """The time it has spent working, however busy the machine is with other things."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def mark(self) -> int:
         """A place in the log, to wait only for what comes after it."""
@@ -283,6 +289,7 @@ class Stack:
     def __init__(self, data: Path, bundles: Path, **settings: Any) -> None:
         """``settings`` are for every process, named as in ``service.settings``."""
         self.server = EmbeddedServer(data)
+        self.curtain = data / "curtain"
         self._bundles = bundles
         self._settings = settings
         self._processes: list[Process] = []
@@ -305,6 +312,15 @@ class Stack:
     def redis(self) -> Redis:
         """A plain client, to look and to break things."""
         return Redis.from_url(self.server.url, socket_timeout=PATIENCE)
+
+    @contextmanager
+    def device_held(self) -> Iterator[None]:
+        """Jobs on a `held_device` stand still after their first step, and go on afterwards."""
+        self.curtain.touch()
+        try:
+            yield
+        finally:
+            self.curtain.unlink()
 
     def kill_server(self) -> None:
         """SIGKILL; ``server.start()`` brings it back on the same port with what its log holds."""
@@ -354,6 +370,7 @@ class Stack:
             "grpc_port": 0,
             "worker_metrics_port": 0,
             "redis_url": self.server.url,
+            "curtain": self.curtain,
             "bundle_dir": self._bundles,
             "models": ["tiny-class"],
             "threads": 1,

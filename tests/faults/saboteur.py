@@ -15,6 +15,7 @@ from service.cli import app
 from service.schemas import Job
 from service.worker.engine import Engine
 from service.worker.live import LiveJob
+from tests.faults.held_device import held
 
 KILLS, GREEDY, TOO_GREEDY, RAISES, TURNS_NAN, UNCERTAIN = range(666_001, 666_007)
 ROOM = 3  # greedy pictures the device has memory for at a time
@@ -53,4 +54,5 @@ def spoilt(prediction: Prediction, seed: int) -> Prediction:
 
 if __name__ == "__main__":
     Engine.admit, Denoiser.evaluate = admit, evaluate  # type: ignore[method-assign]
+    Engine.step = held(Engine.step)  # type: ignore[method-assign]
     app()

