@@ -80,6 +80,10 @@ def train_model_command(
         Path | None, typer.Option("--from", help="A bundle to go on from: its weights, sizes and autoencoder.")
     ] = None,
     rate: Annotated[float, typer.Option(help="Scales both learning rates; below 1 to go on gently.")] = 1.0,
+    timesteps: Annotated[
+        Literal["mixed", "ltg", "sit", "uniform", "mean"],
+        typer.Option(help="How training draws each patch's timestep; `mixed` is that of the shipped models."),
+    ] = "mixed",
     batch: int = 64,
     width: int = 192,
     depth: int = 6,
@@ -95,9 +99,12 @@ def train_model_command(
     from model.training.data import Pictures
     from model.training.loop import Recipe
     from model.training.run import Size, train_model
+    from model.training.timesteps import SCHEDULES
 
     use_threads(threads)
-    recipe = Recipe(steps=steps, minutes=minutes, batch=batch, compile=compile_blocks)
+    recipe = Recipe(
+        steps=steps, minutes=minutes, batch=batch, compile=compile_blocks, timesteps=SCHEDULES[timesteps]
+    )
     recipe = replace(recipe, muon_rate=rate * recipe.muon_rate, adam_rate=rate * recipe.adam_rate)
     size = Size(width, depth)
     with typed_errors():

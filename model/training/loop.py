@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from model.training.conditions import DROPOUT, Conditions
 from model.training.loss import Loss, interpolate, patch_forcing_loss
 from model.training.optimiser import MovingAverage, Muon, split_parameters
 from model.training.progress import progress_bar
-from model.training.timesteps import LTG
+from model.training.timesteps import SCHEDULES, Schedule
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Recipe:
     constant_share: float = 0.5
     average: float = 0.999
     clip: float = 1.0
-    timesteps: LTG = field(default_factory=lambda: LTG(loc=0.5, together=0.25, clean=0.15))
+    timesteps: Schedule = SCHEDULES["mixed"]
     seed: int = 0
     compile: bool = False
     save_every_seconds: float = 120
@@ -85,6 +85,8 @@ class Trainer:
         """Drawn by the runs whose weights this one began with; for the record."""
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
+        # Its own, so that whatever the schedule draws, pictures, noise and dropout come in the same order.
+        self.times = torch.Generator().manual_seed(recipe.seed)
         if recipe.compile:
             torch._dynamo.config.recompile_limit = 64  # every layer is a variant of one function
             for block in network.blocks:
@@ -136,7 +138,7 @@ class Trainer:
         recipe = self.recipe
         picked = torch.multinomial(self.weights, recipe.batch, replacement=True)
         clean = self.patches[picked].to(self.device)
-        times = recipe.timesteps.sample(recipe.batch, clean.shape[1]).to(self.device)
+        times = recipe.timesteps.sample(recipe.batch, clean.shape[1], self.times).to(self.device)
         noise = torch.randn_like(clean)
         noisy = interpolate(clean, noise, times)
         # At tens of patches plain matrix products beat the fused attention kernel's backward.
@@ -144,7 +146,7 @@ class Trainer:
         with plain, training_autocast(self.device):
             output = self.conditions.predict(self.network, picked.numpy(), noisy, times, DROPOUT)
         # Of a fully clean patch the noise, so the velocity, cannot be known: it is context only.
-        known = (times < 1).flatten().float() if recipe.timesteps.clean else None
+        known = (times < 1).flatten().float()
         loss = patch_forcing_loss(output, (clean - noise).flatten(0, 1), known)
         loss.total.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
@@ -168,6 +170,7 @@ class Trainer:
             "seconds": self.seconds,
             "earlier_samples": self.earlier_samples,
             "random": torch.get_rng_state(),
+            "times_random": self.times.get_state(),
             "cuda_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
         torch.save(state, path.with_suffix(".new"))
@@ -194,5 +197,7 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         self.earlier_samples = state.get("earlier_samples", self.earlier_samples)
         torch.set_rng_state(state["random"].cpu())
+        if "times_random" in state:  # not in states of earlier versions
+            self.times.set_state(state["times_random"].cpu())
         if self.device.type == "cuda" and state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu())

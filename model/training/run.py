@@ -75,15 +75,14 @@ def train_model(
         autoencoder = unpack_autoencoder(start, own)
     elif own.exists():  # a run that began with a bundle stays in its latents, also when resumed without naming it
         autoencoder = own
-    latents = encode_pictures(shown.images, autoencoder)
+    cache = folder.parent / "cache"
+    latents = encode_pictures(shown.images, autoencoder, cache)
     torch.manual_seed(recipe.seed)
     if start is None:
         network = build(kind, latents.shape[1], latents.shape[-1], len(shown.class_names), size)
     else:
         network = load_network(start, kind, shown)
-    conditions: Conditions = (
-        ClassConditions(shown) if kind == "class" else TextConditions(shown, MAX_TOKENS, folder.parent / "cache")
-    )
+    conditions: Conditions = ClassConditions(shown) if kind == "class" else TextConditions(shown, MAX_TOKENS, cache)
     trainer = Trainer(network, latents, torch.from_numpy(shown.weights), conditions, recipe, folder)
     if start is not None:
         trainer.earlier_samples = samples_seen(start)
@@ -196,6 +195,7 @@ def describe(
             "device_seconds": round(trainer.seconds),
             "device": str(trainer.device),
             "recipe": asdict(trainer.recipe),
+            "schedule": type(trainer.recipe.timesteps).__name__,
             "autoencoder": json.loads((autoencoder / "latents.json").read_text()),
         },
         "created": int(time.time()),

@@ -25,7 +25,7 @@ class LTG:
 
     def sample(self, batch: int, patches: int, generator: torch.Generator | None = None) -> Tensor:
         """Timesteps ``(batch, patches)`` in [0, 1]."""
-        t_max = torch.sigmoid(self.loc + self.scale * torch.randn(batch, 1, generator=generator))
+        t_max = _logit_normal(batch, self.loc, self.scale, generator)
         spread = (t_max / 2).clamp(max=self.std)
         times = t_max - torch.randn(batch, patches, generator=generator).abs() * spread
         again = torch.rand(batch, patches, generator=generator) * t_max
@@ -40,3 +40,58 @@ class LTG:
             shown = chosen & (torch.rand(batch, patches, generator=generator) < share)
             times = torch.where(shown, torch.ones(()), times)
         return times
+
+
+@dataclass(frozen=True)
+class OneTime:
+    """One logit-normal timestep for all patches of a sample: flow matching as usual (SiT)."""
+
+    loc: float = 0.0
+    scale: float = 1.0
+
+    def sample(self, batch: int, patches: int, generator: torch.Generator | None = None) -> Tensor:
+        """Timesteps ``(batch, patches)`` in [0, 1]."""
+        return _logit_normal(batch, self.loc, self.scale, generator).repeat(1, patches)
+
+
+@dataclass(frozen=True)
+class UniformEach:
+    """Every patch by itself, uniform: the naive way, in which nearly every sample shows some almost clean patch."""
+
+    def sample(self, batch: int, patches: int, generator: torch.Generator | None = None) -> Tensor:
+        """Timesteps ``(batch, patches)`` in [0, 1]."""
+        return torch.rand(batch, patches, generator=generator)
+
+
+@dataclass(frozen=True)
+class MeanControlled:
+    """Logit-normal mean, and the patches uniform about it as widely as [0, 1] allows.
+
+    It fixes how much a sample shows on average, but not, as `LTG` does, how much its clearest patch shows.
+    """
+
+    loc: float = 0.0
+    scale: float = 1.0
+
+    def sample(self, batch: int, patches: int, generator: torch.Generator | None = None) -> Tensor:
+        """Timesteps ``(batch, patches)`` in [0, 1]."""
+        mean = _logit_normal(batch, self.loc, self.scale, generator)
+        reach = torch.minimum(mean, 1 - mean)
+        return mean + (2 * torch.rand(batch, patches, generator=generator) - 1) * reach
+
+
+Schedule = LTG | OneTime | UniformEach | MeanControlled
+
+SCHEDULES: dict[str, Schedule] = {
+    "mixed": LTG(loc=0.5, together=0.25, clean=0.15),
+    "ltg": LTG(),
+    "sit": OneTime(),
+    "uniform": UniformEach(),
+    "mean": MeanControlled(),
+}
+"""By name: the recipe of the shipped models, the paper's own for classes, and what it is compared with."""
+
+
+def _logit_normal(batch: int, loc: float, scale: float, generator: torch.Generator | None) -> Tensor:
+    """``(batch, 1)``."""
+    return torch.sigmoid(loc + scale * torch.randn(batch, 1, generator=generator))

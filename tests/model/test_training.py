@@ -20,10 +20,11 @@ from model.pipeline import Pipeline
 from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from model.training.conditions import ClassConditions, TextConditions
 from model.training.data import Pictures, folder_pictures, load_picture, phrasings
+from model.training.latents import encode_pictures
 from model.training.loop import Recipe, Trainer
 from model.training.optimiser import MovingAverage, Muon, orthogonalise, split_parameters
 from model.training.run import Kind, Size, build, train_model
-from model.training.timesteps import LTG
+from model.training.timesteps import LTG, SCHEDULES
 from model.weights import load_weights
 from service.cli import app
 
@@ -226,6 +227,60 @@ def test_some_samples_have_one_time_and_some_patches_are_clean() -> None:
     alike = (times.amax(1) == times.amin(1)).float().mean()
     assert 0.2 < alike < 0.3
     assert 0.03 < (times == 1).float().mean() < 0.08
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_draws_times_of_patches(name: str) -> None:
+    times = SCHEDULES[name].sample(4000, 16, torch.Generator().manual_seed(0))
+    assert times.shape == (4000, 16)
+    assert times.min() >= 0
+    assert times.max() <= 1
+    assert torch.equal(times, SCHEDULES[name].sample(4000, 16, torch.Generator().manual_seed(0)))
+
+
+def test_schedules_differ_in_what_a_sample_shows_at_most() -> None:
+    times = {name: each.sample(4000, 64, torch.Generator().manual_seed(0)) for name, each in SCHEDULES.items()}
+    assert torch.equal(times["sit"].amin(1), times["sit"].amax(1))
+    clear = {name: (each.amax(1) > 0.95).float().mean().item() for name, each in times.items()}
+    assert clear["uniform"] > 0.95  # nearly every sample has an almost clean patch,
+    assert clear["ltg"] < 0.05  # which the paper's sampler prevents
+    within = times["mean"].mean(dim=1)
+    assert within.std() > 0.15  # the mean is controlled, not the same,
+    assert times["uniform"].mean(dim=1).std() < 0.05  # as it is when patches are independent
+    assert (times["mean"] - within[:, None]).abs().amax(1).gt(0.05).float().mean() > 0.9
+
+
+def test_runs_that_differ_in_timesteps_see_the_same_pictures_and_noise(folder: Path, tmp_path: Path) -> None:
+    pictures = folder_pictures(folder, 32)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name in ("ltg", "uniform"):
+        trainer = small_trainer(pictures, tmp_path / name, 3)
+        trainer.recipe = replace(trainer.recipe, timesteps=SCHEDULES[name])
+        batches = seen.setdefault(name, [])
+        predict = trainer.conditions.predict
+
+        def spy(network: Any, picked: np.ndarray, noisy: torch.Tensor, times: torch.Tensor, drop: float) -> Any:
+            clean = trainer.patches[picked]  # noqa: B023
+            batches.append((noisy - times[..., None] * clean) / (1 - times[..., None]))  # noqa: B023
+            return predict(network, picked, noisy, times, drop)  # noqa: B023
+
+        trainer.conditions.predict = spy  # type: ignore[method-assign]
+        for _ in range(3):
+            trainer.train_step()
+    for one, other in zip(seen["ltg"], seen["uniform"], strict=True):
+        assert (one - other).abs().median() < 1e-4  # where hardly any noise is left it cannot be told back
+
+
+def test_latents_are_encoded_once(folder: Path, tmp_path: Path) -> None:
+    pictures = folder_pictures(folder, 32)
+    train_autoencoder(pictures, tmp_path / "autoencoder", AutoencoderRecipe(width=16, steps=2))
+    cache = tmp_path / "cache"
+    first = encode_pictures(pictures.images, tmp_path / "autoencoder", cache)
+    (kept,) = cache.iterdir()
+    made = kept.stat().st_mtime_ns
+    assert torch.equal(encode_pictures(pictures.images, tmp_path / "autoencoder", cache), first)
+    assert kept.stat().st_mtime_ns == made
+    assert torch.equal(encode_pictures(pictures.images[:7], tmp_path / "autoencoder", cache), first[:7])
 
 
 def test_muon_orthogonalises_and_lowers_a_loss() -> None:
