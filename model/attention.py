@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.kv_cache import CachePool
+
 
 @dataclass(frozen=True)
 class TextContext:
@@ -32,6 +34,18 @@ class TextContext:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Where the keys and values of b sequences lie in the pool: all P patches of each, the fresh ones included."""
+
+    recent: Tensor
+    """``(b·P,)`` long, rows of each patch's latest evaluation."""
+    earlier: Tensor | None = None
+    """``(b·P,)`` long, rows of the one before; None where nothing is extrapolated."""
+    reach: Tensor | None = None
+    """``(b·P, 1)``: how far to extrapolate from the earlier to the recent and beyond; 1 is as kept."""
+
+
+@dataclass(frozen=True)
 class Group:
     """``sequences`` neighbours in the pack, each with the same number of active patches.
 
@@ -41,10 +55,8 @@ class Group:
     start: int
     sequences: int
     active: int
-    patches: Tensor | None = None
-    """``(b, a)`` long, or None when every patch of the grid is active."""
-    caches: tuple[Tensor | None, ...] = ()
-    """Per sequence ``(layers, 2, heads, P, d_head)`` to read and update, or None."""
+    kept: Kept | None = None
+    """None when every patch of the grid is active, so that all keys and values are fresh."""
     context: TextContext | None = None
 
     @property
@@ -56,20 +68,20 @@ class Group:
         """Rows of this group: ``(n, heads, d_head)`` → ``(b, heads, a, d_head)``."""
         return packed[self.rows].unflatten(0, (self.sequences, self.active)).transpose(1, 2)
 
-    def complete(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all P patches, ``(b, heads, P, d_head)`` each: the fresh ones over the cached."""
-        for sequence, cache in enumerate(self.caches):
-            if cache is None:
-                continue
-            if self.patches is None:
-                cache[layer, 0], cache[layer, 1] = keys[sequence], values[sequence]
-            else:
-                cache[layer, 0, :, self.patches[sequence]] = keys[sequence].to(cache.dtype)
-                cache[layer, 1, :, self.patches[sequence]] = values[sequence].to(cache.dtype)
-        if self.patches is None:
-            return keys, values
-        stacked = torch.stack([cache[layer] for cache in self.caches if cache is not None], dim=1)
-        return stacked[0], stacked[1]
+
+@dataclass(frozen=True)
+class Keeping:
+    """Which packed patches leave their keys and values in the pool, and where."""
+
+    pool: CachePool
+    packed: Tensor
+    """``(m,)`` long, rows of the pack."""
+    rows: Tensor
+    """``(m,)`` long, rows of the pool."""
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Keep what a layer made: ``(n, heads, d_head)`` each."""
+        self.pool.write(layer, self.rows, keys[self.packed], values[self.packed])
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,8 @@ class Layout:
     groups: tuple[Group, ...]
     positions: Tensor = field(repr=False)
     """``(n,)`` long: index of each packed patch in its grid."""
+    keeping: Keeping | None = None
+    """None when no sequence keeps or reads anything."""
 
     @classmethod
     def dense(cls, sequences: int, patches: int, device: torch.device, context: TextContext | None = None) -> Layout:
@@ -93,9 +107,15 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, 
     ``q, k, v`` are ``(n, heads, d_head)``; the result is ``(n, heads · d_head)``. ``scale`` multiplies the
     scores; None means d_head^-½.
     """
+    if layout.keeping is not None:
+        layout.keeping.write(layer, k, v)
     outputs = []
     for group in layout.groups:
-        keys, values = group.complete(layer, group.unpack(k), group.unpack(v))
+        if group.kept is None or layout.keeping is None:
+            keys, values = group.unpack(k), group.unpack(v)
+        else:
+            kept = group.kept
+            keys, values = layout.keeping.pool.read(layer, kept.recent, kept.earlier, kept.reach)
         out = F.scaled_dot_product_attention(group.unpack(q), keys, values, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -24,15 +24,23 @@ def branches(plan: Plan) -> tuple[Branch, ...]:
 def combine(outputs: dict[Branch, Tensor], plan: Plan, grid: Grid) -> Prediction:
     """``v_u + s·(v_c − v_u)``, and the same for the log-variance (spec §6).
 
-    ``outputs`` holds, per branch, the network's ``(a, size² · (channels + 1))``.
+    ``outputs`` holds, per branch, the network's ``(a, size² · (channels + 1))``. Patches for which the null branch
+    did not run keep the conditional prediction.
     """
-    conditional = outputs[Branch.CONDITIONAL]
-    guided = conditional
-    if Branch.NULL in outputs:
-        null = outputs[Branch.NULL]
-        guided = null + plan.guidance * (conditional - null)
+    conditional = guided = outputs[Branch.CONDITIONAL]
+    null = outputs.get(Branch.NULL)
+    if null is not None:
+        index = plan.null_index
+        both = conditional if index is None else conditional[index]
+        mixed = null + plan.guidance * (both - null)
+        guided = mixed if index is None else conditional.index_copy(0, index, mixed)
     velocity, log_variance = _split(guided, grid)
-    return Prediction(velocity, _split(conditional, grid)[0], log_variance)
+    return Prediction(
+        velocity=velocity,
+        conditional=_split(conditional, grid)[0],
+        log_variance=log_variance,
+        null=None if null is None else _split(null, grid)[0],
+    )
 
 
 def _split(output: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,13 @@ class Plan:
     """``(a,)`` long, ascending: the patches to evaluate; None: all of them."""
     guidance: float = 1.0
     """Classifier-free guidance scale; at 1 only the conditional branch runs."""
+    null_index: Tensor | None = None
+    """``(a_n,)`` long, ascending: which of the evaluated patches run in the null branch too; None: all of them."""
     keep: bool = False
     """Keep keys and values for later plans that evaluate only some patches."""
+    drift: Tensor | None = None
+    """``(2, P)``, null branch first: how far the kept keys and values of each patch are extrapolated, in units of
+    what lay between its last two evaluations; None: not at all. 0 for patches that are evaluated."""
 
     @property
     def active(self) -> int:
@@ -79,11 +84,13 @@ class Prediction:
     """What the network says of the planned patches."""
 
     velocity: Tensor
-    """``(a, D)``, guided."""
+    """``(a, D)``, guided where the null branch ran."""
     conditional: Tensor
     """``(a, D)``, of the conditional branch alone."""
     log_variance: Tensor
     """``(a, size²)``, guided."""
+    null: Tensor | None = None
+    """``(a_n, D)``, of the null branch alone, for the patches it ran for; None if it did not run."""
 
     @property
     def difficulty(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
@@ -10,18 +9,20 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from model.device import serving_dtype
 from model.errors import ParameterError
 from model.generate import Trajectory
 from model.pipeline import Pipeline
 from model.types import Plan, Prediction
 from service.errors import InvalidRequest
-from service.schemas import Job, OutputFormat, Preview
+from service.queue_records import Source
+from service.schemas import Job, Preview
 from service.worker.caches import CacheBudget
 from service.worker.live import LiveJob, LivePicture
 from service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
-from service.worker.pictures import encode_picture
+from service.worker.pictures import encode_picture, encode_preview
+from service.worker.previews import PreviewPace
 from service.worker.scheduler import Candidate
+from service.worker.source_images import prepare
 from service.worker.trouble import NotFinite, isolating, job_error
 
 
@@ -44,19 +45,19 @@ class Engine:
     """Runs the jobs admitted to it, a step at a time. Not thread-safe: one caller at a time."""
 
     def __init__(
-        self, pipelines: Mapping[str, Pipeline], scheduler: Chooser, preview_interval: float, cache_bytes: int
+        self, pipelines: Mapping[str, Pipeline], scheduler: Chooser, previews: PreviewPace, cache_bytes: int
     ) -> None:
-        """``preview_interval`` is in seconds; ``cache_bytes`` bounds the keys and values kept between steps."""
+        """``cache_bytes`` bounds the keys and values kept between steps."""
         self.pipelines = pipelines
         self.scheduler = scheduler
-        self.preview_interval = preview_interval
+        self.previews = previews
         self.caches = CacheBudget(cache_bytes)
         self.jobs: dict[str, LiveJob] = {}
         self.last_evaluation = (0, "")
         """Patches packed into the last evaluation, and its model."""
 
-    def admit(self, job: Job) -> LiveJob:
-        """Prepare a job's condition and noise and add it to the live set.
+    def admit(self, job: Job, source: Source | None = None) -> LiveJob:
+        """Prepare a job's condition, noise and what it starts from, and add it to the live set.
 
         Raises:
             InvalidRequest: the job does not fit the model; ``field`` says where.
@@ -69,14 +70,17 @@ class Engine:
             options = request.sampler.model_dump()
             sampler = pipeline.sampler(options.pop("name"), request.steps or 1, request.guidance or 0.0, **options)
             condition, truncated = pipeline.condition(request.prompt, request.class_label)
+            image = None if source is None else prepare(pipeline, source, request.strength)
         except ParameterError as error:
             raise InvalidRequest(str(error).removeprefix(f"{error.field}: "), field=error.field) from error
         pictures = []
         for index in range(request.n):
             seed = (request.seed or 0) + index
-            run = Trajectory.begin(sampler, condition, pipeline.noise(seed))
+            noise = pipeline.noise(seed)
+            start = sampler.start(noise) if image is None else sampler.start(noise, image.clean, image.times)
+            run = Trajectory(sampler, condition, start)
             pictures.append(LivePicture.begin(index, seed, run))
-        live = LiveJob(job, request.model or "", pictures, truncated)
+        live = LiveJob(job, request.model or "", pictures, truncated, pipeline.prompt_tokens(request.prompt), image)
         self.jobs[job.id] = live
         return live
 
@@ -88,6 +92,7 @@ class Engine:
 
     def step(self) -> list[Outcome]:
         """Schedule, evaluate, advance. A job that fails ends in `JobBroken` and never disturbs the others."""
+        began = time.monotonic()
         planned = self._schedule()
         if not planned:
             return []
@@ -103,6 +108,7 @@ class Engine:
             except Exception as error:  # one job's trouble, of whatever kind, must stay its own
                 outcomes.append(self._broken(live, error))
         outcomes += self._look(self._alive(moved))
+        self.previews.worked(time.monotonic() - began)
         return outcomes + self._show(self._alive(moved)) + self._close()
 
     def _alive(self, chosen: list[Chosen]) -> list[Chosen]:
@@ -127,8 +133,8 @@ class Engine:
         """Whether there is room for the keys and values the plan is about; if not, the picture waits for others."""
         if not picture.keeps:
             return True
-        pipeline, branches = self.pipelines[live.model], picture.trajectory.sampler.branches
-        size = math.prod(pipeline.network.cache_shape) * serving_dtype(pipeline.device).itemsize * branches
+        pool = self.pipelines[live.model].denoiser.pool
+        size = pool.slot_bytes * picture.trajectory.sampler.branches
         return self.caches.grant((live.job.id, picture.index), size)
 
     def _evaluate(self, planned: list[Chosen]) -> list[Prediction | Exception]:
@@ -170,14 +176,12 @@ class Engine:
         self.drop(live.job.id)
         return JobBroken(live.job.id, job_error(live.job.id, error))
 
-    def _show(self, moved: Iterable[Chosen]) -> list[Outcome]:
+    def _show(self, moved: list[Chosen]) -> list[Outcome]:
         """Decode, in one batch, finished pictures and the previews that are due."""
         now = time.monotonic()
-        due = []
-        for each in moved:
-            wanted = each.live.job.request.previews and now - each.picture.previewed >= self.preview_interval
-            if each.picture.done or wanted:
-                due.append(each)
+        wanted = [each for each in moved if each.live.job.request.previews and not each.picture.done]
+        shown = self.previews.due([each.picture.previewed for each in wanted], now)
+        due = [each for each in moved if each.picture.done] + [wanted[index] for index in shown]
         if not due:
             return []
         pipeline = self.pipelines[due[0].live.model]
@@ -194,6 +198,7 @@ class Engine:
                 outcomes.append(self._shown(live, picture, pixels, now))
             except Exception as error:
                 outcomes.append(self._broken(live, error))
+        self.previews.showed(len(shown), (time.monotonic() - now) * len(shown) / len(due))
         return outcomes
 
     def _shown(self, live: LiveJob, picture: LivePicture, pixels: torch.Tensor | Exception, now: float) -> Outcome:
@@ -201,11 +206,11 @@ class Engine:
             raise pixels
         request = live.job.request
         if picture.done:
-            data = encode_picture(pixels, request.output_format, request.output_compression)
+            data = encode_picture(pixels, request, live.source)
             return PictureMade(live.job.id, picture.index, data)
         picture.previewed = now
         live.note_preview()
-        return PreviewMade(live.job.id, _preview(picture, encode_picture(pixels, OutputFormat.PNG)))
+        return PreviewMade(live.job.id, _preview(picture, encode_preview(pixels)))
 
     def _close(self) -> list[Outcome]:
         """Reports of the jobs whose pictures are all made."""
