@@ -1,245 +1,179 @@
-// The playground: one form, POST /v1/jobs, then the job's event stream drawn as it comes.
+// The playground: the form's requests become runs, the stage shows them, history keeps them.
+
+import * as api from "./api.js";
+import { verdict } from "./compare.js";
+import { Form } from "./form.js";
+import { History, Shelf } from "./history.js";
+import { Run } from "./run.js";
+import * as snippets from "./snippets.js";
+import { Stage } from "./stage.js";
 
 const $ = (id) => document.getElementById(id);
-
-const range = (label, min, max, step, value) => ({ label, type: "range", min, max, step, value });
-const EASY = range("Share of easy patches", 0, 1, 0.05, 0.4);
-const SAMPLERS = { // what each does, and its knobs
-  euler: ["Every patch, one uniform step at a time.", {}],
-  dual_loop: ["Easy patches take whole steps, hard ones several small ones.", {
-    quantile: EASY,
-    inner_steps: range("Inner steps", 1, 16, 1, 4),
-    exact: { label: "Evaluate easy patches too (exact)", type: "checkbox" },
-  }],
-  look_ahead: ["Hard patches see the easy ones moved ahead, as cleaner context.", {
-    quantile: EASY,
-    ratio: range("How far ahead", 1, 4, 0.1, 1.4),
-  }],
-  multistep: ["All patches together, of second order: 8 to 12 steps are plenty.", {
-    exponent: range("Finer near noise", 0.5, 3, 0.1, 1.5),
-  }],
+const ENDS = {
+  completed: "Done", failed: "Failed", cancelled: "Cancelled", expired: "Expired", lost: "Connection lost",
 };
-const LIVE_LEGEND = "Tinted tiles are still being worked on; clear ones have finished.";
-const FINAL_LEGEND = "Point at a picture to see when each patch finished: clear early, strongly tinted late.";
+const WAIT_MS = 2000; // between looks for a worker
 
-const models = new Map();
-let current = null; // the job on show: {id, card, pictures, events, began}
+const stage = new Stage($("stage"));
+let form = null;
+let shelf = null;
+let running = []; // the runs in flight
+let keyNeeded = false;
+let server = { grpc_port: null };
 
-// ---- the form
-
-async function loadModels() {
+async function start() {
+  api.onKeyNeeded(askForKey);
+  let [schemas, cards] = [];
   try {
-    const { data } = await call("v1/models");
-    for (const { id, patchforge } of data) models.set(id, patchforge);
-    complain("");
-  } catch (error) { // a server that is away is tried again in silence; one that refuses has a reason
-    if (!(error instanceof TypeError)) complain(error.message);
-  }
-  if (models.size === 0) {
-    say("Waiting for a worker…");
-    setTimeout(loadModels, 2000);
+    [schemas, cards] = await known();
+  } catch { // no key was given: the reason is on the page, and a reload asks again
+    say("");
     return;
   }
-  $("model").replaceChildren(...[...models.keys()].map((name) => new Option(name)));
-  const text = [...models.values()].find((card) => card.kind === "text");
-  if (text) $("model").value = text.name;
+  form = new Form($("form"), schemas, cards);
+  server = await api.server().catch(() => server);
+  $("form").inert = false;
   say("");
-  showModel();
-}
-
-function showModel() {
-  const card = models.get($("model").value);
-  const byClass = card.kind === "class";
-  $("class-row").hidden = !byClass;
-  $("prompt-row").hidden = byClass;
-  $("class").required = byClass;
-  $("prompt").required = !byClass;
-  $("classes").replaceChildren(...card.classes.map((name) => new Option(name)));
-  $("about").textContent = `${card.width} × ${card.height} pixels in ${card.grid[0] * card.grid[1]} patches. ${card.description}`;
-  $("steps").value = card.steps;
-  $("guidance").value = card.guidance;
-  $("sampler").value = card.sampler.name;
-  showKnobs(card.sampler);
-}
-
-function showKnobs(values = {}) {
-  const [about, knobs] = SAMPLERS[$("sampler").value];
-  $("about-sampler").textContent = about;
-  const rows = Object.entries(knobs).map(([name, knob]) => row(name, knob, values[name] ?? knob.value));
-  $("knobs").replaceChildren($("knobs").firstElementChild, ...rows);
-}
-
-function row(name, { label, ...attributes }, value) {
-  const made = document.createElement("label");
-  const input = Object.assign(document.createElement("input"), attributes, { name });
-  if (input.type === "checkbox") {
-    made.className = "check";
-    input.checked = value ?? false;
-    made.append(input, label);
-    return made;
+  try {
+    const history = await History.open();
+    shelf = new Shelf($("shelf"), history, recall);
+    await shelf.refresh();
+  } catch { // a private window, perhaps: everything else works
+    $("no-history").hidden = false;
   }
-  const shown = document.createElement("output");
-  const show = () => { shown.textContent = input.value; };
-  input.addEventListener("input", show);
-  input.value = value;
-  show();
-  const caption = document.createElement("span");
-  caption.append(label, shown);
-  made.append(caption, input);
-  return made;
 }
 
-function request() {
-  const sampler = { name: $("sampler").value };
-  for (const input of $("knobs").querySelectorAll("input")) {
-    sampler[input.name] = input.type === "checkbox" ? input.checked : Number(input.value);
+// The schemas and the models; a server that is away or has no worker yet is tried again.
+async function known() {
+  for (;;) {
+    try {
+      const [schemas, cards] = await Promise.all([api.schemas(), api.models()]);
+      $("problem").textContent = "";
+      if (cards.length > 0) return [schemas, cards];
+    } catch (error) {
+      if (error instanceof api.Refusal) $("problem").textContent = error.message;
+      if (error.status === 401) throw error;
+    }
+    say("Waiting for a worker…");
+    await new Promise((go) => { setTimeout(go, WAIT_MS); });
   }
-  const body = {
-    model: $("model").value,
-    sampler,
-    steps: Number($("steps").value),
-    guidance: Number($("guidance").value),
-    n: Number($("n").value),
-  };
-  if (models.get(body.model).kind === "class") body.class_label = $("class").value;
-  else body.prompt = $("prompt").value;
-  if ($("seed").value !== "") body.seed = Number($("seed").value);
-  return body;
 }
-
-// ---- one job
 
 async function generate() {
-  current = null;
-  complain("");
+  form.forgiveAll();
   busy(true);
-  try {
-    watch(await call("v1/jobs", { method: "POST", body: JSON.stringify(request()) }));
-  } catch (error) {
-    complain(error.message);
-    end("");
+  const card = form.card;
+  const runs = [];
+  for (const [which, request] of form.requests().entries()) {
+    try {
+      runs.push(await Run.submit(card, request));
+    } catch (error) {
+      form.refuse(error, which);
+      await cancel(runs); // a comparison needs both
+      say("");
+      busy(false);
+      return;
+    }
   }
-}
-
-function watch(job) {
-  const card = models.get(job.request.model);
-  const pictures = Array.from({ length: job.request.n }, () => picture(card));
-  const events = new EventSource(`v1/jobs/${job.id}/events`);
-  current = { id: job.id, card, pictures, events, began: performance.now() };
-  $("gallery").replaceChildren(...pictures.map(({ figure }) => figure));
-  $("progress").value = 0;
-  $("legend").textContent = LIVE_LEGEND;
-  const seed = job.request.seed;
-  $("seeds").textContent = `Seed ${seed}${job.request.n > 1 ? ` to ${seed + job.request.n - 1}` : ""}`;
-  figures(0, 0);
-
-  const on = (type, act) => events.addEventListener(type, ({ data }) => act(JSON.parse(data)));
-  on("queued", () => say("Waiting for a worker…"));
-  on("started", ({ attempt }) => say(attempt > 1 ? `Drawing (attempt ${attempt})…` : "Drawing…"));
-  on("preview", showPreview);
-  on("image", ({ index }) => showFinal(job.id, pictures[index], index, job.request));
-  on("completed", ({ report }) => showReport(report));
-  on("failed", ({ error }) => { complain(error.message); end("Failed"); });
-  on("cancelled", () => end("Cancelled"));
-  on("expired", () => end("Expired"));
-  events.addEventListener("error", () => { // the browser reconnects by itself, unless the server refused
-    if (events.readyState === EventSource.CLOSED) end("Connection lost");
-    else say("Reconnecting…");
-  });
-}
-
-function picture(card) {
-  const figure = Object.assign(document.createElement("figure"), { tabIndex: 0 });
-  const [image, tiles] = [0, 1].map(() => document.createElement("canvas"));
-  tiles.className = "tiles";
-  [image.width, image.height] = [card.width, card.height];
-  [tiles.height, tiles.width] = card.grid; // one pixel a patch, scaled up crisply
-  image.setAttribute("role", "img");
-  image.setAttribute("aria-label", "The picture");
-  figure.append(image, tiles);
-  return { figure, image, tiles, preview: null };
-}
-
-async function showPreview(event) {
-  const shown = current.pictures[event.index];
-  shown.preview = event;
-  const seen = current.pictures.map(({ preview }) => preview).filter(Boolean);
-  const sum = (field) => seen.reduce((total, preview) => total + preview[field], 0);
-  $("progress").value = sum("evaluation") / event.evaluations / current.pictures.length;
-  figures(sum("patch_evaluations"), sum("dense_patch_evaluations"));
-  tint(shown.tiles, event.times.map((t) => 1 - t));
-  await draw(shown, `data:image/png;base64,${event.b64_png}`, () => shown.preview === event);
-}
-
-async function showFinal(id, shown, index, { output_format }) {
-  const url = `v1/jobs/${id}/image?index=${index}`;
-  await draw(shown, url);
-  const link = Object.assign(document.createElement("a"), { href: url, textContent: "Save" });
-  link.download = `patchforge-${id}-${index}.${output_format}`;
-  shown.figure.append(link);
-}
-
-function showReport(report) {
-  report.images.forEach(({ finished_at }, index) => {
-    const [first, last] = [Math.min(...finished_at), Math.max(...finished_at)];
-    const { figure, tiles } = current.pictures[index];
-    tint(tiles, finished_at.map((at) => (at - first) / (last - first || 1)));
-    figure.classList.add("done");
-  });
-  $("legend").textContent = FINAL_LEGEND;
-  figures(report.patch_evaluations, report.dense_patch_evaluations, report.duration_seconds);
-  if (report.prompt_truncated) complain("The prompt was longer than the model reads; its end was ignored.");
-  end("Done", 1);
-}
-
-async function draw({ image, figure }, src, wanted = () => true) {
-  const source = Object.assign(new Image(), { src });
-  await source.decode();
-  if (wanted() && figure.isConnected) image.getContext("2d").drawImage(source, 0, 0, image.width, image.height);
-}
-
-function tint(canvas, strengths) {
-  const context = canvas.getContext("2d");
-  context.clearRect(0, 0, canvas.width, canvas.height);
-  strengths.forEach((strength, index) => {
-    context.fillStyle = `rgb(98 70 234 / ${0.6 * strength})`;
-    context.fillRect(index % canvas.width, Math.floor(index / canvas.width), 1, 1);
-  });
-}
-
-function figures(done, dense, seconds = (performance.now() - current.began) / 1000) {
-  const show = (id, words) => { $(id).textContent = dense ? words() : "–"; };
-  show("saved", () => `${Math.round(100 * (1 - done / dense))} %`);
-  show("done", () => done.toLocaleString());
-  show("dense", () => dense.toLocaleString());
-  show("time", () => `${seconds.toFixed(1)} s`);
-}
-
-function end(words, progress = 0) {
-  current?.events.close();
+  running = runs;
+  const titles = form.titles(runs);
+  show(runs, titles);
+  for (const run of runs) run.addEventListener("change", announce);
+  await Promise.all(runs.map((run) => run.follow().catch((error) => lost(run, error))));
+  running = [];
   busy(false);
-  say(words);
-  $("progress").value = progress;
+  await conclude(runs, titles);
 }
 
-async function call(path, options = {}) {
-  const reply = await fetch(path, { headers: { "Content-Type": "application/json" }, ...options });
-  const body = await reply.json();
-  if (!reply.ok) {
-    const words = body.detail ?? body.error?.message ?? reply.statusText;
-    throw new Error(body.field ? `${body.field}: ${words}` : words);
-  }
-  return body;
+function show(runs, titles) {
+  stage.show(runs, titles);
+  $("empty").hidden = true;
+  $("verdict").textContent = "";
+  $("snippets").hidden = false;
+  showSnippet();
 }
+
+async function conclude(runs, titles) {
+  const failed = runs.find(({ error }) => error);
+  if (failed) $("problem").textContent = failed.error.message;
+  if (runs.some(({ report }) => report?.prompt_truncated)) {
+    $("problem").textContent = "The prompt was longer than the model reads; its end was ignored.";
+  }
+  $("verdict").textContent = await verdict(runs, titles);
+  say(ENDS[worst(runs)]);
+  if (!shelf || runs.some(({ state }) => state !== "completed")) return;
+  await shelf.history.add(titles, runs.map((run) => run.record())).catch(() => { $("no-history").hidden = false; });
+  await shelf.refresh();
+}
+
+const worst = (runs) => (runs.find(({ state }) => state !== "completed") ?? runs[0]).state;
+
+async function recall({ runs: records, titles }) {
+  if (running.length > 0) return; // what is being drawn stays on the stage
+  const runs = records.map((record) => Run.restore(record));
+  form.forgiveAll();
+  form.fill(runs.map(({ request }) => request));
+  show(runs, titles);
+  say("From history");
+  $("verdict").textContent = await verdict(runs, titles);
+}
+
+function lost(run, error) {
+  run.state = "lost";
+  $("problem").textContent = error.message;
+}
+
+// Said aloud at milestones only: a voice reading every preview would never end.
+function announce({ detail: event, target: run }) {
+  if (event.type === "reconnecting") say("Reconnecting…");
+  else if (event.type === "queued") say("Waiting for a worker…");
+  else if (event.type === "started") say(event.attempt > 1 ? `Drawing (attempt ${event.attempt})…` : "Drawing…");
+  else if (event.type === "failed") run.error = event.error;
+  else if (event.type === "preview" && $("status").textContent === "Reconnecting…") say("Drawing…");
+}
+
+const cancel = (runs, options) => Promise.all(runs.map((run) => run.cancel(options)));
 
 function busy(yes) {
   $("generate").disabled = yes;
   $("cancel").disabled = !yes;
+  $("stage").setAttribute("aria-busy", String(yes));
 }
 
-const say = (words) => { $("status").textContent = words; };
-const complain = (words) => { $("problem").textContent = words; };
-const cancel = (options) => current && call(`v1/jobs/${current.id}`, { method: "DELETE", ...options });
+function say(words) { $("status").textContent = words; }
+
+function showSnippet() {
+  const kind = document.querySelector('[name="snippet"]:checked').value;
+  const at = {
+    http: location.origin + location.pathname.replace(/\/$/, ""),
+    grpc: `${location.hostname}:${server.grpc_port ?? 50051}`,
+    secure: location.protocol === "https:",
+    key: keyNeeded,
+  };
+  $("code").textContent = stage.runs.map(({ request }) => snippets[kind](request, at)).join("\n");
+}
+
+async function copy() {
+  getSelection().selectAllChildren($("code")); // for a page without a clipboard: Ctrl-C does it then
+  try {
+    await navigator.clipboard.writeText($("code").textContent);
+    $("copied").textContent = "Copied";
+  } catch {
+    $("copied").textContent = "Selected: press Ctrl-C";
+  }
+}
+
+function askForKey(message) {
+  keyNeeded = true;
+  $("key-reason").textContent = message;
+  $("key").value = "";
+  $("key-dialog").returnValue = "";
+  $("key-dialog").showModal();
+  return new Promise((resolve) => {
+    const answer = () => resolve($("key-dialog").returnValue === "use" ? $("key").value : null);
+    $("key-dialog").addEventListener("close", answer, { once: true });
+  });
+}
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); generate(); });
 $("prompt").addEventListener("keydown", (event) => {
@@ -247,9 +181,10 @@ $("prompt").addEventListener("keydown", (event) => {
   event.preventDefault();
   if (!$("generate").disabled) $("form").requestSubmit();
 });
-$("model").addEventListener("change", showModel);
-$("sampler").addEventListener("change", () => showKnobs());
-$("cancel").addEventListener("click", () => cancel().catch((error) => complain(error.message)));
-addEventListener("pagehide", () => { if ($("generate").disabled) cancel({ keepalive: true }); });
+$("cancel").addEventListener("click", () => cancel(running).catch((error) => form.refuse(error)));
+addEventListener("keydown", ({ key }) => { if (key === "Escape" && running.length > 0) $("cancel").click(); });
+$("snippets").addEventListener("change", () => { $("copied").textContent = ""; showSnippet(); });
+$("copy").addEventListener("click", copy);
+addEventListener("pagehide", () => cancel(running, { keepalive: true }));
 
-loadModels();
+start();

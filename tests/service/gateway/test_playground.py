@@ -1,47 +1,86 @@
-"""The playground in a real browser, where there is one."""
+"""The playground in a real browser, where there is one: making pictures and looking at them."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator
 
 import pytest
-from playwright.async_api import Page, async_playwright, expect
+from playwright.async_api import Page, expect
 
+from service.schemas import SAMPLERS
+from tests.service.gateway.browser import BROWSER, draw, grey, playground, turns
 from tests.service.gateway.harness import ScriptedWorker
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 
 
 @pytest.fixture
 async def page(url: str, worker: ScriptedWorker) -> AsyncIterator[Page]:
-    """The page once it knows the models; whatever it logs as an error fails the test."""
-    errors: list[str] = []
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(
-            executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
-        opened = await browser.new_page()
-        opened.on("pageerror", lambda error: errors.append(str(error)))
-        await opened.goto(url)
-        await expect(opened.locator("#model")).to_have_value("tiny-text")
+    async with playground(url, reduced_motion="reduce") as opened:
         yield opened
-        await browser.close()
-    assert errors == []
 
 
-async def test_a_prompt_becomes_a_picture(page: Page) -> None:
+async def test_previews_come_first_then_the_picture(page: Page, worker: ScriptedWorker) -> None:
+    worker.curtain.clear()
     await page.fill("#prompt", "a red apple")
+    await page.fill("#seed", "200")
     await page.press("#prompt", "Enter")
+    await expect(page.locator("#place")).to_have_text("Evaluation 1 of 8, 0 % finished")
+    await expect(page.locator("#generate")).to_be_disabled()
+    await expect(page.locator("#stage")).to_have_attribute("aria-busy", "true")
+    assert await grey(page) < 50
+    worker.curtain.set()
     await expect(page.locator("#status")).to_have_text("Done")
-    await expect(page.locator("#saved")).to_have_text("33 %")
-    assert await page.locator("figure canvas").count() == 2
+    await expect(page.locator("#place")).to_have_text("Evaluation 8 of 8, 100 % finished")
+    await turns(page, 200)
+    await expect(page.locator("[data-part=saved]")).to_have_text("33 %")
+    await expect(page.locator("[data-part=done]")).to_have_text("32 of 48")
+    await expect(page.locator("[data-part=time]")).to_have_text("0.20 s")
     await expect(page.locator("#generate")).to_be_enabled()
 
 
-async def test_a_running_job_can_be_cancelled(page: Page, worker: ScriptedWorker) -> None:
+async def test_the_overlays_map_when_and_how_hard(page: Page) -> None:
+    await draw(page)
+    await turns(page, plain := 200)
+    await page.get_by_role("radio", name="Finish map").check(force=True)
+    await expect(page.locator("#scale")).to_contain_text("finished early")
+    finish = await grey(page)
+    await page.get_by_role("radio", name="Difficulty").check(force=True)
+    await expect(page.locator("#scale")).to_contain_text("hard")
+    difficulty = await grey(page)
+    assert len({plain, finish, difficulty}) == 3
+    await page.get_by_role("radio", name="Picture").check(force=True)
+    await expect(page.locator("#scale")).to_be_hidden()
+    assert await grey(page) == plain
+
+
+async def test_the_scrubber_goes_through_the_previews(page: Page) -> None:
+    await draw(page)
+    scrubber = page.get_by_role("slider", name="Previews")
+    await scrubber.press("Home")
+    await expect(page.locator("#place")).to_have_text("Evaluation 1 of 8, 0 % finished")
+    await scrubber.press("ArrowRight")
+    await expect(page.locator("#place")).to_have_text("Evaluation 2 of 8, 0 % finished")
+    await page.get_by_role("button", name="Replay").click()
+    await expect(page.locator("#place")).to_have_text("Evaluation 8 of 8, 100 % finished")
+    await expect(page.get_by_role("button", name="Replay")).to_have_attribute("aria-pressed", "false")
+
+
+async def test_arrow_keys_read_the_patches_of_a_picture(page: Page) -> None:
+    await draw(page)
+    canvas = page.locator("#easel canvas")
+    await canvas.focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        await canvas.press(key)
+    await expect(page.locator("#patch")).to_have_text(
+        "Row 2, column 2 · t = 1 · finished after evaluation 8 · difficulty 0.25"
+    )
+    await canvas.hover(position={"x": 3, "y": 3})
+    await expect(page.locator("#patch")).to_contain_text("Row 1, column 1")
+
+
+@pytest.mark.parametrize("by", ["button", "escape"])
+async def test_a_running_job_can_be_cancelled(page: Page, worker: ScriptedWorker, by: str) -> None:
     worker.curtain.clear()
     await page.select_option("#model", "tiny-class")
     await page.fill("#class", "cat")
@@ -49,12 +88,104 @@ async def test_a_running_job_can_be_cancelled(page: Page, worker: ScriptedWorker
     await page.click("#generate")
     await expect(page.locator("figure")).to_have_count(3)
     await expect(page.locator("#status")).to_have_text("Drawing…")
-    await page.click("#cancel")
+    await (page.click("#cancel") if by == "button" else page.keyboard.press("Escape"))
     await expect(page.locator("#status")).to_have_text("Cancelled")
+    await expect(page.locator("#shelf")).to_be_hidden()
 
 
-async def test_what_the_server_refuses_is_said(page: Page) -> None:
-    await page.select_option("#model", "tiny-class")
-    await page.fill("#class", "unicorn")
-    await page.click("#generate")
-    await expect(page.get_by_role("alert")).to_contain_text("no such class")
+async def test_two_samplers_side_by_side_on_one_seed(page: Page) -> None:
+    await page.check("#compare")
+    await page.select_option("#other-sampler", "look_ahead")
+    await page.get_by_label("Ratio", exact=True).fill("2")
+    await draw(page)
+    await expect(page.locator(".pane h2 [data-part=title]")).to_have_text(["Dual loop", "Look ahead"])
+    settings = page.locator("[data-part=settings]")
+    await expect(settings.nth(0)).to_contain_text("seed 200")
+    await expect(settings.nth(1)).to_contain_text("seed 200 · 8 steps · guidance 3 · quantile 0.4 · ratio 2")
+    await expect(page.locator("#verdict")).to_have_text(
+        "Look ahead did as much work as Dual loop; the pictures are the same."
+    )
+    await page.fill("#seed", "")
+    await page.press("#prompt", "Enter")
+    await expect(settings.nth(0)).not_to_contain_text("seed 200 ")
+    seeds = [(await settings.nth(pane).inner_text()).split(" · ")[0] for pane in (0, 1)]
+    assert seeds[0] == seeds[1]  # one, though nobody chose it
+
+
+async def test_history_outlives_the_page_and_can_be_taken_back(page: Page) -> None:
+    await draw(page, "a red apple", 200)
+    await page.check("#compare")
+    await draw(page, "a green pear", 100)
+    await page.reload()
+    past = page.locator("#shelf .pick")
+    await expect(past).to_have_count(2)
+    await page.get_by_role("button", name="a red apple, Dual loop, seed 200").click()
+    await expect(page.locator("#prompt")).to_have_value("a red apple")
+    await expect(page.locator("#seed")).to_have_value("200")
+    await expect(page.locator("#compare")).not_to_be_checked()
+    await expect(page.locator("#place")).to_have_text("Evaluation 8 of 8, 100 % finished")
+    await page.get_by_role("slider", name="Previews").press("Home")
+    await expect(page.locator("#place")).to_have_text("Evaluation 1 of 8, 0 % finished")
+    await page.get_by_role("button", name="a green pear, Dual loop and Euler").click()
+    await expect(page.locator(".pane")).to_have_count(2)
+    await page.locator("#shelf li").first.hover()
+    await page.get_by_role("button", name="Remove a green pear").click()
+    await expect(past).to_have_count(1)
+    await page.get_by_role("button", name="Clear").click()
+    await expect(page.locator("#shelf")).to_be_hidden()
+    await page.reload()
+    await expect(page.locator("#form:not([inert])")).to_be_visible()
+    await expect(page.locator("#shelf")).to_be_hidden()
+
+
+async def test_the_oldest_of_history_makes_room(page: Page) -> None:
+    await draw(page)
+    script = """async () => {
+        const { History } = await import("/playground/history.js");
+        const history = await History.open();
+        const [{ titles, runs }] = await history.all();
+        for (let id = 0; id < 60; id += 1) await history.add(titles, runs.map((run) => ({ ...run, id })));
+        return (await history.all()).map(({ runs: [{ id }] }) => id);
+    }"""
+    kept = await page.evaluate(script)
+    assert kept == list(range(59, 11, -1))
+
+
+async def test_every_sampler_and_knob_of_the_server_is_offered(page: Page) -> None:
+    offered = await page.locator("#sampler option").evaluate_all("all => all.map(({ value }) => value)")
+    assert set(offered) == set(SAMPLERS)
+    await page.select_option("#sampler", "dual_loop")
+    await page.get_by_label("Quantile", exact=True).fill("0.75")
+    await page.get_by_label("Inner steps", exact=True).fill("2")
+    await page.get_by_label("Exact").check()
+    await expect(page.get_by_label("Quantile, slider")).to_have_value("75")
+    await draw(page)
+    await expect(page.locator("[data-part=settings]")).to_contain_text("quantile 0.75 · inner steps 2 · exact")
+
+
+async def test_presets_are_multiples_of_the_models_own_steps(page: Page) -> None:
+    for preset, steps in (("Draft", "4"), ("High", "16"), ("Standard", "8")):
+        await page.get_by_role("radio", name=preset).check(force=True)
+        await expect(page.locator("#steps")).to_have_value(steps)
+    await page.fill("#steps", "11")
+    assert await page.locator("#presets :checked").count() == 0
+    await page.fill("#steps", "16")
+    await expect(page.get_by_role("radio", name="High")).to_be_checked()
+
+
+async def test_the_dice_roll_a_seed(page: Page) -> None:
+    dice = page.get_by_role("button", name="Roll a seed")
+    await dice.click()
+    first = await page.input_value("#seed")
+    await dice.click()
+    assert int(first) < 2**32
+    assert await page.input_value("#seed") != first
+
+
+async def test_pictures_can_be_saved(page: Page) -> None:
+    await page.fill("#n", "2")
+    await draw(page)
+    await page.locator("figure").nth(1).hover()
+    async with page.expect_download() as download:
+        await page.get_by_role("link", name="Save picture 2").click()
+    assert (await download.value).suggested_filename == "patchforge-201.png"

@@ -1,0 +1,93 @@
+// The server as this page sees it: requests with an API key if one is needed, errors as people need them, events.
+
+const KEY = "patchforge-api-key";
+export const TERMINAL = new Set(["completed", "failed", "cancelled", "expired"]);
+const RETRY_MS = [500, 1000, 2000, 5000];
+
+let apiKey = recall();
+let askForKey = async () => null;
+let asking = null; // one dialog for all requests that wait
+
+// What the server refused, in its own words; `field` is the one at fault, or null.
+export class Refusal extends Error {
+  constructor(status, { detail, error, field, code }) {
+    super(detail ?? error?.message ?? `the server answered ${status}`);
+    this.status = status;
+    this.field = field ?? error?.param ?? null;
+    this.code = code ?? error?.code ?? null;
+  }
+}
+
+// `ask(message)` is called when a key is needed and resolves to one, or to null if the person gives up.
+export function onKeyNeeded(ask) { askForKey = ask; }
+
+async function send(path, { headers, ...options } = {}) {
+  for (;;) {
+    const used = apiKey;
+    const key = used ? { Authorization: `Bearer ${used}` } : {};
+    const reply = await fetch(path, { ...options, headers: { ...headers, ...key } });
+    if (reply.ok) return reply;
+    const refusal = new Refusal(reply.status, await reply.json().catch(() => ({})));
+    if (reply.status !== 401) throw refusal;
+    if (used !== apiKey) continue; // another request has got a key meanwhile
+    asking ??= askForKey(refusal.message).finally(() => { asking = null; });
+    const given = await asking;
+    if (!given) throw refusal;
+    remember(given);
+  }
+}
+
+const json = async (path, options) => (await send(path, options)).json();
+
+export const models = async () => (await json("v1/models")).data.map(({ patchforge }) => patchforge);
+export const server = () => json("playground/server.json");
+export const schemas = async () => (await json("openapi.json")).components.schemas;
+export const cancel = (id, options) => json(`v1/jobs/${id}`, { method: "DELETE", ...options });
+export const picture = async (id, index) => (await send(`v1/jobs/${id}/image?index=${index}`)).blob();
+export const submit = (request) =>
+  json("v1/jobs", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(request) });
+
+// Every event of a job to its end, as {type, ...}. A broken connection yields {type: "reconnecting"} and goes on
+// after the last event seen. EventSource would do as much, but cannot send a key.
+export async function* events(id) {
+  let last = "";
+  for (let failures = 0; ; failures += 1) {
+    try {
+      const reply = await send(`v1/jobs/${id}/events`, { headers: last ? { "Last-Event-ID": last } : {} });
+      for await (const { id: place, data } of frames(reply.body)) {
+        [last, failures] = [place, 0];
+        const event = JSON.parse(data);
+        yield event;
+        if (TERMINAL.has(event.type)) return;
+      }
+    } catch (error) { // what the server means is final; what the network or a restart does is not
+      if (error instanceof Refusal && error.status !== 503) throw error;
+    }
+    yield { type: "reconnecting" };
+    await new Promise((go) => { setTimeout(go, RETRY_MS[Math.min(failures, RETRY_MS.length - 1)]); });
+  }
+}
+
+async function* frames(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const blocks = (text + value).replaceAll("\r\n", "\n").split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const fields = Object.fromEntries(block.split("\n").map((line) => line.split(/: ?(.*)/s, 2)));
+      if (fields.data) yield fields;
+    }
+  }
+}
+
+function recall() {
+  try { return sessionStorage.getItem(KEY); } catch { return null; }
+}
+
+function remember(key) {
+  apiKey = key;
+  try { sessionStorage.setItem(KEY, key); } catch { /* storage is switched off: asked again after a reload */ }
+}

@@ -1,0 +1,75 @@
+// The generation on show, as commands that make it again elsewhere.
+
+const PICTURE = { png: "png", webp: "webp", jpeg: "jpg" };
+
+// What is worth repeating of a request: what the person chose, not what every request carries.
+function chosen(request) {
+  const { model, prompt, class_label: label, n, seed, sampler, steps, guidance } = request;
+  return { model, ...(prompt == null ? { class_label: label } : { prompt }), n, seed, sampler, steps, guidance };
+}
+
+const shell = (text) => `'${text.replaceAll("'", String.raw`'\''`)}'`;
+
+export function curl(request, { http, key }) {
+  const auth = key ? ` \\\n  -H "Authorization: Bearer $PATCHFORGE_API_KEY"` : "";
+  const file = PICTURE[request.output_format ?? "png"];
+  const pictures = request.n > 1 ? `$(seq 0 ${request.n - 1})` : "0";
+  return `job=$(curl -sSf ${http}/v1/jobs${auth} \\
+  -H 'Content-Type: application/json' \\
+  -d ${shell(JSON.stringify(chosen(request)))} \\
+  | sed -E 's/^\\{"id":"([^"]+)".*/\\1/')
+curl -sSfN ${http}/v1/jobs/$job/events${auth} > events.txt  # follows the job to its end
+for index in ${pictures}; do
+  curl -sSf "${http}/v1/jobs/$job/image?index=$index"${auth} -o picture-$index.${file}
+done
+`;
+}
+
+export function python(request, { http, key }) {
+  const auth = key ? `, api_key=os.environ["PATCHFORGE_API_KEY"]` : "";
+  const fields = Object.entries(chosen(request)).map(([name, value]) => `        ${name}=${literal(value)},\n`);
+  return `${key ? "import os\n\n" : ""}from service.client import Client
+
+with Client(${literal(http)}${auth}) as client:
+    made = client.generate(
+${fields.join("")}    )
+for index, picture in enumerate(made.pictures):
+    picture.save(f"picture-{index}.${PICTURE[request.output_format ?? "png"]}")
+print(f"saved {made.report.savings_ratio:.0%} of a dense run's work")
+`;
+}
+
+export function grpc(request, { grpc: target, key, secure }) {
+  const { sampler: { name, ...knobs }, ...fields } = chosen(request);
+  const lines = Object.entries(fields).map(([field, value]) => `    ${field}=${literal(value)},\n`);
+  const options = Object.entries(knobs).map(([knob, value]) => `${knob}=${literal(value)}`).join(", ");
+  const opened = secure
+    ? `grpc.secure_channel(${literal(target)}, grpc.ssl_channel_credentials())`
+    : `grpc.insecure_channel(${literal(target)})`;
+  const metadata = key ? `, metadata=[("authorization", f"Bearer {os.environ['PATCHFORGE_API_KEY']}")]` : "";
+  return `${key ? "import os\n\n" : ""}import grpc
+from service.pb.patchforge.v1 import image_service_pb2 as pb
+from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
+
+generation = pb.Generation(
+${lines.join("")}    ${name}=pb.${message(name)}(${options}),
+)
+with ${opened} as channel:
+    request = pb.GenerateImageRequest(generation=generation)
+    for answer in ImageServiceStub(channel).GenerateImage(request${metadata}):
+        event = answer.event
+        if event.WhichOneof("event") == "image":
+            with open(f"picture-{event.image.index}.${PICTURE[request.output_format ?? "png"]}", "wb") as file:
+                file.write(event.image.data)
+`;
+}
+
+const message = (name) => `${name.split("_").map((word) => word[0].toUpperCase() + word.slice(1)).join("")}Sampler`;
+
+// A value as Python writes it. JSON's escapes are Python's too.
+function literal(value) {
+  if (value === null) return "None";
+  if (typeof value === "boolean") return value ? "True" : "False";
+  if (typeof value !== "object") return JSON.stringify(value);
+  return `{${Object.entries(value).map(([name, each]) => `${literal(name)}: ${literal(each)}`).join(", ")}}`;
+}

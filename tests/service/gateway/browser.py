@@ -1,0 +1,83 @@
+"""A page of the playground in a real browser, and the rules that hold on it whatever a test does."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from playwright.async_api import Page, Request, Route, async_playwright, expect
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+PATIENCE_MS = 30_000
+
+
+@asynccontextmanager
+async def playground(
+    url: str, *, ready: bool = True, forgive: str | None = None, **context: Any
+) -> AsyncIterator[Page]:
+    """The page once it knows the models.
+
+    Whatever it logs as an error, except lines with ``forgive`` in them, fails the test, and so does any request to
+    another origin.
+    """
+    errors: list[str] = []
+    strangers: list[str] = []
+
+    def note(kind: str, text: str) -> None:
+        if kind == "error" and not (forgive and forgive in text):
+            errors.append(text)
+
+    async def guard(route: Route, request: Request) -> None:
+        if request.url.startswith((url, "blob:", "data:")):
+            await route.continue_()
+        else:
+            strangers.append(request.url)
+            await route.abort()
+
+    expect.set_options(timeout=PATIENCE_MS)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
+        page = await (await browser.new_context(**context)).new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: note(message.type, message.text))
+        await page.route("**/*", guard)
+        await page.goto(url)
+        if ready:
+            await expect(page.locator("#form:not([inert])")).to_be_visible()
+        yield page
+        await browser.close()
+    assert errors == [], errors
+    assert strangers == [], strangers
+
+
+async def grey(page: Page, pane: int = 0) -> int:
+    """Red of the pixel in the middle of a pane's first picture; the scripted pictures are grey throughout."""
+    script = """([pane]) => {
+        const canvas = document.querySelectorAll(".pane")[pane].querySelector("canvas");
+        const middle = [canvas.width / 4, canvas.height / 4].map(Math.floor);
+        return canvas.getContext("2d").getImageData(...middle, 1, 1).data[0];
+    }"""
+    red: int = await page.evaluate(script, [pane])
+    return red
+
+
+async def turns(page: Page, wanted: int) -> None:
+    """Waits until the first picture has that grey: a frame is decoded before it is drawn."""
+    async with asyncio.timeout(PATIENCE_MS / 1000):
+        while await grey(page) != wanted:
+            await page.evaluate("new Promise(requestAnimationFrame)")
+
+
+async def draw(page: Page, prompt: str = "a red apple", seed: int = 200) -> None:
+    """Asks for a picture and waits until it is done."""
+    await page.fill("#prompt", prompt)
+    await page.fill("#seed", str(seed))
+    await page.press("#prompt", "Enter")
+    await expect(page.locator("#stage")).to_have_attribute("aria-busy", "true")
+    await expect(page.locator("#stage")).to_have_attribute("aria-busy", "false")
+    await expect(page.locator("#status")).to_have_text("Done")
