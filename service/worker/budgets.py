@@ -12,13 +12,14 @@ from model.denoiser import Evaluation, Memory
 from model.pipeline import Pipeline
 from model.types import Plan
 
-ENOUGH = 0.92
+ENOUGH = 0.9
 """The budget is the smallest pack that reaches this share of the best throughput seen: beyond it, packing more only
 makes everyone wait longer for a step."""
 MOST_PATCHES = 1 << 15
+LONGEST_SECONDS = 0.5
+"""No larger pack is tried once one takes as long as this."""
 SECONDS = 2.0
-"""Of profiling, for each model; the last pack measured may exceed it."""
-ROUNDS = 3
+"""Of profiling, for each model; the round it ends in is finished."""
 
 log = structlog.get_logger()
 
@@ -57,19 +58,18 @@ def knee(measured: list[Measured]) -> int:
 
 
 def profile(pipeline: Pipeline) -> list[Measured]:
-    """Packs of 1, 2, 4 … guided pictures, until `SECONDS` are over or `MOST_PATCHES` reached."""
+    """Packs of 1, 2, 4 … guided pictures, each at its best of several rounds: what else runs here comes and goes."""
     words = pipeline.manifest.class_names[0] if pipeline.manifest.class_names else "picture"
     plan = Plan(pipeline.noise(0), (0.5,), guidance=2.0)
     one = Evaluation(plan, pipeline.condition_on(words), Memory())
     cost = pipeline.denoiser.patches(plan)
     pipeline.denoiser.evaluate([one])  # the first evaluation pays for what is set up once
-    measured: list[Measured] = []
-    began, pictures = time.monotonic(), 1
-    while not measured or (time.monotonic() - began < SECONDS and pictures * cost <= MOST_PATCHES):
-        seconds = min(_seconds(pipeline, [one] * pictures) for _ in range(ROUNDS))
-        measured.append(Measured(pictures * cost, seconds))
-        pictures *= 2
-    return measured
+    began, best = time.monotonic(), {1: _seconds(pipeline, [one])}
+    while max(best) * cost <= MOST_PATCHES / 2 and best[max(best)] < LONGEST_SECONDS:
+        best[2 * max(best)] = _seconds(pipeline, [one] * 2 * max(best))
+    while time.monotonic() - began < SECONDS:
+        best = {pictures: min(seconds, _seconds(pipeline, [one] * pictures)) for pictures, seconds in best.items()}
+    return [Measured(pictures * cost, seconds) for pictures, seconds in best.items()]
 
 
 def _seconds(pipeline: Pipeline, evaluations: list[Evaluation]) -> float:

@@ -11,6 +11,7 @@ from model.denoiser import Memory
 from model.generate import Trajectory
 from model.types import Plan, Prediction
 from service.schemas import ImageReport, Job, PatchesFinished, Priority, SavingsReport
+from service.worker.source_images import SourceImage
 
 WEIGHTS = {Priority.HIGH: 4.0, Priority.NORMAL: 1.0, Priority.LOW: 0.25}
 """A job's share of the worker beside others: see scheduler.py."""
@@ -31,8 +32,8 @@ class LivePicture:
     """``(P,)`` long, on the CPU: evaluation after which each patch stood at t = 1; 0 while it does not."""
     finite: torch.Tensor
     """Bool scalar: whether the last prediction was; not yet looked at, for that would wait for the device."""
-    previewed: float = 0.0
-    """Monotonic time of the last preview."""
+    previewed: float | None = None
+    """Monotonic time of the last preview; None before the first."""
 
     @classmethod
     def begin(cls, index: int, seed: int, trajectory: Trajectory) -> LivePicture:
@@ -104,6 +105,9 @@ class LiveJob:
     model: str
     pictures: list[LivePicture]
     prompt_truncated: bool
+    prompt_tokens: int = 0
+    source: SourceImage | None = None
+    """What its pictures start from, if not from noise alone."""
     begun: float = field(default_factory=time.monotonic)
     first_preview: float | None = None
 
@@ -154,5 +158,6 @@ class LiveJob:
             duration_seconds=self.queue_seconds + time.monotonic() - self.begun,
             time_to_first_preview_seconds=preview,
             prompt_truncated=self.prompt_truncated,
+            prompt_tokens=self.prompt_tokens,
             images=images,
         )

@@ -27,6 +27,7 @@ from service.worker.device_metrics import register_host
 from service.worker.engine import Engine
 from service.worker.outages import Outages
 from service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
+from service.worker.previews import PreviewPace
 from service.worker.scheduler import Scheduler
 from service.worker.trouble import job_error
 
@@ -49,13 +50,12 @@ class Worker:
         patch_budgets: Mapping[str, int],
         parent: int | None = None,
     ) -> None:
-        """``patch_budgets``: of each model's evaluations. ``parent``: the process to outlive by no more than a drain."""
+        """``patch_budgets`` bound each model's evaluations; ``parent`` is the process to outlive by a drain at most."""
         self.settings = settings
         self.queue = queue
         self.id = f"{socket.gethostname()}-{os.getpid()}-{str(ULID())[-6:]}"
-        self.engine = Engine(
-            pipelines, Scheduler(patch_budgets), settings.preview_interval_seconds, settings.cache_bytes
-        )
+        previews = PreviewPace(settings.preview_interval_seconds, settings.preview_share)
+        self.engine = Engine(pipelines, Scheduler(patch_budgets), previews, settings.cache_bytes)
         self.registry = CollectorRegistry()
         flops = {name: patch_flops(pipeline.manifest) for name, pipeline in pipelines.items()}
         self.metrics = WorkerMetrics(self.registry, patch_budgets, flops)
@@ -158,7 +158,11 @@ class Worker:
         self.metrics.request_started(job)
         log.info("job started", job=job.id, attempt=claim.attempt, model=job.request.model, n=job.request.n)
         try:
-            live = await asyncio.to_thread(self.engine.admit, job)
+            source = await self.outages.outlast(self.queue.source, job.id) if job.request.image else None
+            live = await asyncio.to_thread(self.engine.admit, job, source)
+        except NotFound as error:
+            await self._fail(job.id, JobError(code="source_lost", message=error.message))
+            return
         except InvalidRequest as error:
             await self._fail(job.id, JobError(code=error.code, message=f"{error.field}: {error.message}"))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b64decode
 from io import BytesIO
 
@@ -15,6 +16,7 @@ from service.errors import InvalidRequest
 from service.schemas import OutputFormat
 from service.worker.engine import Engine
 from service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
+from service.worker.previews import PreviewPace
 from service.worker.scheduler import Scheduler
 from tests.service.worker.jobs import job
 
@@ -23,7 +25,7 @@ DUAL_LOOP = {"name": "dual_loop", "quantile": 0.4, "inner_steps": 4}
 
 @pytest.fixture
 def engine(pipelines: dict[str, Pipeline]) -> Engine:
-    return Engine(pipelines, Scheduler(dict.fromkeys(pipelines, 4096)), preview_interval=0.0, cache_bytes=1 << 30)
+    return Engine(pipelines, Scheduler(dict.fromkeys(pipelines, 4096)), PreviewPace(0.0, math.inf), 1 << 30)
 
 
 def run(engine: Engine) -> list[Outcome]:
