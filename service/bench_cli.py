@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.bench.gateway_cli import gateway
+from service.bench_engine_cli import engine
 from service.bench_forward_cli import forward
 from service.cli_errors import typed_errors
 
@@ -29,6 +31,8 @@ PROMPTS = (
 
 
 bench_app.command("forward")(forward)
+bench_app.command("engine")(engine)
+bench_app.command("gateway")(gateway)
 
 
 @bench_app.command("sampler")

@@ -368,6 +368,18 @@ function commands.release(id, worker, attempt, stream, entry)
   return 1
 end
 
+-- What each worker in the list announced under a prefix; those whose announcement has ended say nothing.
+function commands.announced(prefix)
+  local found = {}
+  for _, worker in ipairs(call('ZRANGE', WORKERS, 0, -1)) do
+    local text = call('GET', prefix .. worker)
+    if text then
+      found[#found + 1] = { worker, text }
+    end
+  end
+  return found
+end
+
 function commands.announce(worker, key, value, ttl)
   call('ZREMRANGEBYSCORE', WORKERS, '-inf', now)
   call('ZADD', WORKERS, now + ttl, worker)

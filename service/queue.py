@@ -12,7 +12,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
@@ -33,7 +33,7 @@ from service.errors import (
     Unavailable,
 )
 from service.event_hub import EventHub
-from service.queue_records import CARDS, EVENT, Source, fields_of, job_from, terminal_event
+from service.queue_records import CARDS, EVENT, Source, cards_from, fields_of, job_from, terminal_event
 from service.queue_redis import EVENTS_KEPT, LONGEST_BLOCK, QueueConnection, redis_call
 from service.schemas import (
     TERMINAL_EVENTS,
@@ -223,7 +223,7 @@ class JobQueue(QueueConnection):
 
     async def workers(self) -> dict[str, list[ModelCard]]:
         """What each live worker serves, by the worker's id."""
-        return {worker: CARDS.validate_json(text) for worker, text in await self._announced(keys.worker_models)}
+        return {worker: list(cards_from(text)) for worker, text in await self._announced(keys.WORKER_MODELS)}
 
     async def models(self) -> list[ModelCard]:
         """What the live workers serve between them, by name."""
@@ -232,12 +232,10 @@ class JobQueue(QueueConnection):
 
     async def worker_metrics(self) -> list[tuple[str, bytes]]:
         """(worker id, Prometheus exposition) of each live worker that announced one."""
-        return await self._announced(keys.worker_metrics)
+        return await self._announced(keys.WORKER_METRICS)
 
-    async def _announced(self, key: Callable[[str], str]) -> list[tuple[str, bytes]]:
-        workers = [worker.decode() for worker in await self._do("ZRANGE", keys.WORKERS, 0, -1)]
-        texts = await self._do("MGET", *map(key, workers)) if workers else []
-        return [(worker, text) for worker, text in zip(workers, texts, strict=True) if text is not None]
+    async def _announced(self, prefix: str) -> list[tuple[str, bytes]]:
+        return [(worker.decode(), text) for worker, text in await self._run("announced", prefix)]
 
     # Workers: take a job, keep it, end it.
 
@@ -337,7 +335,8 @@ def _fields(source: Source | None) -> list[str | bytes]:
     """Names and values in turn."""
     if source is None:
         return []
-    return ["image", source.image, *(["mask", source.mask] if source.mask is not None else [])]
+    fields: list[str | bytes] = ["image", source.image]
+    return fields if source.mask is None else [*fields, "mask", source.mask]
 
 
 def _check_job_id(job_id: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pydantic import TypeAdapter
 
@@ -23,6 +24,12 @@ from service.schemas import (
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 CARDS: TypeAdapter[list[ModelCard]] = TypeAdapter(list[ModelCard])
+
+
+@lru_cache(maxsize=256)
+def cards_from(text: bytes) -> tuple[ModelCard, ...]:
+    """What a worker announced; the same for minutes on end, and looked at with every submit."""
+    return tuple(CARDS.validate_json(text))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the HTTP operations ask of the application they run in."""
+"""What the HTTP operations ask of the application they run in; async, for FastAPI sends plain functions to a thread."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from service.metrics import GatewayMetrics
 from service.settings import Settings
 
 
-def _service(request: Request) -> JobService:
+async def _service(request: Request) -> JobService:
     service: JobService = request.app.state.service
     return service
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 
 
-def _metrics(request: Request) -> GatewayMetrics:
+async def _metrics(request: Request) -> GatewayMetrics:
     metrics: GatewayMetrics = request.app.state.metrics
     return metrics
 
 
-def _tenant(request: Request) -> str | None:
+async def _tenant(request: Request) -> str | None:
     tenant: str | None = request.state.tenant
     return tenant
 

@@ -60,8 +60,8 @@ def explore(stage: Stage, cases: int) -> None:
     mark, met = gateway.mark(), Counter[int]()
     made = gateway.submit(APPLE)
     gateway.ended(made)
-    with stage.served_by_nobody("idle"), requests.Session() as session:
-        waiting = gateway.submit(APPLE | {"model": "idle"})
+    with stage.served_by_nobody("unserved"), requests.Session() as session:
+        waiting = gateway.submit(APPLE | {"model": "unserved"})
         for result in schema.get_all_operations():
             for mode in GenerationMode:
                 met += answers(result.ok(), mode, session, [made, waiting, NO_JOB], cases)

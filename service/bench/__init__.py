@@ -1,0 +1,1 @@
+"""Measurements of running processes, for ``patchforge bench``."""
