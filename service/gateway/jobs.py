@@ -16,6 +16,7 @@ from service.queue import JobQueue
 from service.schemas import TERMINAL_EVENTS, Event, GenerationRequest, Job, ModelCard
 
 MAX_IDEMPOTENCY_KEY = 255
+RETRY_SECONDS = 0.5  # between attempts to cancel a job while the queue server is away
 SEEDS = 2**32  # what the gateway draws from; short enough to copy by hand and exact in JavaScript
 
 log = structlog.get_logger(__name__)
@@ -27,6 +28,7 @@ class JobService:
     def __init__(self, queue: JobQueue) -> None:
         self.queue = queue
         self.draining = False
+        self._closing = asyncio.Event()
         self._watches: set[asyncio.Timeout] = set()
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -124,15 +126,34 @@ class JobService:
 
     def cancel_soon(self, job_id: str) -> None:
         """Cancels a job for a caller who left, out of reach of that caller's own cancellation."""
-        self._spawn(self.queue.cancel(job_id))
+        self._spawn(self._cancel(job_id))
 
     async def aclose(self) -> None:
-        """Waits for what was left to do in the background."""
+        """Waits for what was left to do in the background, which tries once more and then gives up."""
+        self._closing.set()
         await asyncio.gather(*self._background, return_exceptions=True)
 
     async def _cancel_once_submitted(self, submitting: asyncio.Task[Job]) -> None:
         with suppress(PatchforgeError):
-            await self.queue.cancel((await submitting).id)
+            await self._cancel((await submitting).id)
+
+    async def _cancel(self, job_id: str) -> None:
+        """Tells the queue, as soon as it can be told: a device works for whoever asked, and no one does any more."""
+        told = False
+        while True:
+            try:
+                await self.queue.cancel(job_id)
+                return
+            except NotFound:
+                return
+            except Unavailable:
+                if self._closing.is_set():
+                    raise
+            if not told:
+                log.warning("a job whose caller left is cancelled once the queue server is back", job=job_id)
+                told = True
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), RETRY_SECONDS)
 
     def _refuse_when_draining(self) -> None:
         if self.draining:

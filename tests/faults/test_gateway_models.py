@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from service import keys
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults.gateway_kit import openai_client, post, raw
 from tests.faults.harness import PATIENCE, ROOT, SHORT, Gateway, Process, Stack, eventually
@@ -64,6 +65,25 @@ def everyone_else_leaves(gateway: Gateway, worker: Process, detached: str) -> No
 
         for job in leaving:
             assert gateway.ended(job)["status"] == "cancelled"
+
+
+def test_row_13_client_leaves_while_redis_is_away(stack: Stack) -> None:
+    """The gateway remembers, and cancels the job as soon as it can."""
+    gateway, _ = stack.start_pair("held_device")
+    with stack.device_held():
+        connection = raw(gateway)
+        connection.sendall(post("/v1/images/generations", b'{"model": "tiny-class", "prompt": "cat", "steps": 200}'))
+        with stack.redis as redis:
+            [key] = eventually(lambda: redis.keys(keys.JOB + "*"))
+        job = key.decode().removeprefix(keys.JOB)
+        gateway.until(job, "started")
+        stack.kill_server()
+        connection.close()
+        gateway.wait_for("a job whose caller left is cancelled once the queue server is back", job=job)
+        stack.server.start()
+        assert gateway.ended(job)["status"] == "cancelled"
+    gateway.await_metric(1, "patchforge_requests_total", status="cancelled")
+    gateway.await_metric(0, "patchforge_requests_running")
 
 
 # --- row 21 ---
