@@ -2,8 +2,9 @@
 #   make serve    pictures at http://127.0.0.1:8000
 #   make test     lint, types and tests
 # and one takes a few minutes more:
-#   make test-faults   real processes, killed, paused and starved
+#   make test-faults   real processes, killed, paused and starved; REPEAT=20 runs all of them so often
 PYTHON ?= python3
+REPEAT ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -35,7 +36,7 @@ test: lint types
 	$(BIN)/python -m pytest -m 'not slow'
 
 test-faults: setup
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/faults --count $(REPEAT) --repeat-scope session
 
 lint: setup
 	$(BIN)/ruff check .
