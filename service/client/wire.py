@@ -1,0 +1,96 @@
+"""What both clients share: the requests they send and how they read the answers. Nothing here waits for anything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+from httpx_sse import ServerSentEvent
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
+
+from service.client.errors import UnexpectedAnswer, raise_for, unreachable
+from service.client.results import Picture
+from service.errors import PatchforgeError, Unavailable
+from service.schemas import Event, GenerationRequest, Job, ModelCard
+
+M = TypeVar("M", bound=BaseModel)
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+TIMEOUT_SECONDS = 30.0  # well over the pings on an idle event stream
+RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0)
+
+EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
+EVENT_TYPES = frozenset(EVENTS.json_schema()["discriminator"]["mapping"])
+
+
+def headers(api_key: str | None) -> dict[str, str]:
+    """Of every request."""
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
+def body(request: GenerationRequest | None, fields: dict[str, Any]) -> dict[str, Any]:
+    """A request as JSON: what was set of ``request``, and ``fields`` over it. The server checks both."""
+    chosen = {} if request is None else request.model_dump(mode="json", include=request.model_fields_set)
+    given = {name: value for name, value in fields.items() if value is not None}
+    return chosen | {str(name): value for name, value in to_jsonable_python(given).items()}
+
+
+def parsed(model: type[M], response: httpx.Response) -> M:
+    """An answer's body, or the error it tells of. Fields of a newer server are passed over."""
+    raise_for(response)
+    try:
+        return model.model_validate_json(response.content, extra="ignore")
+    except ValidationError as error:
+        raise UnexpectedAnswer(f"{response.url} answered with no {model.__name__}") from error
+
+
+def cards(response: httpx.Response) -> list[ModelCard]:
+    """The models of ``GET /v1/models``."""
+    raise_for(response)
+    try:
+        listed = json.loads(response.content)["data"]
+        return [ModelCard.model_validate_json(json.dumps(each["patchforge"]), extra="ignore") for each in listed]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnexpectedAnswer(f"{response.url} answered with no list of models") from error
+
+
+def picture(response: httpx.Response, job: Job, index: int) -> Picture:
+    """A finished picture."""
+    raise_for(response)
+    return Picture(response.content, response.headers["content-type"], (job.request.seed or 0) + index)
+
+
+@dataclass
+class Place:
+    """Where a watcher stands in a job's events, and how patient it still is with a broken connection."""
+
+    url: httpx.URL
+    after: str | None
+    failures: int = 0
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.after is None else {"Last-Event-ID": self.after}
+
+    def take(self, sent: ServerSentEvent) -> Event | None:
+        """The event, now behind us; None if this client is too old to know its kind."""
+        self.after, self.failures = sent.id, 0
+        if sent.event not in EVENT_TYPES:
+            return None
+        try:
+            return EVENTS.validate_json(sent.data, extra="ignore")
+        except ValidationError as error:
+            raise UnexpectedAnswer(f"{self.url} sent a {sent.event} event of another shape") from error
+
+    def wait(self, error: httpx.TransportError | Unavailable | None) -> float:
+        """Seconds until the next try; raises ``error`` if there were enough of them. None: the stream just ended."""
+        if self.failures < len(RETRY_SECONDS):
+            self.failures += 1
+            return RETRY_SECONDS[self.failures - 1]
+        raised: PatchforgeError = UnexpectedAnswer(f"{self.url} keeps ending before the job does")
+        if error is not None:
+            raised = unreachable(self.url, error) if isinstance(error, httpx.TransportError) else error
+        raise raised from error
