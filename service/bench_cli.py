@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.bench.engine_cli import engine
+from service.bench.forward_cli import forward
 from service.bench.gateway_cli import gateway
-from service.bench_engine_cli import engine
-from service.bench_forward_cli import forward
 from service.cli_errors import typed_errors
 
 bench_app = typer.Typer(help="Measure, each time against a baseline in the same run.", no_args_is_help=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from model.evaluation.forward_bench import ForwardRow
+    from service.worker.engine_bench import EngineRow
 
 
 def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
@@ -42,6 +44,22 @@ def plot_forward(rows: list[ForwardRow], path: Path) -> None:
         axes.set_yticks(positions, [row.case for row in some])
         axes.set(title=f"{size}: × faster than dense as the paper", xlabel="seconds an evaluation")
         axes.margins(x=0.15)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure.savefig(path)
+
+
+def plot_engine(rows: list[EngineRow], path: Path) -> None:
+    """p95 latency and time to first preview over the rate offered, one line a policy."""
+    figure, panels = new_figure(2)
+    shown = [row for row in rows if math.isfinite(row.offered)]
+    for policy in dict.fromkeys(row.policy for row in shown):
+        some = [row for row in shown if row.policy == policy]
+        rates = [row.offered for row in some]
+        panels[0].plot(rates, [row.p95 for row in some], marker="o", label=policy)
+        panels[1].plot(rates, [row.preview_p50 for row in some], marker="o")
+    panels[0].set(title="p95 latency", xlabel="requests offered a second", ylabel="seconds", yscale="log")
+    panels[1].set(title="median time to first preview", xlabel="requests offered a second", yscale="log")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     figure.savefig(path)

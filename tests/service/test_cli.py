@@ -99,3 +99,25 @@ def test_bench_forward_refuses_what_it_cannot_measure(words: list[str], message:
     code, output = command("bench", "forward", *(word.format(bundles=bundle_dir) for word in words))
     assert code == 1
     assert message in output
+
+
+def test_bench_engine_writes_figures_and_a_plot(bundle_dir: Path, tmp_path: Path) -> None:
+    out, plot = tmp_path / "figures.json", tmp_path / "engine.png"
+    where = ("--bundle-dir", bundle_dir, "--requests", "4", "--load", "1", "--patch-budget", "128")
+    code, output = command("bench", "engine", *where, "--out", out, "--plot", plot)
+    assert code == 0, output
+    assert "request-level batching" in output
+    figures = json.loads(out.read_text())
+    assert len(figures["rows"]) == 8
+    assert figures["largest_latent_difference_from_running_alone"] < 1e-4
+    with Image.open(plot) as picture:
+        assert picture.width > 300
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--cpu-clock"], "--threads 1"), (["--bundle-dir", "absent"], "absent")]
+)
+def test_bench_engine_refuses_what_it_cannot_measure(words: list[str], message: str) -> None:
+    code, output = command("bench", "engine", *words)
+    assert code == 1
+    assert message in output

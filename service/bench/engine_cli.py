@@ -1,0 +1,115 @@
+"""``patchforge bench engine``."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from service.bench_plots import plot_engine
+from service.cli_errors import typed_errors
+from service.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from model.pipeline import Pipeline
+    from service.worker.engine_bench import EngineRow, Served
+
+LOADS = (0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def engine(
+    bundle_dir: Annotated[Path, typer.Option(help="Folder of model bundles; those of one grid are served.")] = Path(
+        "model/bundles"
+    ),
+    requests: Annotated[int, typer.Option(min=4, help="Length of the traffic.")] = 60,
+    load: Annotated[list[float] | None, typer.Option(min=0.05, help="Shares of capacity; default 0.5 to 1.5.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    patch_budget: Annotated[int | None, typer.Option(min=1, help="Default: profiled, as a worker does.")] = None,
+    cpu_clock: Annotated[
+        bool, typer.Option(help="Count CPU seconds, where other programs run too; needs one thread.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot: .png or .svg.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: every core.")] = None,
+) -> None:
+    """Mixed traffic through the real engine: one at a time, request-level and step-level batching, and ours."""
+    import time
+
+    from model.device import use_threads
+    from service.worker.bench_traffic import mixed_traffic
+    from service.worker.budgets import patch_budget as profiled
+    from service.worker.engine_bench import ONE, OURS, bench_engine, largest_difference, psnr_of_ours
+
+    with typed_errors():
+        if cpu_clock and threads != 1:
+            raise InvalidRequest("CPU seconds are those of one thread: give --threads 1", field="cpu-clock")
+        use_threads(threads)
+        pipelines = _of_one_grid(bundle_dir)
+        budgets = {name: patch_budget or profiled(pipeline) for name, pipeline in pipelines.items()}
+        arrivals = mixed_traffic(pipelines, requests, seed)
+        rows: list[EngineRow] = []
+        served: dict[str, Served] = {}
+        clock = time.process_time if cpu_clock else time.perf_counter
+        for row, result in bench_engine(pipelines, arrivals, sorted(load or LOADS), budgets, clock):
+            rows.append(row)
+            served[row.policy] = result
+        figures: dict[str, Any] = {
+            "patch_budgets": budgets,
+            "largest_latent_difference_from_running_alone": largest_difference(pipelines, arrivals, served[OURS]),
+            "median_psnr_against_dense_evaluation": psnr_of_ours(pipelines, arrivals, served[OURS], served[ONE]),
+            "at_equal_p95": _at_equal_p95(rows),
+            "rows": [{**asdict(row), "load": row.load if math.isfinite(row.load) else None} for row in rows],
+        }
+        _show(rows, figures)
+        if out is not None:
+            out.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
+        if plot is not None:
+            plot_engine(rows, plot)
+
+
+def _of_one_grid(folder: Path) -> dict[str, Pipeline]:
+    from model.bundle import list_bundles
+    from model.pipeline import Pipeline
+
+    bundles = list_bundles(folder)
+    if not bundles:
+        raise InvalidRequest(f"no bundle in {folder}", field="bundle-dir")
+    same = [each for each in bundles if each.manifest.grid == bundles[0].manifest.grid]
+    return {each.name: Pipeline(each) for each in same}
+
+
+def _at_equal_p95(rows: list[EngineRow]) -> list[dict[str, float]]:
+    """For each load of request-level batching: what ours carries within the same p95."""
+    from service.worker.engine_bench import OURS, REQUEST, rate_at
+
+    return [
+        {"load": row.load, "p95": row.p95, "request_level": row.offered, "ours": rate_at(rows, OURS, row.p95)}
+        for row in rows
+        if row.policy == REQUEST and math.isfinite(row.load)
+    ]
+
+
+def _show(rows: list[EngineRow], figures: dict[str, Any]) -> None:
+    console = Console(width=140)
+    heads = "load", "offered/s", "done/s", "p50 s", "p95 s", "p99 s", "preview p50 s", "p95 s", "patches/eval", "busy"
+    table = Table("policy", *heads, title="Open-loop mixed traffic; load 1 is the capacity of request-level batching")
+    for row in rows:
+        times = (row.p50, row.p95, row.p99, row.preview_p50, row.preview_p95)
+        load, offered = (f"{value:.2f}" if math.isfinite(value) else "all" for value in (row.load, row.offered))
+        shown = [f"{value:.2f}" for value in (row.completed, *times)]
+        table.add_row(row.policy, load, offered, *shown, f"{row.patches_per_evaluation:.0f}", f"{row.busy:.0%}")
+    console.print(table)
+    for equal in figures["at_equal_p95"]:
+        theirs, ours = equal["request_level"], equal["ours"]
+        rates = f"request-level batching carries {theirs:.2f} requests a second, ours {ours:.2f}: {ours / theirs:.2f}×"
+        console.print(f"within a p95 of {equal['p95']:.2f} s {rates}")
+    console.print(
+        f"largest latent difference from running alone {figures['largest_latent_difference_from_running_alone']:.1e}, "
+        f"PSNR against dense evaluation {figures['median_psnr_against_dense_evaluation']:.0f} dB (median)"
+    )

@@ -1,0 +1,73 @@
+"""Seeded mixed traffic: who asks for what, and when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from random import Random
+from typing import Any
+
+from pydantic import ValidationError
+
+from model.pipeline import Pipeline
+from service.schemas import GenerationRequest, Job, JobStatus
+
+SAMPLERS: list[tuple[float, dict[str, Any], tuple[int, ...]]] = [
+    (4, {"name": "adaptive"}, (10, 12, 16)),
+    (2, {"name": "multistep"}, (8, 10, 12)),
+    (2, {"name": "dual_loop"}, (4, 6, 8)),
+    (1, {"name": "look_ahead"}, (8, 12)),
+    (1, {"name": "heun"}, (4, 6, 8)),
+    (1, {"name": "euler"}, (12, 16, 24)),
+]
+"""Weight, sampler and the steps asked for; adaptive weighs most, for it is what is used if nothing is said."""
+GUIDANCE = (1.0, 1.5, 2.0, 3.0)
+PICTURES = (1, 1, 1, 2)
+PROMPTS = ("red apple", "grinning face", "dog face", "blue heart", "automobile", "one oclock", "tulip", "pizza")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request of the traffic."""
+
+    at: float
+    """In mean gaps between requests, from the start."""
+    request: GenerationRequest
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for requests that a peer would batch."""
+        return self.request.model, repr(self.request.sampler), self.request.steps
+
+    def job(self, dense: bool) -> Job:
+        """The request as accepted; ``dense`` has its sampler evaluate every patch every time, if it does otherwise."""
+        request, sampler = self.request, self.request.sampler
+        if dense and sampler is not None and "exact" in type(sampler).model_fields:
+            request = request.model_copy(update={"sampler": sampler.model_copy(update={"exact": True})})
+        return Job(id=f"{request.seed}", status=JobStatus.RUNNING, request=request, created_at=0.0)
+
+
+def mixed_traffic(pipelines: dict[str, Pipeline], count: int, seed: int) -> list[Arrival]:
+    """Requests with exponential gaps of mean 1: scaled, the same traffic at any rate."""
+    chance = Random(seed)
+    times = accumulate(chance.expovariate(1.0) for _ in range(count))
+    names = sorted(pipelines)
+    samplers = [each for each in SAMPLERS if _known(each[1])]
+    arrivals = []
+    for number, at in enumerate(times):
+        model = chance.choice(names)
+        classes = pipelines[model].manifest.class_names
+        subject = {"class_label": chance.choice(classes)} if classes else {"prompt": chance.choice(PROMPTS)}
+        [(_, sampler, steps)] = chance.choices(samplers, [weight for weight, _, _ in samplers])
+        fields: dict[str, Any] = {"model": model, "sampler": sampler, "steps": chance.choice(steps), **subject}
+        fields |= {"guidance": chance.choice(GUIDANCE), "n": chance.choice(PICTURES), "seed": 100 * number}
+        arrivals.append(Arrival(at, GenerationRequest.model_validate(fields)))
+    return arrivals
+
+
+def _known(sampler: dict[str, Any]) -> bool:
+    try:
+        GenerationRequest.model_validate({"prompt": "x", "sampler": sampler})
+    except ValidationError:
+        return False
+    return True

@@ -1,0 +1,215 @@
+"""The engine under open-loop mixed traffic, against how others batch: rates, latencies and the sameness of pictures.
+
+Time is the engine's own: a step moves the clock by what it took, and while nothing is to be done the clock jumps to
+the next arrival. So waiting costs the benchmark nothing, and every policy meets the very same arrivals.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.generate import Trajectory, run
+from model.pipeline import Pipeline
+from service.worker.bench_policies import OneAtATime, RequestLevel, StepLevel
+from service.worker.bench_traffic import Arrival
+from service.worker.engine import Chooser, Engine
+from service.worker.outcomes import JobBroken, JobDone, PreviewMade
+from service.worker.previews import PreviewPace
+from service.worker.scheduler import Scheduler
+
+OURS = "ours: patches of all requests"
+ONE = "one at a time"
+REQUEST = "request-level batching"
+STEP = "step-level batching of equals"
+POLICIES = (ONE, REQUEST, STEP, OURS)
+MAX_RUNNING = 16
+"""Jobs in flight of ours, as a worker's default; the others see all that wait, which can only help them."""
+CACHE_BYTES = 2 << 30
+PREVIEW_INTERVAL, PREVIEW_SHARE = 0.1, 0.2
+Clock = Callable[[], float]
+
+
+@dataclass
+class Served:
+    """What became of the traffic; times in seconds from the first arrival, by job id."""
+
+    arrived: dict[str, float] = field(default_factory=dict)
+    first_preview: dict[str, float] = field(default_factory=dict)
+    finished: dict[str, float] = field(default_factory=dict)
+    latents: dict[str, list[Tensor]] = field(default_factory=dict)
+    """``(P, D)`` of each picture."""
+    evaluations: int = 0
+    patches: int = 0
+    seconds: float = 0.0
+    """Spent working."""
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """One policy at one load."""
+
+    policy: str
+    load: float
+    """Offered, as a share of the capacity of request-level batching; infinite: everything waits at the start."""
+    offered: float
+    """Requests a second."""
+    completed: float
+    """Requests a second, from the first arrival to the last completion."""
+    p50: float
+    p95: float
+    p99: float
+    preview_p50: float
+    """Seconds from arrival to the first preview, or to the picture if that came first."""
+    preview_p95: float
+    patches_per_evaluation: float
+    patch_evaluations: float
+    """A request."""
+    busy: float
+    """Share of the time spent working."""
+
+
+def serve(
+    pipelines: dict[str, Pipeline],
+    policy: str,
+    arrivals: list[Arrival],
+    gap: float,
+    budgets: dict[str, int],
+    clock: Clock,
+) -> Served:
+    """Let one policy serve the traffic with ``gap`` seconds between requests in the mean.
+
+    Raises:
+        RuntimeError: a request failed.
+    """
+    jobs = [each.job(dense=policy != OURS) for each in arrivals]
+    chooser = _chooser(policy, {job.id: each.kind for job, each in zip(jobs, arrivals, strict=True)}, budgets)
+    engine = Engine(pipelines, chooser, PreviewPace(PREVIEW_INTERVAL, PREVIEW_SHARE), CACHE_BYTES)
+    most = MAX_RUNNING if policy == OURS else len(jobs)
+    served, now, coming = Served(), 0.0, 0
+    pictures = {}
+    while len(served.finished) < len(jobs):
+        began = clock()
+        while coming < len(jobs) and arrivals[coming].at * gap <= now and len(engine.jobs) < most:
+            served.arrived[jobs[coming].id] = arrivals[coming].at * gap
+            pictures[jobs[coming].id] = engine.admit(jobs[coming]).pictures
+            coming += 1
+        if not engine.jobs:
+            now = arrivals[coming].at * gap
+            continue
+        outcomes = engine.step()
+        now, served.seconds = now + (took := clock() - began), served.seconds + took
+        served.evaluations += 1
+        served.patches += engine.last_evaluation[0]
+        for outcome in outcomes:
+            match outcome:
+                case PreviewMade():
+                    served.first_preview.setdefault(outcome.job_id, now)
+                case JobDone():
+                    served.finished[outcome.job_id] = now
+                    served.latents[outcome.job_id] = [each.trajectory.state.x for each in pictures.pop(outcome.job_id)]
+                case JobBroken():
+                    raise RuntimeError(f"request {outcome.job_id} failed: {outcome.error.message}")
+    return served
+
+
+def _chooser(policy: str, kinds: dict[str, tuple[object, ...]], budgets: dict[str, int]) -> Chooser:
+    if policy == ONE:
+        return OneAtATime()
+    if policy == REQUEST:
+        return RequestLevel(kinds)
+    return StepLevel(kinds) if policy == STEP else Scheduler(budgets)
+
+
+def row(policy: str, load: float, gap: float, served: Served) -> EngineRow:
+    """What was measured, summed up."""
+    arrived, finished, shown = torch.tensor(
+        [
+            (at, served.finished[job], served.first_preview.get(job, served.finished[job]))
+            for job, at in served.arrived.items()
+        ],
+        dtype=torch.float64,
+    ).T
+    latency, shown = finished - arrived, shown - arrived
+    span = float(finished.max())
+    return EngineRow(
+        policy=policy,
+        load=load,
+        offered=1 / gap if gap else float("inf"),
+        completed=len(finished) / span,
+        p50=float(latency.quantile(0.5)),
+        p95=float(latency.quantile(0.95)),
+        p99=float(latency.quantile(0.99)),
+        preview_p50=float(shown.quantile(0.5)),
+        preview_p95=float(shown.quantile(0.95)),
+        patches_per_evaluation=served.patches / served.evaluations,
+        patch_evaluations=served.patches / len(finished),
+        busy=served.seconds / span,
+    )
+
+
+def bench_engine(
+    pipelines: dict[str, Pipeline],
+    arrivals: list[Arrival],
+    loads: list[float],
+    budgets: dict[str, int],
+    clock: Clock = time.perf_counter,
+) -> Iterator[tuple[EngineRow, Served]]:
+    """Every policy with everything waiting from the start, which gives their capacities; then at every load."""
+    saturated = {policy: serve(pipelines, policy, arrivals, 0.0, budgets, clock) for policy in POLICIES}
+    for policy, served in saturated.items():
+        yield row(policy, float("inf"), 0.0, served), served
+    capacity = row(REQUEST, float("inf"), 0.0, saturated[REQUEST]).completed
+    for load in loads:
+        gap = 1 / (capacity * load)
+        for policy in POLICIES:
+            served = serve(pipelines, policy, arrivals, gap, budgets, clock)
+            yield row(policy, load, gap, served), served
+
+
+def rate_at(rows: list[EngineRow], policy: str, p95: float) -> float:
+    """The highest offered rate at which a policy's p95 stays within ``p95``, interpolated between the loads measured.
+
+    0 if even the lowest is too much; of the highest load measured, no more than that is claimed.
+    """
+    points = sorted((each.offered, each.p95) for each in rows if each.policy == policy and each.load != float("inf"))
+    best = 0.0
+    for index, (rate, latency) in enumerate(points):
+        if latency <= p95:
+            best = rate
+        elif index and points[index - 1][1] <= p95:
+            before, low = points[index - 1]
+            best = before + (rate - before) * (p95 - low) / (latency - low)
+    return best
+
+
+def largest_difference(pipelines: dict[str, Pipeline], arrivals: list[Arrival], served: Served) -> float:
+    """Largest absolute difference of a final latent from the same request run all by itself, without the engine."""
+    worst = 0.0
+    for arrival in arrivals:
+        job = arrival.job(dense=False)
+        request, pipeline = job.request, pipelines[job.request.model or ""]
+        options = request.sampler.model_dump() if request.sampler else {"name": "euler"}
+        sampler = pipeline.sampler(options.pop("name"), request.steps or 1, request.guidance or 0.0, **options)
+        condition, _ = pipeline.condition(request.prompt, request.class_label)
+        for index, latent in enumerate(served.latents[job.id]):
+            alone = Trajectory(sampler, condition, sampler.start(pipeline.noise((request.seed or 0) + index)))
+            run(pipeline.denoiser, [alone])
+            worst = max(worst, float((alone.state.x - latent).abs().max()))
+    return worst
+
+
+def psnr_of_ours(pipelines: dict[str, Pipeline], arrivals: list[Arrival], ours: Served, dense: Served) -> float:
+    """Median PSNR in dB of our pictures against those of dense evaluation of the same samplers; at most 60."""
+    found = []
+    for arrival in arrivals:
+        job = arrival.job(dense=False)
+        decode = pipelines[job.request.model or ""].decode
+        a, b = (decode(torch.stack(each.latents[job.id])).float() for each in (ours, dense))
+        error = (a - b).square().flatten(1).mean(dim=1)
+        found.append(10 * torch.log10(255**2 / error.clamp(min=255**2 / 1e6)))
+    return float(torch.cat(found).median())

@@ -1,0 +1,102 @@
+"""The engine benchmark: peers batch as they do, all see the same traffic, and ours changes no picture."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from model.pipeline import Pipeline
+from service.worker.bench_policies import OneAtATime, RequestLevel, StepLevel
+from service.worker.bench_traffic import Arrival, mixed_traffic
+from service.worker.engine_bench import (
+    ONE,
+    OURS,
+    POLICIES,
+    REQUEST,
+    STEP,
+    EngineRow,
+    bench_engine,
+    largest_difference,
+    psnr_of_ours,
+    rate_at,
+)
+from service.worker.scheduler import Candidate
+
+KINDS = {"a": "x", "b": "y", "c": "x", "d": "x"}
+
+
+def waiting(*names: str) -> list[Candidate]:
+    return [Candidate((name, 0), "m", 10) for name in names]
+
+
+def served(chosen: list[Candidate]) -> str:
+    return "".join(each.key[0] for each in chosen)
+
+
+def test_one_at_a_time_runs_the_oldest_request_with_all_its_pictures() -> None:
+    pictures = [Candidate(("a", index), "m", 10) for index in range(3)]
+    assert OneAtATime().choose([*pictures, *waiting("b")]) == pictures
+
+
+def test_request_level_batches_equals_and_lets_nobody_join() -> None:
+    policy = RequestLevel(KINDS)
+    assert served(policy.choose(waiting("a", "b", "c"))) == "ac"
+    assert served(policy.choose(waiting("a", "b", "c", "d"))) == "ac"
+    assert served(policy.choose(waiting("b", "c", "d"))) == "c"
+    assert served(policy.choose(waiting("b", "d"))) == "b"
+
+
+def test_step_level_lets_equals_join_and_kinds_take_turns() -> None:
+    policy = StepLevel(KINDS)
+    assert served(policy.choose(waiting("a", "b", "c"))) == "ac"
+    assert served(policy.choose(waiting("a", "b", "c", "d"))) == "b"
+    assert served(policy.choose(waiting("a", "b", "c", "d"))) == "acd"
+
+
+@pytest.fixture(scope="module")
+def arrivals(pipelines: dict[str, Pipeline]) -> list[Arrival]:
+    return mixed_traffic(pipelines, 10, seed=3)
+
+
+def test_traffic_repeats_with_its_seed_and_mixes_everything(pipelines: dict[str, Pipeline]) -> None:
+    traffic = mixed_traffic(pipelines, 200, seed=1)
+    assert traffic == mixed_traffic(pipelines, 200, seed=1)
+    assert traffic != mixed_traffic(pipelines, 200, seed=2)
+    assert traffic[-1].at == pytest.approx(200, rel=0.3)  # gaps of mean 1
+    assert {each.request.model for each in traffic} == set(pipelines)
+    assert len({each.kind for each in traffic}) > 15
+    dense = [each.job(dense=True).request.sampler for each in traffic]
+    assert all(sampler.exact for sampler in dense if hasattr(sampler, "exact"))
+
+
+def test_every_policy_serves_the_same_traffic_and_ours_changes_no_picture(
+    pipelines: dict[str, Pipeline], arrivals: list[Arrival]
+) -> None:
+    budgets = dict.fromkeys(pipelines, 128)
+    results = list(bench_engine(pipelines, arrivals, [1.0], budgets))
+    assert [row.load for row, _ in results] == [float("inf")] * 4 + [1.0] * 4
+    assert [row.policy for row, _ in results] == [*POLICIES, *POLICIES]
+    for row, served in results:
+        assert len(served.finished) == len(arrivals)
+        assert row.p50 <= row.p95 <= row.p99
+        assert 0 < row.busy < 1.001
+    by_policy = {row.policy: (row, served) for row, served in results}
+    assert by_policy[OURS][1].arrived == by_policy[ONE][1].arrived
+    packed = {row.policy: row.patches_per_evaluation for row, _ in results if row.load == float("inf")}
+    assert packed[OURS] > packed[STEP] >= packed[REQUEST] >= packed[ONE]
+    assert by_policy[OURS][0].patch_evaluations <= by_policy[ONE][0].patch_evaluations
+    assert largest_difference(pipelines, arrivals, by_policy[OURS][1]) < 1e-4
+    assert psnr_of_ours(pipelines, arrivals, by_policy[OURS][1], by_policy[OURS][1]) == pytest.approx(60)
+
+
+def test_the_rate_within_a_p95_is_read_between_loads() -> None:
+    base = EngineRow(REQUEST, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    rows = [
+        dataclasses.replace(base, load=load, offered=2 * load, p95=p95)
+        for load, p95 in ((0.5, 1.0), (1.0, 3.0), (1.5, 9.0))
+    ]
+    assert rate_at(rows, REQUEST, 0.5) == 0
+    assert rate_at(rows, REQUEST, 2.0) == pytest.approx(1.5)
+    assert rate_at(rows, REQUEST, 3.0) == pytest.approx(2.0)
+    assert rate_at(rows, REQUEST, 100.0) == 3.0
