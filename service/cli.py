@@ -15,9 +15,11 @@ from rich.table import Table
 
 from service.bench_cli import bench_app
 from service.cli_errors import typed_errors
+from service.evaluation_cli import evaluate, grid
+from service.generate_cli import generate
 from service.settings import KEY_NAME, Settings
 from service.soak.command import soak
-from service.training_cli import data_app, evaluate, train_app
+from service.training_cli import data_app, train_app
 
 app = typer.Typer(
     name="patchforge",
@@ -29,11 +31,12 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(bench_app, name="bench")
+app.command()(generate)
 app.command("eval")(evaluate)
+app.command("grid")(grid)
 app.command("soak")(soak)
 errors = Console(stderr=True, highlight=False)
 
-BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder of a model bundle.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write.")]
 
 
@@ -88,26 +91,6 @@ def hash_key(name: Annotated[str, typer.Argument(help="Who will use it: their jo
     errors.print(
         "The key is shown this once. Add the entry to PATCHFORGE_API_KEYS (commas between) and restart.", soft_wrap=True
     )
-
-
-@app.command()
-def generate(
-    prompt: Annotated[list[str], typer.Argument(help="Prompts, or class names for a class-conditional model.")],
-    bundle: BundleOption = Path("model/bundles/emoji-text"),
-    out: OutOption = Path("pictures"),
-    sampler: Annotated[
-        str | None, typer.Option(help="euler, dual_loop, look_ahead or multistep; default: the model's.")
-    ] = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    seed: int = 0,
-) -> None:
-    """Make pictures offline, without a server; one PNG a prompt."""
-    from service.offline import generate_files
-
-    with typed_errors():
-        for path, savings in generate_files(bundle, prompt, out, sampler, steps, guidance, seed):
-            print(f"{path}  saved {savings:.0%} of the dense run's patch evaluations")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""``patchforge data | train | evaluate``: the commands that make models."""
+"""``patchforge data | train``: the commands that make models."""
 
 from __future__ import annotations
 
@@ -102,9 +102,7 @@ def train_model_command(
     from model.training.timesteps import SCHEDULES
 
     use_threads(threads)
-    recipe = Recipe(
-        steps=steps, minutes=minutes, batch=batch, compile=compile_blocks, timesteps=SCHEDULES[timesteps]
-    )
+    recipe = Recipe(steps=steps, minutes=minutes, batch=batch, compile=compile_blocks, timesteps=SCHEDULES[timesteps])
     recipe = replace(recipe, muon_rate=rate * recipe.muon_rate, adam_rate=rate * recipe.adam_rate)
     size = Size(width, depth)
     with typed_errors():
@@ -113,28 +111,20 @@ def train_model_command(
     print(f"{bundle}: serve it with PATCHFORGE_BUNDLE_DIR={bundle.parent}")
 
 
-def evaluate(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a model bundle.")],
+@train_app.command("judge")
+def train_judge_command(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
     data: TableOption = Path("data/emoji-64.npz"),
-    rounds: Annotated[int, typer.Option(help="More rounds, narrower intervals.")] = 3,
-    trained: Annotated[bool, typer.Option(help="Pictures the model was trained on, instead of held-out ones.")] = False,
-    record: Annotated[bool, typer.Option(help="Write the figures into bundle.json.")] = False,
+    steps: int = 2800,
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "unspecified",
     threads: ThreadsOption = None,
 ) -> None:
-    """How well pictures follow their prompt or class: rank of the right real picture among others, by layout."""
-    from model.bundle import read_manifest, write_manifest
+    """Train the classifier that `patchforge eval` measures in, for pictures other than the emoji."""
     from model.device import use_threads
-    from model.evaluation.retrieval import evaluate as run
-    from model.pipeline import Pipeline
+    from model.evaluation.judge_training import JudgeRecipe, train_judge
     from model.training.data import Pictures
 
     use_threads(threads)
     with typed_errors():
-        pictures = Pictures.load(data)
-        part = pictures.where(~pictures.held_out() if trained else pictures.held_out())
-        figures = run(Pipeline.open(bundle), part, rounds=rounds).figures()
-        if record:
-            manifest = read_manifest(bundle)
-            key = "retrieval_trained" if trained else "retrieval_held_out"
-            write_manifest(bundle, manifest.model_copy(update={"evaluation": {**manifest.evaluation, key: figures}}))
-    print(json.dumps(figures, indent=1))
+        judge = train_judge(Pictures.load(data), out, JudgeRecipe(steps=steps), licence)
+    print(f"{out}: {json.dumps(judge.record['accuracy'], indent=1)}")

@@ -51,7 +51,10 @@ class Pictures:
 
     def where(self, mask: np.ndarray) -> Pictures:
         """The pictures for which the boolean ``mask`` ``(n,)`` holds."""
-        rows = np.flatnonzero(mask)
+        return self.rows(np.flatnonzero(mask))
+
+    def rows(self, rows: np.ndarray) -> Pictures:
+        """The pictures numbered ``rows`` ``(m,)``, in that order."""
         return Pictures(
             self.images[rows],
             [self.captions[row] for row in rows],

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from model.bundle import Bundle, open_bundle
 from model.errors import DataError
-from model.evaluation.retrieval import evaluate_prompts, rank_of_own, ranks_to_figures
 from model.pipeline import Pipeline
 from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from model.training.conditions import ClassConditions, TextConditions
@@ -116,9 +115,11 @@ def test_the_command_line_from_pictures_to_a_bundle(folder: Path, tmp_path: Path
     assert pipeline.manifest.name == "colours"
     assert pipeline.manifest.class_names == ("blue", "red")
     assert pipeline.manifest.training["steps"] == 30
-    output = command("eval", str(bundle), "--data", str(table), "--rounds", "1", "--trained", "--record")
-    assert json.loads(output)["candidates"] == 2
-    assert Pipeline.open(bundle).manifest.evaluation["retrieval_trained"]["chance_top1"] == 0.5
+    judge = ["--judge", str(tmp_path / "judge"), "--data", str(table), "--threads", "1"]
+    output = command("train", "judge", "--out", str(tmp_path / "judge"), "--steps", "5", *judge[2:])
+    assert "held-out concepts" in output
+    command("eval", str(bundle), *judge, "--pictures", "20", "--part", "quality", "--record")
+    assert Pipeline.open(bundle).manifest.evaluation["measures"]["class_top1"]["chance"] == 0.5
     command("train", "model", "text", "--out", str(tmp_path / "words"), *shared)
     out = command("generate", "red", "--bundle", str(tmp_path / "words" / "words-bundle"), "--out", str(tmp_path))
     assert "saved" in out
@@ -314,39 +315,6 @@ def test_the_moving_average_forgets_its_start() -> None:
     for step in range(80):
         average.update(layer, step)
     assert average.values["weight"] == pytest.approx(torch.full((2, 2), 3.0), abs=1e-2)
-
-
-def test_retrieval_is_perfect_for_the_real_pictures_and_at_chance_for_noise(
-    pipelines: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (300, 4, 4, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
-    names = [f"thing {number}" for number in range(300)]
-    zeros = np.zeros(300, int)
-    pictures = Pictures(images, [[name] for name in names], ["flat"] * 300, zeros, ["x"], np.ones(300), names)
-    untrained = evaluate_prompts(pipelines["tiny-text"], pictures, rounds=3)
-    assert untrained.candidates == 100
-    low, high = untrained.top5_interval
-    assert low <= untrained.chance_top5 <= high
-
-    def real(pipeline: Pipeline, wanted: list[str], seed: int) -> torch.Tensor:
-        return torch.from_numpy(images[[names.index(words.removesuffix(", flat")) for words in wanted]])
-
-    monkeypatch.setattr("model.evaluation.retrieval._generate", real)
-    assert evaluate_prompts(pipelines["tiny-text"], pictures, rounds=1).top1 == 1.0
-
-
-def test_a_tie_is_not_a_find() -> None:
-    distances = torch.tensor([[1.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
-    assert rank_of_own(distances, torch.tensor([0, 1])).tolist() == [1, 0]
-
-
-def test_intervals_widen_when_pictures_share_a_concept() -> None:
-    ranks = np.random.default_rng(0).integers(0, 10, 300)
-    alone = ranks_to_figures(ranks, 10, np.arange(300))
-    shared = ranks_to_figures(np.repeat(ranks[:30], 10), 10, np.repeat(np.arange(30), 10))
-    width = [high - low for low, high in (alone.top5_interval, shared.top5_interval)]
-    assert width[1] > 2 * width[0]
 
 
 def test_a_text_run_that_was_stopped_goes_on_as_if_it_had_not(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""The eye test: a hundred pictures made, beside the hundred real ones they were asked to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from model.errors import DataError
+from model.evaluation.samples import make_pictures, words_for
+from model.pipeline import Pipeline
+from model.samplers import Sampler
+from model.training.data import Pictures
+
+SIDE = 10
+MARGIN = 4
+LINES = 2
+LINE_HEIGHT = 10
+GAP = 24
+"""Pixels between the two grids."""
+
+
+def write_grid(pipeline: Pipeline, pictures: Pictures, sampler: Sampler[Any], out: Path, seed: int = 0) -> None:
+    """Draw `SIDE`² trained-on pictures by weight, no two of one concept, and write both grids to ``out``.
+
+    Raises:
+        DataError: there are too few concepts, or ``out`` is of no known kind.
+    """
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise DataError(f"{out}: unknown kind of picture")
+    shown = pictures.where(_one_a_concept(pictures, SIDE**2, seed))
+    words = words_for(pipeline, shown)
+    made = make_pictures(pipeline, sampler, words, range(seed, seed + len(words)), "grid").pictures
+    size = shown.images.shape[1]
+    cell = size + 2 * MARGIN, size + 2 * MARGIN + LINES * LINE_HEIGHT
+    canvas = Image.new("RGB", (2 * SIDE * cell[0] + GAP, SIDE * cell[1]), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(9)
+    for left, images in ((0, made), (SIDE * cell[0] + GAP, torch.from_numpy(shown.images))):
+        for number, (picture, name) in enumerate(zip(images, words, strict=True)):
+            x, y = left + number % SIDE * cell[0] + MARGIN, number // SIDE * cell[1] + MARGIN
+            canvas.paste(Image.fromarray(picture.numpy()), (x, y))
+            for line, text in enumerate(_lines(name, font, size + MARGIN)):
+                draw.text((x, y + size + line * LINE_HEIGHT), text, "black", font)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(out)
+
+
+def _one_a_concept(pictures: Pictures, count: int, seed: int) -> np.ndarray:
+    """Boolean mask ``(n,)``."""
+    weights = np.where(pictures.held_out(), 0.0, pictures.weights.astype(float))
+    chosen = np.zeros(len(pictures), bool)
+    concepts: set[str] = set()
+    order = np.random.default_rng(seed).choice(len(weights), np.count_nonzero(weights), False, weights / weights.sum())
+    for row in order:
+        if len(concepts) < count and pictures.concepts[row] not in concepts:
+            concepts.add(pictures.concepts[row])
+            chosen[row] = True
+    if len(concepts) < count:
+        raise DataError(f"a grid needs pictures of {count} concepts; there are {len(concepts)}")
+    return chosen
+
+
+def _lines(text: str, font: Any, width: int) -> list[str]:
+    """At most `LINES` lines that fit, broken at spaces where that is possible."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    shown = lines[:LINES]
+    for number, line in enumerate(shown):
+        cut = number == LINES - 1 and len(lines) > LINES
+        while font.getlength(line + ("…" if cut else "")) > width and len(line) > 1:
+            line, cut = line[:-1], True
+        shown[number] = line + ("…" if cut else "")
+    return shown

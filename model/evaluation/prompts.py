@@ -1,0 +1,87 @@
+"""Does a text-to-image model draw what the prompt names? Its picture is looked for among those of other prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.evaluation.judge import Judge, unseen
+from model.evaluation.layout import layout_features
+from model.evaluation.measure import Measure, Ranks, found
+from model.evaluation.samples import make_pictures, reconstructions
+from model.pipeline import Pipeline
+from model.samplers import Sampler
+from model.training.data import Pictures
+from model.training.run import prompt_of
+
+CANDIDATES = 100
+
+
+def measure_prompts(
+    pipeline: Pipeline, judge: Judge, pictures: Pictures, sampler: Sampler[Any], seed: int = 0
+) -> dict[str, Measure]:
+    """How often the judge finds a prompt's own picture among `CANDIDATES` made for prompts of the same style.
+
+    ``prompt`` asks for concepts that the model was trained on, by pictures that the judge was not trained on;
+    ``prompt_held_out`` for concepts that neither has seen, among others. The ceiling is what the judge finds among
+    the real pictures of the same prompts. ``layout`` and ``layout_held_out`` look instead for the real picture among
+    the real ones, by its likeness to the one made: no judge, so no ceiling.
+    """
+    collected: dict[str, dict[str, list[Ranks]]] = {}
+    sizes: dict[str, list[int]] = {}
+    for number, style in enumerate(sorted(set(pictures.styles))):
+        part, new = candidates(pictures, style, seed)
+        prompts = [prompt_of(part, row) for row in range(len(part))]
+        seeds = range(seed + 1000 * number, seed + 1000 * number + len(part))
+        label = f"prompts, {style}" if style else "prompts"
+        images = {
+            "made": make_pictures(pipeline, sampler, prompts, seeds, label).pictures,
+            "reconstructed": reconstructions(pipeline, part),
+            "real": torch.from_numpy(part.images),
+        }
+        layouts = {name: layout_features(each) for name, each in images.items()}
+        for suffix, rows, asked in _questions(new):
+            sizes.setdefault(suffix, []).append(len(rows))
+            for name, each in images.items():
+                scores = judge.prompt_scores(each[rows], [prompts[row] for row in rows])
+                ranks = _ranks(-scores.T, part, rows, asked)
+                collected.setdefault(f"prompt{suffix}", {}).setdefault(name, []).append(ranks)
+                if name != "real":
+                    ranks = _ranks(torch.cdist(layouts[name][rows], layouts["real"][rows]), part, rows, asked)
+                    collected.setdefault(f"layout{suffix}", {}).setdefault(name, []).append(ranks)
+    measures: dict[str, Measure] = {}
+    for key, by_set in collected.items():
+        size = min(sizes["_held_out" if key.endswith("_held_out") else ""])
+        measures |= found(key, {name: Ranks.join(each) for name, each in by_set.items()}, size)
+    return measures
+
+
+def candidates(pictures: Pictures, style: str, seed: int = 0) -> tuple[Pictures, np.ndarray]:
+    """Pictures of one style, one a concept: up to `CANDIDATES` that only the judge has not seen, and the held-out ones.
+
+    Returns them with a boolean mask ``(n,)`` of the held-out ones.
+    """
+    random = np.random.default_rng(seed)
+    of_style = np.array([each == style for each in pictures.styles])
+    held_out = pictures.held_out()
+    chosen = np.zeros(len(pictures), bool)
+    for kind in (unseen(pictures), held_out):
+        rows = np.flatnonzero(kind & of_style)
+        _, firsts = np.unique(np.array(pictures.concepts)[rows], return_index=True)
+        chosen[rows[random.permutation(firsts)[:CANDIDATES]]] = True
+    return pictures.where(chosen), held_out[chosen]
+
+
+def _questions(new: np.ndarray) -> list[tuple[str, Tensor, int]]:
+    """(suffix, rows that are candidates, how many of them, from the first, are asked for)."""
+    old, held_out = torch.from_numpy(np.flatnonzero(~new)), torch.from_numpy(np.flatnonzero(new))
+    mixed = torch.cat([held_out, old])[:CANDIDATES]
+    questions = [("", old, len(old)), ("_held_out", mixed, min(len(held_out), len(mixed)))]
+    return [question for question in questions if question[2] and len(question[1]) > 1]
+
+
+def _ranks(distances: Tensor, part: Pictures, rows: Tensor, asked: int) -> Ranks:
+    return Ranks.of(distances[:asked], torch.arange(asked), [part.concepts[row] for row in rows[:asked]])

@@ -1,0 +1,59 @@
+"""A table of drawn shapes that a judge can learn in seconds: colour, size and form, in two styles."""
+
+from __future__ import annotations
+
+import colorsys
+from itertools import product
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from model.training.data import Pictures
+
+COLOURS = (
+    "red",
+    "orange",
+    "amber",
+    "yellow",
+    "lime",
+    "green",
+    "teal",
+    "cyan",
+    "azure",
+    "blue",
+    "indigo",
+    "violet",
+    "purple",
+    "magenta",
+    "pink",
+    "crimson",
+)
+SIZES = {"tiny": 5, "small": 8, "large": 11, "huge": 14}
+FORMS = ("cat", "dog")
+"""Names of the classes of the tiny bundle: discs and squares."""
+STYLES = ("3d", "flat")
+
+
+def shapes() -> Pictures:
+    """256 pictures ``32×32``: 128 concepts, each in both styles."""
+    rows = list(product(enumerate(COLOURS), SIZES, FORMS, STYLES))
+    names = [f"{size} {colour} {form}" for (_, colour), size, form, _ in rows]
+    return Pictures(
+        images=np.stack([_draw(number / len(COLOURS), size, form, style) for (number, _), size, form, style in rows]),
+        captions=[[name] for name in names],
+        styles=[style for _, _, _, style in rows],
+        classes=np.array([FORMS.index(form) for _, _, form, _ in rows]),
+        class_names=list(FORMS),
+        weights=np.ones(len(rows), dtype=np.float32),
+        concepts=names,
+    )
+
+
+def _draw(hue: float, size: str, form: str, style: str) -> np.ndarray:
+    colour = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.9, 0.9))
+    picture = Image.new("RGB", (32, 32), "white")
+    draw, half = ImageDraw.Draw(picture), SIZES[size]
+    box = (16 - half, 16 - half, 16 + half, 16 + half)
+    outline = {"outline": "black", "width": 2} if style == "3d" else {}
+    (draw.ellipse if form == "cat" else draw.rectangle)(box, fill=colour, **outline)
+    return np.asarray(picture)
