@@ -173,6 +173,8 @@ class SavingsReport(Message):
     """Work done and saved by a whole request: savings_ratio = 1 − done / dense."""
 
     patches: int
+    grid_rows: int
+    grid_columns: int
     patch_evaluations: int
     dense_patch_evaluations: int
     savings_ratio: float

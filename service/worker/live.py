@@ -146,11 +146,14 @@ class LiveJob:
     def report(self) -> SavingsReport:
         """Work done and saved by the whole request: ``1 − done / dense``, guidance branches included."""
         images = [picture.report() for picture in self.pictures]
+        grid = self.pictures[0].trajectory.sampler.grid
         done = sum(image.patch_evaluations for image in images)
         dense = sum(image.dense_patch_evaluations for image in images)
         preview = None if self.first_preview is None else self.queue_seconds + self.first_preview - self.begun
         return SavingsReport(
-            patches=self.pictures[0].finished_at.numel(),
+            patches=grid.patches,
+            grid_rows=grid.rows,
+            grid_columns=grid.columns,
             patch_evaluations=done,
             dense_patch_evaluations=dense,
             savings_ratio=1 - done / dense,

@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 REPORT = SavingsReport(
     patches=64,
+    grid_rows=8,
+    grid_columns=8,
     patch_evaluations=600,
     dense_patch_evaluations=1000,
     savings_ratio=0.4,

@@ -145,6 +145,8 @@ def report(seed: int, n: int) -> SavingsReport:
     lists = {"difficulty": [0.25] * PATCHES, "finished_at": [8] * PATCHES}
     return SavingsReport(
         patches=PATCHES,
+        grid_rows=ROWS,
+        grid_columns=COLUMNS,
         patch_evaluations=32 * n,
         dense_patch_evaluations=48 * n,
         savings_ratio=1 / 3,

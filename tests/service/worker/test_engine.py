@@ -235,3 +235,80 @@ def test_a_dropped_job_is_not_evaluated_again(engine: Engine) -> None:
     engine.step()
     engine.drop(dropped.id)
     assert {o.job_id for o in run(engine)} == {kept.id}
+
+
+def test_finished_patches_are_told_when_and_from_where(engine: Engine) -> None:
+    engine.admit(each := job(sampler=DUAL_LOOP, steps=3, previews=False))
+    outcomes = run(engine)
+    told = [o.finished for o in outcomes if isinstance(o, PatchesMade)]
+    [report] = [o.report.images[0] for o in outcomes if isinstance(o, JobDone)]
+    # Easy patches jump over the last step with its first evaluation, hard ones creep to its end.
+    assert [event.evaluation for event in told] == [9, 12]
+    assert sorted(patch for event in told for patch in event.patches) == list(range(16))
+    assert all(report.finished_at[patch] == event.evaluation for event in told for patch in event.patches)
+    assert set(told[0].times) == {round(2 / 3, 4)}
+    assert set(told[1].times) == {round(11 / 12, 4)}
+    assert told[0].finished_share == pytest.approx(6 / 16)
+    assert told[1].finished_share == 1
+    kinds = [type(o) for o in outcomes if o.job_id == each.id]
+    assert kinds.index(PictureMade) > max(i for i, kind in enumerate(kinds) if kind is PatchesMade)
+
+
+def latents(engine: Engine, **fields: object) -> list[torch.Tensor]:
+    live = engine.admit(job(**fields))
+    run(engine)
+    return [picture.trajectory.state.x for picture in live.pictures]
+
+
+@pytest.mark.parametrize("fields", [{}, {"sampler": DUAL_LOOP}, {"model": "tiny-text", "sampler": "look_ahead"}])
+def test_a_deterministic_request_is_bit_equal_whatever_runs_beside_it(engine: Engine, fields: dict) -> None:
+    alone = latents(engine, deterministic=True, n=2, **fields)
+    company = [job(steps=5, guidance=1.0), job(model="tiny-text", n=3), job(sampler=DUAL_LOOP)]
+    for each in company:
+        engine.admit(each)
+    beside = latents(engine, deterministic=True, n=2, **fields)
+    assert all(map(torch.equal, alone, beside))
+    packed = latents(engine, n=2, **fields)
+    for one, other in zip(alone, packed, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def test_a_deterministic_request_shares_no_evaluation(
+    engine: Engine, pipelines: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, packs = pipelines["tiny-class"].denoiser.evaluate, []
+
+    def watched(evaluations):
+        packs.append([id(each.memory) for each in evaluations])
+        return evaluate(evaluations)
+
+    monkeypatch.setattr(pipelines["tiny-class"].denoiser, "evaluate", watched)
+    live = engine.admit(job(deterministic=True, n=2))
+    own = {id(picture.trajectory.memory) for picture in live.pictures}
+    engine.admit(job(n=2))
+    run(engine)
+    assert any(len(pack) > 1 for pack in packs)
+    assert all(len(pack) == 1 for pack in packs if own & set(pack))
+
+
+def test_kept_keys_and_values_are_bounded_and_everyone_finishes(pipelines: dict[str, Pipeline]) -> None:
+    slot = pipelines["tiny-class"].denoiser.pool.slot_bytes
+    budgets = dict.fromkeys(pipelines, 4096)
+    engine = Engine(pipelines, Scheduler(budgets), PreviewPace(0.0, math.inf), cache_bytes=5 * slot)
+    mix = [job(sampler=DUAL_LOOP, n=2), job(sampler=DUAL_LOOP, steps=2), job(steps=2)]
+    for each in mix:
+        engine.admit(each)
+    outcomes: list[Outcome] = []
+    most = 0
+    while engine.jobs:
+        outcomes += engine.step()
+        most = max(most, engine.caches.used)
+    assert most == 4 * slot  # two pictures of two branches each; the third waited
+    assert {o.job_id for o in outcomes if isinstance(o, JobDone)} == {each.id for each in mix}
+    assert engine.caches.used == 0
+    engine.admit(dropped := job(sampler=DUAL_LOOP))
+    for _ in range(3):
+        engine.step()
+    assert engine.caches.used == 2 * slot
+    engine.drop(dropped.id)
+    assert engine.caches.used == 0
