@@ -95,6 +95,15 @@ class ImpatientProtocol(H11Protocol):
         if self._answered_early():
             self._start_waiting()
 
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # it has been answered, or is being
+            self.transport.close()
+        if self.cycle is not None:  # its body turned out to be none, and whatever it asked for is of no use
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._send_deadline = self.loop.call_later(self.timeout_keep_alive, self._drop)

@@ -71,6 +71,11 @@ def test_row_22_nonsense_in_requests(stage: Stage) -> None:
             assert 400 <= answer.status_code < 500, (headers, query)
         for request in NO_HTTP:
             assert status_of(answer_to(gateway, request)) == 400, request[:60]
+        with raw(gateway) as connection:
+            connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            assert status_of(connection.recv(1 << 16)) == 415
+            connection.sendall(b"no chunk\r\n")
+            until_closed(connection)
 
 
 ODD_HEADERS_AND_QUERIES: list[tuple[list[tuple[bytes, bytes]], str]] = [
