@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.bench.claims_cli import claims
 from service.bench.engine_cli import engine
 from service.bench.forward_cli import forward
 from service.bench.gateway_cli import gateway
@@ -33,6 +34,7 @@ PROMPTS = (
 bench_app.command("forward")(forward)
 bench_app.command("engine")(engine)
 bench_app.command("gateway")(gateway)
+bench_app.command("claims")(claims)
 
 
 @bench_app.command("sampler")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from model.bundle import open_bundle
+from model.errors import DataError
 from model.training.data import Pictures
 from model.training.loop import Recipe
 from model.training.run import Size, train_model, unpack_autoencoder
@@ -46,14 +47,27 @@ class Setting:
 
 
 def train_claims(table: Pictures, latents_of: Path, folder: Path, setting: Setting, schedule: str) -> Path:
-    """Train, or go on training, one class-conditional model; returns its bundle.
+    """Train, or go on training, one class-conditional model; returns its bundle. One that is trained is left alone.
 
     ``latents_of`` is a bundle whose autoencoder all share.
+
+    Raises:
+        DataError: the folder holds a model trained otherwise.
     """
+    done, recipe = bundle_of(folder, schedule), setting.recipe(schedule)
+    if (done / "bundle.json").exists():
+        record = open_bundle(done).manifest.training
+        if record["recipe"] != asdict(recipe):
+            raise DataError(f"{done} was trained otherwise; give another --folder, or remove it")
+        if record["steps"] == recipe.steps:
+            return done
     bundle = open_bundle(latents_of)
     autoencoder = unpack_autoencoder(bundle, folder / "autoencoder")
     size = Size(setting.width, setting.depth)
     licence = bundle.manifest.licence
-    return train_model(
-        "class", setting.pictures(table), autoencoder, folder / schedule, setting.recipe(schedule), size, licence
-    )
+    return train_model("class", setting.pictures(table), autoencoder, folder / schedule, recipe, size, licence)
+
+
+def bundle_of(folder: Path, schedule: str) -> Path:
+    """Where `train_claims` writes a schedule's bundle."""
+    return folder / schedule / f"{schedule}-bundle"

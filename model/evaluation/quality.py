@@ -39,10 +39,11 @@ def split_pictures(pictures: Pictures, count: int, seed: int = 0) -> Split:
     reference, rest = trained.where(first), trained.where(~first)
     if count > len(rest):
         raise DataError(f"{count} pictures to compare with, but half of those trained on are only {len(rest)}")
-    return Split(reference, rest.rows(_draw(rest, count, random)))
+    return Split(reference, rest.rows(draw(rest, count, random)))
 
 
-def _draw(pictures: Pictures, count: int, random: np.random.Generator) -> np.ndarray:
+def draw(pictures: Pictures, count: int, random: np.random.Generator) -> np.ndarray:
+    """Rows ``(count,)`` by weight, none twice, in random order."""
     weights = pictures.weights.astype(float)
     return random.choice(len(pictures), count, replace=False, p=weights / weights.sum())
 
@@ -61,11 +62,11 @@ def measure_quality(
     features = {name: judge.features(each) for name, each in images.items()}
     reference = judge.features(split.reference.images)
     gaussian = Gaussian.of(reference, torch.from_numpy(split.reference.weights))
-    same = reference[_draw(split.reference, len(split.real), np.random.default_rng(seed))]
+    same = reference[draw(split.reference, len(split.real), np.random.default_rng(seed))]
     measures = {"frechet_distance": Measure.of({name: frechet_interval(gaussian, f) for name, f in features.items()})}
     fresh = pictures.where(unseen(pictures))
     if (few := min(len(fresh) // 2, len(made))) >= LEAST_NEW:
-        new = judge.features(fresh.images[_draw(fresh, few, np.random.default_rng(seed))])
+        new = judge.features(fresh.images[draw(fresh, few, np.random.default_rng(seed))])
         some = {"made": features["made"][:few], "reconstructed": features["reconstructed"][:few], "real": new}
         measures["frechet_distance_new"] = Measure.of({name: frechet_interval(gaussian, f) for name, f in some.items()})
     sides = {name: precision_recall(same, each) for name, each in features.items()}

@@ -1,0 +1,83 @@
+"""``patchforge bench claims``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from service.cli_errors import typed_errors
+from service.document import replace_between
+from service.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from model.evaluation.claims import Outcome
+
+COLUMNS = "", "evaluations", "Fréchet distance", "less LTG, Euler", "precision", "recall"
+
+
+def claims(
+    folder: Annotated[Path, typer.Option(help="Models, logs and features; go on where they stopped.")] = Path(
+        "runs/claims"
+    ),
+    data: Annotated[Path, typer.Option(help="A picture table made by `patchforge data`.")] = Path("data/emoji-64.npz"),
+    latents_of: Annotated[Path, typer.Option(help="Bundle whose autoencoder all models share.")] = Path(
+        "model/bundles/emoji-class"
+    ),
+    judge: Annotated[Path | None, typer.Option(help="Default: the shipped judge of emoji.")] = None,
+    schedule: Annotated[list[str] | None, typer.Option(help="ltg, sit, uniform, mean; default: all, in turn.")] = None,
+    style: Annotated[str, typer.Option(help="Pictures of this style only; empty for all.")] = "flat",
+    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 2000,
+    batch: int = 32,
+    width: int = 128,
+    depth: int = 4,
+    pictures: Annotated[int, typer.Option(min=10, help="Made in each way, on the same conditions and noise.")] = 1000,
+    evaluations: Annotated[int, typer.Option(min=4, help="Of the network a picture; a multiple of four.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Write the rows as JSON.")] = None,
+    doc: Annotated[Path | None, typer.Option(help="Put the table into this page, between its marks.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: every core.")] = None,
+) -> None:
+    """The paper's claims: train small models that differ in timesteps alone, then sample at equal evaluations."""
+    from model.device import use_threads
+    from model.evaluation.claims import compare
+    from model.evaluation.claims_training import TRAINED, Setting, train_claims
+    from model.evaluation.judge import SHIPPED, Judge
+    from model.training.data import Pictures
+
+    use_threads(threads)
+    with typed_errors():
+        unknown = set(schedule or ()) - set(TRAINED)
+        if unknown:
+            raise InvalidRequest(
+                f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(TRAINED)}", field="schedule"
+            )
+        if evaluations % 4:
+            raise InvalidRequest("must be a multiple of four, for dual-loop takes four a step", field="evaluations")
+        table, setting = Pictures.load(data), Setting(style, width, depth, steps, batch)
+        for name in TRAINED:
+            if not schedule or name in schedule:
+                train_claims(table, latents_of, folder, setting, name)
+        assessor = Judge.load(judge or SHIPPED)
+        outcomes = []
+        for outcome in compare(table, assessor, folder, setting, pictures, evaluations):
+            outcomes.append(outcome)
+            Console(stderr=True).print(f"{outcome.label}: {outcome.distance}")
+        shown = Table(*COLUMNS, title=f"{steps} steps of {batch}, {pictures} pictures, no guidance, 95 % intervals")
+        for row in map(cells, outcomes):
+            shown.add_row(*row)
+        Console(width=140).print(shown)
+        if out is not None:
+            out.write_text(json.dumps([each.figures() for each in outcomes], indent=1) + "\n")
+        if doc is not None:
+            replace_between(doc, "claims", COLUMNS, [cells(each) for each in outcomes])
+
+
+def cells(outcome: Outcome) -> tuple[str, ...]:
+    """One row of the table."""
+    difference = "" if outcome.difference is None else f"{outcome.difference}"
+    count = str(outcome.evaluations or "")
+    return outcome.label, count, str(outcome.distance), difference, str(outcome.precision), str(outcome.recall)

@@ -1,0 +1,91 @@
+"""The comparison of schedules and samplers: whole, resumable, and on equal terms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from model.bundle import open_bundle
+from model.evaluation.claims import BASELINE, cases
+from model.evaluation.judge_training import JudgeRecipe, train_judge
+from model.samplers import make_sampler
+from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
+from model.training.loop import Recipe
+from model.training.run import Size, train_model
+from model.types import Grid
+from service.cli import app
+from service.document import replace_between
+from service.errors import InvalidRequest
+from tests.model.shapes import shapes
+
+GRID = Grid(4, 4, 2, 4)
+
+
+@pytest.mark.parametrize("evaluations", [8, 32])
+def test_every_case_costs_the_same(evaluations: int) -> None:
+    for case in cases(evaluations):
+        sampler = make_sampler(case.sampler, GRID, case.steps, 1.0, **case.options)
+        least = evaluations - 3 if case.sampler == "look_ahead" else evaluations
+        assert least <= sampler.evaluations <= evaluations
+
+
+def test_schedules_are_compared_by_the_same_sampler_and_samplers_on_the_same_model() -> None:
+    listed = cases(32)
+    schedules = [case for case in listed if case.key == case.schedule]
+    assert len(schedules) == 4
+    assert len({(case.sampler, case.steps) for case in schedules}) == 1
+    assert {case.schedule for case in listed if case not in schedules} == {BASELINE}
+
+
+def test_the_command_trains_compares_resumes_and_fills_the_page(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    table, data = shapes(), tmp_path / "table.npz"
+    table.save(data)
+    train_judge(table, tmp_path / "judge", JudgeRecipe(steps=5, batch=16), "none")
+    train_autoencoder(table, tmp_path / "autoencoder", AutoencoderRecipe(width=8, steps=3))
+    small, once = Size(32, 1), Recipe(steps=1, batch=4)
+    bundle = train_model("class", table, tmp_path / "autoencoder", tmp_path / "runs" / "first", once, small, "none")
+    page, out, folder = tmp_path / "page.md", tmp_path / "rows.json", tmp_path / "claims"
+    page.write_text("before\n<!-- begin: claims -->\n<!-- end: claims -->\nafter\n")
+    words = ["bench", "claims", "--folder", str(folder), "--data", str(data), "--judge", str(tmp_path / "judge")]
+    words += ["--latents-of", str(bundle), "--steps", "3", "--batch", "8", "--width", "32", "--depth", "1"]
+    words += ["--pictures", "20", "--evaluations", "4", "--threads", "1", "--out", str(out), "--doc", str(page)]
+    first = CliRunner().invoke(app, [*words, "--schedule", "ltg"])
+    assert first.exit_code == 0, first.output
+    trained = open_bundle(folder / "ltg" / "ltg-bundle").manifest
+    assert {row["key"] for row in json.loads(out.read_text())} == {
+        "real",
+        "ltg",
+        "dual_loop",
+        "look_ahead",
+        "multistep",
+    }
+    again = CliRunner().invoke(app, [*words, "--schedule", "ltg", "--schedule", "sit"])
+    assert again.exit_code == 0, again.output
+    assert open_bundle(folder / "ltg" / "ltg-bundle").manifest == trained  # it was not trained again
+    rows = {row["key"]: row for row in json.loads(out.read_text())}
+    assert rows["sit"]["difference"]["low"] <= rows["sit"]["difference"]["value"]
+    assert "difference" not in rows["ltg"]
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| LTG, Euler | 4 |" in text
+    other = CliRunner().invoke(app, [*words, "--schedule", "ltg", "--batch", "4"])
+    assert other.exit_code == 1
+    assert "trained otherwise" in other.output
+    uneven = CliRunner().invoke(app, [*words, "--evaluations", "6"])
+    assert "multiple of four" in uneven.output
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        replace_between(page, "claims", ["a"], [])
+    page.write_text("nothing to fill")
+    with pytest.raises(InvalidRequest, match="no marks"):
+        replace_between(page, "claims", ["a"], [["1"]])
+    assert page.read_text() == "nothing to fill"
