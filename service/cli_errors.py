@@ -23,5 +23,8 @@ def typed_errors() -> Iterator[None]:
         expected = (PatchforgeError,) if model_errors is None else (PatchforgeError, model_errors.ModelError)
         if not isinstance(error, expected):
             raise
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        field, message = getattr(error, "field", None), str(error)
+        if field and not message.startswith(f"{field}:"):
+            message = f"{field}: {message}"
+        Console(stderr=True, highlight=False).print(f"error: {message}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error

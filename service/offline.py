@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
+from rich.progress import TaskID
 
+from model.generate import Trajectory
 from model.pipeline import Pipeline
-from model.training.progress import progress_bar
+from service.files import picture_path
+from service.progress import add_line, generation_progress, show_share
 
 
 def generate_files(
@@ -32,14 +34,20 @@ def generate_files(
     pipeline = Pipeline.open(bundle)
     chosen = pipeline.default_sampler(sampler, steps, guidance)
     conditions = [pipeline.condition_on(prompt) for prompt in prompts]
-    with progress_bar() as bar:
-        task = bar.add_task("generating", total=chosen.evaluations)
-        pictures, runs = pipeline.generate(
-            chosen, conditions, [seed] * len(prompts), lambda _: bar.update(task, advance=1)
-        )
+    with generation_progress() as progress:
+        lines = [add_line(progress, prompt, "drawing") for prompt in prompts]
+        lines_of: dict[int, TaskID] = {}
+
+        def show(runs: list[Trajectory]) -> None:
+            if not lines_of:  # the first time, all of them are there, in order; later, those that are not finished
+                lines_of.update(zip(map(id, runs), lines, strict=True))
+            for run in runs:
+                finished = (run.state.times >= 1).float().mean().item()
+                show_share(progress, lines_of[id(run)], run.state.evaluations / chosen.evaluations, finished)
+
+        pictures, runs = pipeline.generate(chosen, conditions, [seed] * len(prompts), show)
     out.mkdir(parents=True, exist_ok=True)
     for number, (prompt, picture, run) in enumerate(zip(prompts, pictures, runs, strict=True)):
-        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
-        path = out / f"{number:02d}-{name}-{seed}.png"
+        path = picture_path(out, number, prompt, seed)
         Image.fromarray(picture.numpy()).save(path)
         yield path, 1 - run.patch_evaluations / chosen.dense_patch_evaluations
