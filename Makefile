@@ -8,7 +8,7 @@ REPEAT ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-STUBS := service/pb/patchforge/v1/image_service_pb2.py
+STUBS := $(patsubst proto/%.proto,service/pb/%_pb2.py,$(shell find proto -name '*.proto'))
 TOOLS := $(VENV)/tools
 # Left to constraints.txt: which build of torch is right, and with it all that comes along, depends on the machine.
 UNLOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti \
@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[worker,otel,dev]'
 	touch $@
 
-$(STUBS): proto/patchforge/v1/image_service.proto $(READY)
+$(STUBS): service/pb/%_pb2.py: proto/%.proto $(READY)
 	$(BIN)/python -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --grpc_python_out=. --pyi_out=. $<
 	touch $@
 
@@ -64,4 +64,4 @@ $(TOOLS):
 	$@/bin/python -m pip install --disable-pip-version-check -q uv pip-audit
 
 clean:
-	rm -rf $(VENV) service/pb/patchforge *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) service/pb/patchforge service/pb/inference *.egg-info .mypy_cache .ruff_cache .pytest_cache

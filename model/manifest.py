@@ -187,12 +187,17 @@ class BundleManifest(Part):
         patch = self.network.config.patch_size
         return self.latent.height // patch, self.latent.width // patch
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of one picture, in pixels."""
+        return self.latent.width * self.autoencoder.downscale, self.latent.height * self.autoencoder.downscale
+
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
         latent, network = self.latent, self.network
         if self.grid[0] * self.grid[1] > MAX_PATCHES:
             raise ValueError(f"latent: more than {MAX_PATCHES} patches")
-        if max(latent.height, latent.width) * self.autoencoder.downscale > MAX_PIXELS:
+        if max(self.size) > MAX_PIXELS:
             raise ValueError(f"latent: pictures of more than {MAX_PIXELS} pixels on a side")
         if isinstance(network, ClassNetwork):
             self._agree_with_class_network(network.config)

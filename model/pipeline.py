@@ -78,6 +78,12 @@ class Pipeline:
         mask = encoded.mask if self.manifest.text_encoder.mask_padding else None
         return network.refine(encoded.states, mask), bool(encoded.truncated[0])
 
+    def prompt_tokens(self, prompt: str | None) -> int:
+        """How many tokens of a prompt the model reads."""
+        if prompt is None or self.encoder is None:
+            return 0
+        return min(self.encoder.count(prompt), self.encoder.max_tokens)
+
     def noise(self, seed: int) -> Tensor:
         """``(P, D)``, drawn on the CPU so that a seed gives the same picture on every device."""
         generator = torch.Generator().manual_seed(seed)

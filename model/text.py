@@ -55,6 +55,10 @@ class MiniLM:
         truncated = torch.tensor([length > self.max_tokens for length in lengths])
         return EncodedText(states * mask[..., None], mask, truncated)
 
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt, however many are read."""
+        return len(self.tokenizer(prompt.lower(), verbose=False)["input_ids"])
+
 
 def minilm_folder() -> Path:
     """Where the package keeps the weights.

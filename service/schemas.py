@@ -7,17 +7,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
 
 MAX_IMAGES = 10
 MAX_STEPS = 200
 MAX_PROMPT = 2000
 MAX_SEED = 2**63 - 1
+MIN_SIDE, MAX_SIDE = 16, 2048
+MAX_PIXELS = 1 << 21
 
 
 class Message(BaseModel):
     """Base of all messages: strict types, no unknown fields, no NaN, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+def field_error(field: str, message: str) -> PydanticCustomError:
+    """What a rule over several fields raises, to name the one at fault."""
+    return PydanticCustomError("fields", "{reason}", {"reason": message, "field": field})
 
 
 class Euler(Message):
@@ -89,6 +97,23 @@ class GenerationRequest(Message):
     sampler: Sampler | None = Field(None, description="An object, or just the sampler's name.")
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance: float | None = Field(None, ge=0, le=30, description="Classifier-free guidance; 1 switches it off.")
+    width: int | None = Field(
+        None, ge=MIN_SIDE, le=MAX_SIDE, description="With `height`: the finished picture is resampled to this size."
+    )
+    height: int | None = Field(None, ge=MIN_SIDE, le=MAX_SIDE)
+    image: str | None = Field(
+        None,
+        min_length=1,
+        description="A picture to start from, PNG, WebP or JPEG in base64; a job shows its SHA-256 instead.",
+    )
+    mask: str | None = Field(
+        None,
+        min_length=1,
+        description="Of the same size, PNG or WebP in base64: what is fully transparent may change, all else is kept.",
+    )
+    strength: float | None = Field(
+        None, gt=0, le=1, description="How far `image` may change: 1, the default with a mask, is all; else 0.6."
+    )
     output_format: OutputFormat = Field(OutputFormat.PNG, strict=False)
     output_compression: int = Field(90, ge=0, le=100, description="Quality of webp and jpeg.")
     previews: bool = Field(True, description="Stream one-step estimates while the picture is made.")
@@ -116,9 +141,16 @@ class GenerationRequest(Message):
         return value
 
     @model_validator(mode="after")
-    def _prompt_or_class(self) -> GenerationRequest:
+    def _fields_go_together(self) -> GenerationRequest:
         if (self.prompt is None) == (self.class_label is None):
-            raise ValueError("give exactly one of prompt and class_label")
+            raise field_error("prompt", "give exactly one of prompt and class_label")
+        if (self.width is None) != (self.height is None):
+            raise field_error("height" if self.height is None else "width", "give width and height together")
+        if self.width and self.height and self.width * self.height > MAX_PIXELS:
+            raise field_error("height", f"width times height must be at most {MAX_PIXELS}")
+        for name in ("mask", "strength"):
+            if getattr(self, name) is not None and self.image is None:
+                raise field_error(name, "is of use only with image")
         return self
 
 
@@ -182,6 +214,7 @@ class SavingsReport(Message):
     duration_seconds: float
     time_to_first_preview_seconds: float | None
     prompt_truncated: bool = Field(False, description="The prompt had more tokens than the model reads.")
+    prompt_tokens: int = Field(0, description="Tokens of the prompt that the model read.")
     images: list[ImageReport]
 
 

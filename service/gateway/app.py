@@ -6,28 +6,25 @@ import asyncio
 import contextlib
 import signal
 from pathlib import Path
-from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
-from pydantic.json_schema import models_json_schema
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from service.errors import Unavailable
-from service.gateway import openai_api, problems, rest, telemetry
+from service.gateway import maps, openai_api, problems, rest, telemetry
 from service.gateway.auth import ApiKeys, Authenticated
 from service.gateway.http_server import HttpServer
-from service.gateway.images_request import ImagesRequest
 from service.gateway.jobs import JobService
+from service.gateway.openapi import Api, add_docs
 from service.gateway.rpc import RpcServer
 from service.gateway.telemetry import Measured
 from service.gateway.tls import certificate
 from service.metrics import GatewayMetrics
 from service.queue import JobQueue
-from service.schemas import GenerationRequest
 from service.settings import Settings
 
 PLAYGROUND = Path(__file__).parent / "playground"
@@ -49,39 +46,22 @@ def create_app(settings: Settings, service: JobService, metrics: GatewayMetrics,
         description="Patch Forcing image generation: easy regions finish early, hard ones get the compute.",
         max_body_size=settings.max_body_bytes,
         separate_input_output_schemas=False,
-        responses={
-            "4XX": {"description": "Problem details (RFC 9457), or OpenAI's error object"},
-            "5XX": {"description": "Problem details; 503 carries Retry-After"},
-        },
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.settings, app.state.service, app.state.metrics = settings, service, metrics
+    app.state.grpc_port = settings.grpc_port
     problems.install(app)
     app.add_middleware(Authenticated, keys=keys)
+    _add_cors(app, settings)  # outside of it, for a browser asks first, and without a key
     app.add_middleware(Measured, metrics=metrics)  # added last, it is outermost, and counts refusals too
-    for module in (rest, openai_api, telemetry):
-        app.include_router(module.router)
+    for router in (rest.router, rest.jobs, maps.router, openai_api.router, telemetry.router):
+        app.include_router(router)
+    for router in (rest.uploads, openai_api.uploads):
+        app.include_router(router, max_body_size=settings.max_upload_bytes)
+    add_docs(app)
     _add_playground(app)
     return app
-
-
-class Api(FastAPI):
-    """FastAPI that also describes the bodies we parse ourselves."""
-
-    def openapi(self) -> dict[str, Any]:
-        if self.openapi_schema is None:
-            self.openapi_schema = get_openapi(
-                title=self.title,
-                version=self.version,
-                description=self.description,
-                routes=self.routes,
-                separate_input_output_schemas=self.separate_input_output_schemas,
-            )
-            _, bodies = models_json_schema(
-                [(GenerationRequest, "validation"), (ImagesRequest, "validation")],
-                ref_template="#/components/schemas/{model}",
-            )
-            self.openapi_schema["components"]["schemas"].update(bodies["$defs"])
-        return self.openapi_schema
 
 
 class Playground(StaticFiles):
@@ -93,12 +73,27 @@ class Playground(StaticFiles):
         return response
 
 
+def _add_cors(app: FastAPI, settings: Settings) -> None:
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["ETag", "Location", "Retry-After"],
+        )
+
+
 def _add_playground(app: FastAPI) -> None:
     files = Playground(directory=PLAYGROUND)
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
         return await files.get_response("index.html", request.scope)
+
+    @app.get("/playground/server.json", include_in_schema=False)
+    async def server() -> dict[str, int]:
+        return {"grpc_port": app.state.grpc_port}  # for its snippets: a page knows only where it came from itself
 
     app.mount("/playground", files)
 
@@ -113,7 +108,8 @@ class Gateway:
         queue.on_ended = metrics.request_ended_in_queue
         keys = ApiKeys(settings.api_keys)
         shown = certificate(settings)
-        self.http = HttpServer(create_app(settings, self.service, metrics, keys), settings, shown)
+        self.app = create_app(settings, self.service, metrics, keys)
+        self.http = HttpServer(self.app, settings, shown)
         self.rpc = RpcServer(self.service, metrics, keys, settings, shown)
         self.http_port = self.grpc_port = 0
         self._stopping = asyncio.Event()
@@ -135,6 +131,7 @@ class Gateway:
         host = self.settings.host
         self.http_port = await self.http.start(host, self.settings.http_port)
         self.grpc_port = await self.rpc.start(host, self.settings.grpc_port)
+        self.app.state.grpc_port = self.grpc_port
         log.info(
             "gateway is listening",
             http=f"{'https' if self.http.config.is_ssl else 'http'}://{host}:{self.http_port}",

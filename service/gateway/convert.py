@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from typing import Any
 
 from service.errors import InvalidRequest
@@ -25,6 +25,7 @@ from service.schemas import (
     Started,
 )
 
+PICTURES = {"image", "mask"}
 ENUM_FIELDS = {"output_format": pb.OutputFormat, "priority": pb.Priority}
 
 
@@ -38,11 +39,13 @@ def generation_from_proto(message: pb.Generation) -> GenerationRequest:
     for name, enum in ENUM_FIELDS.items():
         if name in fields:
             fields[name] = _enum_word(enum, fields[name], name)
+    for name in PICTURES & fields.keys():
+        fields[name] = b64encode(fields[name]).decode("ascii")
     return validated(GenerationRequest, fields)
 
 
 def generation_to_proto(request: GenerationRequest) -> pb.Generation:
-    fields = request.model_dump(exclude_none=True, exclude={"sampler", "output_format", "priority"})
+    fields = request.model_dump(exclude_none=True, exclude={"sampler", "output_format", "priority", *PICTURES})
     return pb.Generation(
         **fields,
         **_sampler(request.sampler),

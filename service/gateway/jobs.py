@@ -12,10 +12,12 @@ from typing import Any, Self
 import structlog
 
 from service.errors import InvalidRequest, NotFound, PatchforgeError, Unavailable
+from service.gateway.source_pictures import SourcePictures
 from service.queue import JobQueue
 from service.schemas import TERMINAL_EVENTS, Event, GenerationRequest, Job, ModelCard
 
 MAX_IDEMPOTENCY_KEY = 255
+STARTS_FROM_PICTURES = ("adaptive",)
 RETRY_SECONDS = 0.5  # between attempts to cancel a job while the queue server is away
 SEEDS = 2**32  # what the gateway draws from; short enough to copy by hand and exact in JavaScript
 
@@ -28,6 +30,7 @@ class JobService:
     def __init__(self, queue: JobQueue) -> None:
         self.queue = queue
         self.draining = False
+        self._pictures = SourcePictures()
         self._closing = asyncio.Event()
         self._watches: set[asyncio.Timeout] = set()
         self._background: set[asyncio.Task[Any]] = set()
@@ -62,22 +65,26 @@ class JobService:
             raise InvalidRequest(f"must have 1 to {MAX_IDEMPOTENCY_KEY} characters", field="idempotency_key")
         card = await self.model(request.model)
         check(request, card)
+        request, source = await self._pictures.take_in(request)
         # The fingerprint is of what was sent: a retry is the same request, though chance gives it another seed.
         sent = request.model_dump_json()
         return await self.queue.submit(
-            fill(request, card), idempotency_key=idempotency_key, fingerprint=sent, tenant=tenant
+            fill(request, card), idempotency_key=idempotency_key, fingerprint=sent, tenant=tenant, source=source
         )
 
-    async def run(self, request: GenerationRequest, tenant: str | None) -> Run:
-        """Queues a job that belongs to its caller; to be entered with ``async with``."""
-        submitting = asyncio.create_task(self.submit(request, tenant))
+    async def run(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Run:
+        """Queues a job that belongs to its caller; to be entered with ``async with``.
+
+        With a key, the caller can come back for it: then leaving does not cancel it.
+        """
+        submitting = asyncio.create_task(self.submit(request, tenant, idempotency_key))
         try:
             job = await asyncio.shield(submitting)
         except asyncio.CancelledError:
             # The queue may accept the job all the same, and whoever wanted it is gone.
-            self._spawn(self._cancel_once_submitted(submitting))
+            self._spawn(self._abandon(submitting, cancel=idempotency_key is None))
             raise
-        return Run(self, job)
+        return Run(self, job, detached=idempotency_key is not None)
 
     async def get(self, job_id: str, tenant: str | None) -> Job:
         """The tenant's job; to anyone else it does not exist."""
@@ -133,9 +140,11 @@ class JobService:
         self._closing.set()
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _cancel_once_submitted(self, submitting: asyncio.Task[Job]) -> None:
+    async def _abandon(self, submitting: asyncio.Task[Job], *, cancel: bool) -> None:
         with suppress(PatchforgeError):
-            await self._cancel((await submitting).id)
+            job = await submitting
+            if cancel:
+                await self._cancel(job.id)
 
     async def _cancel(self, job_id: str) -> None:
         """Tells the queue, as soon as it can be told: a device works for whoever asked, and no one does any more."""
@@ -171,10 +180,11 @@ class JobService:
 
 
 class Run:
-    """A job bound to one call: iterating yields its events, leaving before its end cancels it."""
+    """A job bound to one call: iterating yields its events, leaving before its end cancels it, unless ``detached``."""
 
-    def __init__(self, service: JobService, job: Job) -> None:
+    def __init__(self, service: JobService, job: Job, *, detached: bool) -> None:
         self.job = job
+        self._detached = detached
         self._service = service
         self._events = service.queue.watch(job.id)
         self._ended = False
@@ -185,7 +195,7 @@ class Run:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._ended:
+        if not self._ended and not self._detached:
             self._service.cancel_soon(self.job.id)
         await self._events.aclose()
 
@@ -207,6 +217,9 @@ def check(request: GenerationRequest, card: ModelCard) -> None:
             raise InvalidRequest(f"{card.name} draws classes: give class_label instead", field="prompt")
         if request.class_label not in card.classes:
             raise InvalidRequest(f"no such class; {card.name} lists its classes in /v1/models", field="class_label")
+    if request.image is not None and (request.sampler or card.sampler).name not in STARTS_FROM_PICTURES:
+        able = " or ".join(STARTS_FROM_PICTURES)
+        raise InvalidRequest(f"to start from a picture, it must be {able}", field="sampler")
 
 
 def fill(request: GenerationRequest, card: ModelCard) -> GenerationRequest:

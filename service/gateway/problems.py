@@ -67,6 +67,8 @@ class Problem:
 
     def openai_error(self) -> dict[str, str | None]:
         kind = "invalid_request_error" if self.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            kind = "rate_limit_error"
         return {"message": self.detail, "type": kind, "param": self.field, "code": self.code}
 
     def _headers(self) -> dict[str, str]:

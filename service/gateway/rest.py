@@ -8,15 +8,24 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Response
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
+from service.gateway.answers import BODY, SERVER_SENT_EVENT, Answers, problems, success
 from service.gateway.body import json_body, json_body_schema
 from service.gateway.dependencies import Knobs, Service, Tenant
 from service.gateway.streams import EventStream
-from service.schemas import MAX_IMAGES, Event, GenerationRequest, Job
+from service.schemas import MAX_IMAGES, Event, GenerationRequest, Job, OutputFormat
 
 router = APIRouter()
+jobs = APIRouter(tags=["jobs"], responses=problems(401, 404, 413, 422, 500, 503))
+uploads = APIRouter(tags=["jobs"], responses=problems(401, 404, 413, 422, 500, 503))
+"""Calls whose bodies carry pictures."""
 
 
-@router.post("/v1/jobs", status_code=202, tags=["jobs"], openapi_extra=json_body_schema(GenerationRequest))
+@uploads.post(
+    "/v1/jobs",
+    status_code=202,
+    openapi_extra=json_body_schema(GenerationRequest),
+    responses=problems(429, *BODY),
+)
 async def submit_job(
     service: Service,
     tenant: Tenant,
@@ -30,19 +39,33 @@ async def submit_job(
     return job
 
 
-@router.get("/v1/jobs/{job_id}", tags=["jobs"])
+PICTURE: Answers = {
+    200: {
+        "description": "The picture.",
+        "headers": {"ETag": {"schema": {"type": "string"}}},
+        "content": {f"image/{kind}": {"schema": {"type": "string", "format": "binary"}} for kind in OutputFormat},
+    },
+    304: {"description": "It is the one you have (`If-None-Match`)."},
+}
+
+
+@jobs.get("/v1/jobs/{job_id}")
 async def get_job(service: Service, tenant: Tenant, job_id: str) -> Job:
     """The state of a job; with its savings report once it has completed."""
     return await service.get(job_id, tenant)
 
 
-@router.delete("/v1/jobs/{job_id}", tags=["jobs"])
+@jobs.delete("/v1/jobs/{job_id}")
 async def cancel_job(service: Service, tenant: Tenant, job_id: str) -> Job:
     """Cancel a job; harmless on one that has ended."""
     return await service.cancel(job_id, tenant)
 
 
-@router.get("/v1/jobs/{job_id}/events", tags=["jobs"], response_class=EventSourceResponse)
+@jobs.get(
+    "/v1/jobs/{job_id}/events",
+    response_class=EventSourceResponse,
+    responses=success("text/event-stream", "The job's events.", SERVER_SENT_EVENT) | problems(400),
+)
 async def watch_job(
     service: Service,
     tenant: Tenant,
@@ -66,7 +89,7 @@ def as_sse(event_id: str, event: Event) -> ServerSentEvent:
     return ServerSentEvent(event.model_dump_json(ensure_ascii=True), event=event.type, id=event_id, sep="\n")
 
 
-@router.get("/v1/jobs/{job_id}/image", tags=["jobs"], response_class=Response)
+@jobs.get("/v1/jobs/{job_id}/image", response_class=Response, responses=PICTURE | problems(409))
 async def get_image(
     service: Service,
     tenant: Tenant,
@@ -85,13 +108,13 @@ async def get_image(
     return Response(picture, media_type=f"image/{job.request.output_format}", headers=headers)
 
 
-@router.get("/healthz", tags=["operation"])
+@router.get("/healthz", tags=["operation"], responses=problems(413))
 async def alive() -> dict[str, str]:
     """The process is alive, whatever it depends on."""
     return {"status": "alive"}
 
 
-@router.get("/readyz", tags=["operation"])
+@router.get("/readyz", tags=["operation"], responses=problems(413, 503))
 async def ready(service: Service) -> dict[str, str | list[str]]:
     """Requests are welcome: the queue answers and some worker serves a model."""
     return {"status": "ready", "models": [card.name for card in await service.ready()]}

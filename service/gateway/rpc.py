@@ -200,7 +200,7 @@ class RpcServer:
         self._server = grpc.aio.server(
             interceptors=[Boundary(metrics, keys)],
             options=[
-                ("grpc.max_receive_message_length", settings.max_body_bytes),
+                ("grpc.max_receive_message_length", max(settings.max_body_bytes, settings.max_upload_bytes)),
                 ("grpc.max_send_message_length", MAX_REPLY_BYTES),
                 ("grpc.max_concurrent_streams", MAX_STREAMS),
                 ("grpc.keepalive_time_ms", round(1000 * settings.sse_ping_seconds)),

@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Unavailable
+from service.gateway.answers import problems, success
 from service.gateway.dependencies import Metrics, Service
 from service.metrics import GatewayMetrics, QueueState
 from service.queue import JobQueue
@@ -18,7 +19,11 @@ from service.queue import JobQueue
 router = APIRouter(tags=["operation"])
 
 
-@router.get("/metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses=success("text/plain", "What Prometheus reads.") | problems(413, 422),
+)
 async def scrape(
     service: Service,
     metrics: Metrics,

@@ -45,9 +45,9 @@ def describe(errors: Sequence[Any], skip: int = 0) -> InvalidRequest:
     parts = [str(part) for part in first["loc"][skip:]]
     if len(parts) > 2 and parts[0] == "sampler":
         del parts[1]  # the union's tag, which no caller has written
-    field = _printable(".".join(parts)) or None
-    if field is None and first["type"] == "value_error":
-        field = "prompt"  # the one rule over several fields: exactly one of prompt and class_label
+    field = printable(".".join(parts)) or None
+    if first["type"] == "fields":  # a rule over several, which names the one at fault
+        field = first["ctx"]["field"]
     return InvalidRequest(_message(first), field=field)
 
 
@@ -58,7 +58,7 @@ def _message(error: Any) -> str:
     return message.removeprefix("Value error, ")
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A field name fit for any encoder: callers may send lone surrogates, control characters, or megabytes."""
     escaped = name[:MAX_FIELD_NAME].encode("unicode_escape").decode("ascii")
     return escaped if len(name) <= MAX_FIELD_NAME else f"{escaped}…"
@@ -68,7 +68,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise InvalidRequest("the key occurs twice", field=_printable(key))
+            raise InvalidRequest("the key occurs twice", field=printable(key))
         found[key] = value
     return found
 

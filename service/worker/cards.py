@@ -8,13 +8,13 @@ from service.schemas import ModelCard
 
 def model_card(manifest: BundleManifest) -> ModelCard:
     """The public face of a bundle; sizes in pixels."""
-    latent, downscale = manifest.latent, manifest.autoencoder.downscale
+    width, height = manifest.size
     return ModelCard.model_validate(
         {
             "name": manifest.name,
             "kind": manifest.network.kind,
-            "width": latent.width * downscale,
-            "height": latent.height * downscale,
+            "width": width,
+            "height": height,
             "grid": manifest.grid,
             "classes": list(manifest.class_names),
             "sampler": manifest.defaults.sampler.model_dump(),

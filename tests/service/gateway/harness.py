@@ -153,6 +153,7 @@ def report(seed: int, n: int) -> SavingsReport:
         queue_seconds=0.1,
         duration_seconds=0.2,
         time_to_first_preview_seconds=0.15,
+        prompt_tokens=5,
         images=[ImageReport(seed=seed + index, **image, **lists) for index in range(n)],
     )
 

@@ -7,10 +7,11 @@ from base64 import b64decode
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
-from service.gateway.openai_api import Partials
+from service.gateway.drawing import Partials
 from service.queue import JobQueue
 from service.schemas import Preview
 from tests.service.gateway.harness import ScriptedWorker, ended, png
@@ -36,7 +37,7 @@ async def test_pictures_from_a_prompt(client: openai.AsyncOpenAI, worker: Script
     assert [b64decode(image.b64_json or "") for image in reply.data] == [png(7), png(8)]
     assert reply.size == "48x32"
     assert reply.usage is not None
-    assert reply.usage.input_tokens == 3
+    assert reply.usage.input_tokens == reply.usage.input_tokens_details.text_tokens == 5
     assert reply.usage.output_tokens == 64
     ours: dict[str, Any] = reply.model_extra["patchforge"] if reply.model_extra else {}
     job = await worker.queue.get(ours["job_id"])
@@ -51,6 +52,60 @@ async def test_the_blocking_client(blocking_client: openai.OpenAI, worker: Scrip
     assert reply.output_format == "webp"
     assert reply.data is not None
     assert len(reply.data) == 1
+
+
+async def test_a_size_and_a_format_reach_the_worker(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
+    reply = await client.images.generate(
+        prompt="apple", model="tiny-text", size="1536x1024", output_format="webp", output_compression=30
+    )
+    assert reply.size == "1536x1024"
+    assert reply.model_extra is not None
+    request = (await worker.queue.get(reply.model_extra["patchforge"]["job_id"])).request
+    assert (request.width, request.height, request.output_compression) == (1536, 1024, 30)
+    reply = await client.images.generate(prompt="apple", model="tiny-text", size="auto", output_format="jpeg")
+    assert reply.size == "48x32"
+    assert reply.model_extra is not None
+    request = (await worker.queue.get(reply.model_extra["patchforge"]["job_id"])).request
+    assert (request.width, request.output_compression) == (None, 100), "OpenAI's default"
+
+
+async def test_a_url_instead_of_the_picture(
+    client: openai.AsyncOpenAI, http: httpx.AsyncClient, worker: ScriptedWorker, url: str
+) -> None:
+    reply = await client.images.generate(
+        prompt="apple", model="tiny-text", n=2, response_format="url", extra_body={"seed": 7}
+    )
+    assert reply.data is not None
+    assert [image.b64_json for image in reply.data] == [None, None]
+    assert (reply.data[0].url or "").startswith(f"{url}/v1/jobs/")
+    assert [(await http.get(image.url or "")).content for image in reply.data] == [png(7), png(8)]
+
+
+async def test_whoever_is_asking_is_named_in_the_answer(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
+    reply = await client.images.generate(prompt="apple", model="tiny-text", user="u", safety_identifier="")
+    assert reply.safety_identifier == "u"
+    reply = await client.images.generate(prompt="apple", model="tiny-text", user="u", safety_identifier="s")
+    assert reply.safety_identifier == "s"
+
+
+async def test_a_repeated_call_with_a_key_gets_the_same_job(
+    client: openai.AsyncOpenAI, worker: ScriptedWorker, queue: JobQueue
+) -> None:
+    """Even if its first caller was cut off: with a key, hanging up cancels nothing."""
+    worker.curtain.clear()
+    headers = {"Idempotency-Key": "k"}
+    call = asyncio.create_task(client.images.generate(prompt="apple", model="tiny-text", extra_headers=headers))
+    job_id = await worker.next_job()
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    worker.curtain.set()
+    reply = await client.images.generate(prompt="apple", model="tiny-text", extra_headers=headers)
+    assert reply.model_extra is not None
+    assert reply.model_extra["patchforge"]["job_id"] == job_id
+    assert worker.played == 1
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.images.generate(prompt="pear", model="tiny-text", extra_headers=headers)
+    assert caught.value.code == "idempotency_conflict"
 
 
 async def test_our_own_fields_travel_in_the_same_body(client: openai.AsyncOpenAI, worker: ScriptedWorker) -> None:
@@ -69,8 +124,6 @@ async def test_a_class_model_takes_the_prompt_as_its_class(client: openai.AsyncO
     assert reply.model_extra is not None
     request = (await worker.queue.get(reply.model_extra["patchforge"]["job_id"])).request
     assert (request.prompt, request.class_label) == (None, "grinning face")
-    assert reply.usage is not None
-    assert reply.usage.input_tokens == 0
     with pytest.raises(openai.BadRequestError) as caught:
         await client.images.generate(prompt="unicorn", model="tiny-class")
     assert caught.value.param == "prompt"
@@ -164,10 +217,26 @@ async def test_a_job_cancelled_by_someone_else(
 
 
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
-    ({"size": "1024x1024"}, "size"),
+    ({"size": "15x16"}, "size"),
+    ({"size": "2049x16"}, "size"),
+    ({"size": "2048x2048"}, "size"),
+    ({"size": "large"}, "size"),
+    ({"size": "64 x 64"}, "size"),
     ({"quality": "hd"}, "quality"),
     ({"background": "transparent"}, "background"),
-    ({"response_format": "url"}, "response_format"),
+    ({"response_format": "url", "stream": True}, "response_format"),
+    ({"response_format": "bytes"}, "response_format"),
+    ({"output_compression": 50}, "output_compression"),
+    ({"complexity": "low"}, "complexity"),
+    ({"frame_count": 2, "output_format": "gif"}, "frame_count"),
+    ({"frame_duration_ms": 100}, "frame_duration_ms"),
+    ({"output_format": "svg"}, "output_format"),
+    ({"svg": {"model": "gpt-5"}}, "svg"),
+    ({"background": "transparent"}, "background"),
+    ({"safety_identifier": "x" * 1001}, "safety_identifier"),
+    ({"user": "x" * 1001}, "user"),
+    ({"model": "x" * 101}, "model"),
+    ({"prompt": "x" * 2001}, "prompt"),
     ({"style": "vivid"}, "style"),
     ({"moderation": "low"}, "moderation"),
     ({"output_format": "gif"}, "output_format"),
@@ -181,6 +250,9 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"extra_body": {"sampler": {"name": "dual_loop", "quantile": 2}}}, "sampler.quantile"),
     ({"extra_body": {"previews": True}}, "previews"),
     ({"extra_body": {"strength": 1}}, "strength"),
+    ({"extra_body": {"image": "AAAA"}}, "image"),
+    ({"extra_body": {"width": 64}}, "width"),
+    ({"extra_body": {"unheard_of": 1}}, "unheard_of"),
 ]
 
 

@@ -188,7 +188,7 @@ async def test_bytes_that_are_no_message(channel: grpc.aio.Channel, worker: Scri
 
 async def test_an_oversize_message(stub: Stub, worker: ScriptedWorker) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.SubmitJob(pb.SubmitJobRequest(idempotency_key="x" * (2 << 20)))
+        await stub.SubmitJob(pb.SubmitJobRequest(idempotency_key="x" * (9 << 20)))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert (await stub.ListModels(pb.ListModelsRequest())).models, "and the server lives"
 

@@ -102,9 +102,12 @@ async def test_bodies_of_another_type(http: httpx.AsyncClient, worker: ScriptedW
         assert reply.status_code == 415, media_type
 
 
-@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/images/generations"])
-async def test_a_large_body_is_refused_unread(http: httpx.AsyncClient, path: str) -> None:
-    reply = await http.post(path, content=b" " * (2 << 20), headers=JSON)
+@pytest.mark.parametrize(
+    ("path", "mebibytes"), [("/v1/jobs", 9), ("/v1/images/edits", 9), ("/v1/images/generations", 2)]
+)
+async def test_a_large_body_is_refused_unread(http: httpx.AsyncClient, path: str, mebibytes: int) -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=x"} if path.endswith("edits") else JSON
+    reply = await http.post(path, content=b" " * (mebibytes << 20), headers=headers)
     assert reply.status_code == 413
 
 
