@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.cli_errors import typed_errors
+from service.document import replace_between
 from service.errors import InvalidRequest
 from service.evaluation_plots import plot_calibration, plot_measures
 
@@ -28,6 +30,9 @@ ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; default: e
 SamplerOption = Annotated[str | None, typer.Option(help="Default: the bundle's, with its steps and guidance.")]
 
 
+TIMES = {"uniform": "all patches at one time", "ltg": "times as in training"}
+
+
 def evaluate(
     bundle: BundleArgument,
     data: TableOption = Path("data/emoji-64.npz"),
@@ -41,6 +46,7 @@ def evaluate(
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="Write everything as JSON.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots; needs matplotlib.")] = None,
+    doc: Annotated[Path | None, typer.Option(help="Put the tables into this page, between its marks.")] = None,
     record: Annotated[bool, typer.Option(help="Write everything into bundle.json.")] = False,
     threads: ThreadsOption = None,
 ) -> None:
@@ -65,7 +71,8 @@ def evaluate(
         wanted = [each for each in PARTS if not part or each in part]
         report = run(pipeline, assessor, table, made_by, pictures, wanted, seed)
         figures = {"sampler": choice, "judge": assessor.summary, **report.figures()}
-        show(report, f"{pipeline.manifest.name}, {described(choice)}")
+        print(pipeline.manifest.name)
+        show(report, described(choice))
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(figures, indent=1) + "\n")
@@ -74,6 +81,11 @@ def evaluate(
             plot_measures(report, plots / "measures.svg")
             if report.calibration:
                 plot_calibration(report, plots / "calibration.svg")
+        if doc is not None:
+            name = pipeline.manifest.name
+            for of, (columns, rows) in page_tables(report, described(choice)).items():
+                if not of.endswith("ltg"):  # the page says enough with one way of drawing times
+                    replace_between(doc, f"{name} {of}", columns, rows)
         if record:
             write_manifest(bundle, read_manifest(bundle).model_copy(update={"evaluation": figures}))
 
@@ -134,30 +146,48 @@ def described(choice: dict[str, Any]) -> str:
     return f"{choice['name']} {rest}".strip() + f", {choice['steps']} steps, guidance {choice['guidance']:g}"
 
 
-def show(report: Report, title: str) -> None:
-    """Both tables on stdout."""
+def show(report: Report, choice: str) -> None:
+    """All tables on stdout."""
     console = Console(width=120)
-    table = Table("figure", "model", "reconstructions", "real", "chance", title=title)
-    for name, each in report.measures.items():
-        chance = "" if each.chance is None else f"{each.chance:.3g}"
-        table.add_row(name.replace("_", " "), str(each.made), _cell(each.reconstructed), _cell(each.real), chance)
-    if report.measures:
+    for columns, rows in page_tables(report, choice).values():
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
-    for name, calibration in report.calibration.items():
-        ranked = Table("t", "Spearman, all patches", "within a picture", title=f"uncertainty, timesteps {name}")
-        for row in calibration.times:
-            span = f"{row.low:.2f}" if row.low == row.high else f"{row.low:.2f}–{row.high:.2f}"
-            ranked.add_row(span, str(row.spearman), _cell(row.within))
-        console.print(ranked)
-        columns = "predicted variance", "measured squared error", "ratio"
-        reliable = Table(*columns, title=f"reliability, timesteps {name}")
-        for tenth in calibration.reliability:
-            ratio = tenth.measured.value / tenth.predicted
-            reliable.add_row(f"{tenth.predicted:.3g}", str(tenth.measured), f"{ratio:.2f}")
-        console.print(reliable)
     if report.patch_evaluations is not None and report.saved is not None:
         console.print(f"{report.patch_evaluations:.0f} patch evaluations a picture, {report.saved:.1%} saved")
-    console.print(f"{report.pictures} pictures, 95 % intervals, {report.seconds:.0f} s")
+    console.print(f"95 % intervals, {report.seconds:.0f} s")
+
+
+def page_tables(report: Report, choice: str) -> dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]]:
+    """Columns and rows of each table, by the name of its marks."""
+    tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {}
+    made = f"{report.pictures} pictures: {choice}"
+    rows = [
+        (name.replace("_", " "), str(each.made), _cell(each.reconstructed), _cell(each.real), _share(each.chance))
+        for name, each in report.measures.items()
+    ]
+    if rows:
+        tables["measures"] = ((made, "model", "reconstructions", "real", "chance"), rows)
+    for name, calibration in report.calibration.items():
+        ranked = [(span(row.low, row.high), str(row.spearman), _cell(row.within)) for row in calibration.times]
+        tables[f"ranking {name}"] = ((f"t, {TIMES[name]}", "Spearman over all patches", "within a picture"), ranked)
+        tenths = [
+            (f"{tenth.predicted:.3g}", str(tenth.measured), f"{tenth.measured.value / tenth.predicted:.2f}")
+            for tenth in calibration.reliability
+        ]
+        columns = f"predicted variance, {TIMES[name]}", "measured squared error", "ratio"
+        tables[f"reliability {name}"] = (columns, tenths)
+    return tables
+
+
+def span(low: float, high: float) -> str:
+    """``0.05``, or ``0.10–0.20``."""
+    return f"{low:.2f}" if low == high else f"{low:.2f}–{high:.2f}"
+
+
+def _share(chance: float | None) -> str:
+    return "" if chance is None else f"{chance:.3g}"
 
 
 def _cell(interval: Interval | None) -> str:

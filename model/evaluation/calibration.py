@@ -26,6 +26,8 @@ DRAWS = 4
 BINS = 10
 BATCH = 32
 RESAMPLES = 500
+LEAST = 50
+"""Patches for a correlation to be worth telling."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def summarise(times: Tensor, predicted: Tensor, measured: Tensor, pictures: Tens
     rows = []
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         inside = (times > low) & (times <= high)
-        if int(inside.sum()) < 100:
+        if int(inside.sum()) < LEAST:
             continue
         owners = pictures[:, None].expand_as(times)[inside]
         at = times[inside]

@@ -35,7 +35,7 @@ def claims(
     batch: int = 32,
     width: int = 128,
     depth: int = 4,
-    pictures: Annotated[int, typer.Option(min=10, help="Made in each way, on the same conditions and noise.")] = 1000,
+    pictures: Annotated[int, typer.Option(min=10, help="Made in each way, on the same conditions and noise.")] = 500,
     evaluations: Annotated[int, typer.Option(min=4, help="Of the network a picture; a multiple of four.")] = 32,
     out: Annotated[Path | None, typer.Option(help="Write the rows as JSON.")] = None,
     doc: Annotated[Path | None, typer.Option(help="Put the table into this page, between its marks.")] = None,

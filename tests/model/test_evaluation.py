@@ -241,13 +241,29 @@ def test_the_command_evaluates_records_and_draws(
 ) -> None:
     data, out, plots = tmp_path / "table.npz", tmp_path / "figures" / "text.json", tmp_path / "plots"
     table.save(data)
+    page = tmp_path / "page.md"
+    marks = [f"tiny-text {name}" for name in ("measures", "ranking uniform", "reliability uniform")]
+    page.write_text("\n".join(f"<!-- begin: {mark} -->\n<!-- end: {mark} -->\n" for mark in marks))
     bundle = bundle_dir / "tiny-text"
     original = (bundle / "bundle.json").read_bytes()
     shared = ["--data", str(data), "--judge", str(judge_folder), "--threads", "1"]
     words = ["--sampler", "euler", "--steps", "2", "--guidance", "1", "--pictures", "40"]
     try:
         result = CliRunner().invoke(
-            app, ["eval", str(bundle), *shared, *words, "--out", str(out), "--plots", str(plots), "--record"]
+            app,
+            [
+                "eval",
+                str(bundle),
+                *shared,
+                *words,
+                "--out",
+                str(out),
+                "--plots",
+                str(plots),
+                "--doc",
+                str(page),
+                "--record",
+            ],
         )
         assert result.exit_code == 0, result.output
         assert "frechet distance" in result.stdout
@@ -255,6 +271,8 @@ def test_the_command_evaluates_records_and_draws(
         assert figures["sampler"] == {"name": "euler", "steps": 2, "guidance": 1.0}
         assert set(figures["measures"]) > {"frechet_distance", "prompt_top1", "style_top1", "layout_top1"}
         assert read_manifest(bundle).evaluation == figures
+        assert "| frechet distance |" in page.read_text()
+        assert "| 0.95 |" in page.read_text()
     finally:
         (bundle / "bundle.json").write_bytes(original)
     assert {path.name for path in plots.iterdir()} == {"measures.svg", "calibration.svg"}
