@@ -68,7 +68,7 @@ class Settings(BaseSettings):
         2 << 30, ge=1, description="Keys and values a worker keeps for running pictures; beyond that, some wait."
     )
     preview_interval_seconds: float = Field(0.1, ge=0, description="Least time between previews of one picture.")
-    preview_share: float = Field(0.2, gt=0, description="Part of a worker's time that all previews may take.")
+    preview_share: float = Field(0.1, gt=0, description="Part of a worker's time that all previews may take.")
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker; default: every core.")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
     log_json: bool = Field(False, description="One JSON object a line instead of lines for people.")

@@ -30,7 +30,7 @@ POLICIES = (ONE, REQUEST, STEP, OURS)
 MAX_RUNNING = 16
 """Jobs in flight of ours, as a worker's default; the others see all that wait, which can only help them."""
 CACHE_BYTES = 2 << 30
-PREVIEW_INTERVAL, PREVIEW_SHARE = 0.1, 0.2
+PREVIEW_INTERVAL, PREVIEW_SHARE = 0.1, 0.1
 Clock = Callable[[], float]
 
 

@@ -1,0 +1,43 @@
+"""The budget of an evaluation: the knee of what was measured."""
+
+import pytest
+
+from model.pipeline import Pipeline
+from service.settings import Settings
+from service.worker import budgets
+from service.worker.budgets import Measured, knee, profile
+from service.worker.main import find_budgets
+
+
+def curve(overhead: float, per_patch: float) -> list[Measured]:
+    """A device that takes so long for any evaluation, and so long for each patch on top."""
+    return [Measured(patches, overhead + per_patch * patches) for patches in (128, 256, 512, 1024, 2048, 4096)]
+
+
+def test_without_overhead_the_smallest_pack_is_best() -> None:
+    assert knee(curve(0.0, 1e-4)) == 128
+
+
+def test_the_more_overhead_the_larger_the_pack() -> None:
+    found = [knee(curve(overhead, 1e-4)) for overhead in (0.001, 0.01, 0.1)]
+    assert found == [128, 1024, 4096]
+
+
+def test_a_pack_too_large_for_the_device_is_not_chosen() -> None:
+    measured = [*curve(0.01, 1e-4), Measured(8192, 5.0)]  # out of its cache
+    assert knee(measured) == 1024
+
+
+@pytest.mark.parametrize("name", ["tiny-class", "tiny-text"])
+def test_the_profile_measures_growing_packs_of_guided_pictures(
+    pipelines: dict[str, Pipeline], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "SECONDS", 0.0)
+    monkeypatch.setattr(budgets, "MOST_PATCHES", 256)
+    measured = profile(pipelines[name])
+    assert [each.patches for each in measured] == [32, 64, 128, 256]
+    assert all(each.seconds > 0 for each in measured)
+
+
+def test_what_is_set_is_not_measured(pipelines: dict[str, Pipeline]) -> None:
+    assert find_budgets(Settings(patch_budget=77), pipelines) == {"tiny-class": 77, "tiny-text": 77}
