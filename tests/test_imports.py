@@ -64,8 +64,10 @@ def test_gateway_never_imports_model_or_tensors(path: Path) -> None:
     assert not packages(imported(path, everywhere=True)) & ({"model"} | TENSORS)
 
 
-@pytest.mark.parametrize("module", ["service.gateway.app", "service.supervisor", "service.cli", "service.queue"])
-def test_nothing_the_gateway_process_loads_brings_tensors(module: str) -> None:
+@pytest.mark.parametrize(
+    "module", ["service.gateway.app", "service.supervisor", "service.cli", "service.queue", "service.online"]
+)
+def test_nothing_the_gateway_or_a_client_loads_brings_tensors(module: str) -> None:
     found = reached(module)
     assert file_of(module) is not None
     assert len(found) > 10

@@ -13,7 +13,7 @@ import httpx
 from httpx_sse import connect_sse
 
 from service.client import wire
-from service.client.errors import UnexpectedAnswer, raise_for, raise_for_event, unreachable
+from service.client.errors import UnexpectedAnswer, Unreachable, raise_for, raise_for_event, unreachable
 from service.client.results import Picture, Result
 from service.errors import PatchforgeError, Unavailable
 from service.schemas import TERMINAL_EVENTS, Completed, Event, GenerationRequest, Job, ModelCard
@@ -77,7 +77,8 @@ class Client:
         path = f"/v1/jobs/{job_id}/events"
         place = wire.Place(self._http.base_url.join(path), after)
         while True:
-            broken: httpx.TransportError | Unavailable | None = None
+            broken: httpx.TransportError | PatchforgeError | None = None
+            before = place.after
             try:
                 with connect_sse(self._http, "GET", path, headers=place.headers) as source:
                     if not source.response.is_success:
@@ -89,7 +90,11 @@ class Client:
                             yield sent.id, event
                         if isinstance(event, TERMINAL_EVENTS):
                             return
-            except (httpx.TransportError, Unavailable) as error:
+                if place.after == before:  # nothing more may ever come: the job has ended, and we had seen it end
+                    if place.over:
+                        return
+                    place.over = self.job(job_id).status.terminal
+            except (httpx.TransportError, Unavailable, Unreachable) as error:
                 broken = error
             time.sleep(place.wait(broken))
 

@@ -13,7 +13,7 @@ from pydantic_core import to_jsonable_python
 
 from service.client.errors import UnexpectedAnswer, raise_for, unreachable
 from service.client.results import Picture
-from service.errors import PatchforgeError, Unavailable
+from service.errors import PatchforgeError
 from service.schemas import Event, GenerationRequest, Job, ModelCard
 
 M = TypeVar("M", bound=BaseModel)
@@ -70,6 +70,8 @@ class Place:
     url: httpx.URL
     after: str | None
     failures: int = 0
+    over: bool = False
+    """The job had ended before the latest connection was made, so what that one lacks will never come."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -85,7 +87,7 @@ class Place:
         except ValidationError as error:
             raise UnexpectedAnswer(f"{self.url} sent a {sent.event} event of another shape") from error
 
-    def wait(self, error: httpx.TransportError | Unavailable | None) -> float:
+    def wait(self, error: httpx.TransportError | PatchforgeError | None) -> float:
         """Seconds until the next try; raises ``error`` if there were enough of them. None: the stream just ended."""
         if self.failures < len(RETRY_SECONDS):
             self.failures += 1

@@ -151,6 +151,7 @@ async def test_watching_goes_on_after_an_event(client: Both) -> None:
     whole = await client.events(job.id)
     assert [event.type for _, event in whole] == KINDS
     assert await client.events(job.id, whole[4][0]) == whole[5:]
+    assert await client.events(job.id, whole[-1][0]) == []
 
 
 async def test_a_broken_connection_loses_and_repeats_nothing(

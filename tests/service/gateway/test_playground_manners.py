@@ -174,7 +174,7 @@ async def test_a_server_with_keys_asks_for_one(
         async with playground(url, ready=False, forgive=REFUSED) as page:
             for attempt in ("wrong", key):
                 await expect(page.get_by_role("dialog")).to_be_visible()
-                await page.get_by_label("API key").fill(attempt)
+                await page.get_by_label("API key", exact=True).fill(attempt)
                 await page.keyboard.press("Enter")
             await expect(page.locator("#form:not([inert])")).to_be_visible()
             await draw(page)

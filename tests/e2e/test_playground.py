@@ -1,0 +1,49 @@
+"""The playground with the shipped model: previews that settle, maps that differ from patch to patch."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from playwright.async_api import expect
+
+from tests.e2e.conftest import Served
+from tests.service.gateway.browser import BROWSER, draw, playground
+
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+
+
+async def test_a_real_picture_settles_and_can_be_made_again(served: Served, tmp_path: Path) -> None:
+    async with playground(served.http) as page:
+        await page.select_option("#sampler", "dual_loop")
+        await draw(page, "grinning face", 3)
+        assert int(await page.locator("#scrubber").get_attribute("max") or 0) >= 2
+        share = int((await page.locator("[data-part=saved]").inner_text()).removesuffix(" %"))
+        assert 0 < share < 100
+        canvas = page.locator("#easel canvas")
+        await page.get_by_role("radio", name="Finish map").check(force=True)
+        await canvas.focus()
+        readings = set()
+        for key in ["ArrowRight"] * 8 + ["ArrowDown"] * 7:
+            await canvas.press(key)
+            readings.add((await page.locator("#patch").inner_text()).split(" · ")[2])
+        assert len(readings) > 1  # easy patches were finished before hard ones
+        async with page.expect_download() as download:
+            await page.get_by_role("link", name="Save picture 1").click()
+        saved = await (await download.value).path()
+        await page.get_by_role("radio", name="curl").check(force=True)
+        text = await page.locator("#code").inner_text()
+    process = await asyncio.create_subprocess_exec("bash", "-ec", text, cwd=tmp_path)
+    assert await asyncio.wait_for(process.wait(), 90) == 0
+    assert (tmp_path / "picture-0.png").read_bytes() == saved.read_bytes()
+
+
+async def test_two_samplers_differ_in_work_and_pixels(served: Served) -> None:
+    async with playground(served.http) as page:
+        await page.check("#compare")
+        await page.select_option("#sampler", "euler")
+        await page.select_option("#other-sampler", "multistep")
+        await draw(page, "grinning face", 3)
+        await expect(page.locator("#verdict")).to_contain_text("Multistep did as much work as Euler")
+        await expect(page.locator("#verdict")).to_contain_text(" dB PSNR")
