@@ -6,6 +6,7 @@ import os
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 
 def best_device() -> torch.device:
@@ -37,6 +38,17 @@ def serving_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Mixed precision for serving, in `serving_dtype`."""
     dtype = serving_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+
+
+def compile_feed_forwards(network: nn.Module) -> None:
+    """Compile the part of each block that sees only packed patches; the first evaluations then take much longer.
+
+    Shapes are dynamic: every pack has another number of patches. Attention stays as it is: how patches form sequences
+    is Python's business, and its kernel is fused already.
+    """
+    for block in network.get_submodule("blocks").children():
+        part = next(each for name, each in block.named_children() if name in ("mlp", "ff"))
+        part.compile(dynamic=True)
 
 
 def use_threads(count: int | None) -> None:

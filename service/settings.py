@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     )
     preview_interval_seconds: float = Field(0.1, ge=0, description="Least time between previews of one picture.")
     preview_share: float = Field(0.1, gt=0, description="Part of a worker's time that all previews may take.")
+    compile: bool = Field(
+        False, description="Compile parts of the networks with torch.compile: meant for GPUs; needs a C++ compiler."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker; default: every core.")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
     log_json: bool = Field(False, description="One JSON object a line instead of lines for people.")

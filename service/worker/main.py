@@ -9,7 +9,7 @@ from prometheus_client import start_http_server
 from pydantic import ValidationError
 
 from model.bundle import explain, list_bundles
-from model.device import use_threads
+from model.device import compile_feed_forwards, use_threads
 from model.errors import BundleError
 from model.pipeline import Pipeline
 from service.errors import InvalidRequest
@@ -40,7 +40,11 @@ def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
             model_card(bundles[name].manifest)
         except ValidationError as error:
             raise BundleError(f"{bundles[name].folder}: cannot be served: {explain(error)}") from error
-    return {name: Pipeline(bundles[name]) for name in chosen}
+    pipelines = {name: Pipeline(bundles[name]) for name in chosen}
+    if settings.compile:
+        for pipeline in pipelines.values():
+            compile_feed_forwards(pipeline.network)
+    return pipelines
 
 
 def find_budgets(settings: Settings, pipelines: dict[str, Pipeline]) -> dict[str, int]:

@@ -1,0 +1,30 @@
+"""Compiled networks say what the others say."""
+
+import shutil
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+
+from model.denoiser import Denoiser, Evaluation, Memory
+from model.device import compile_feed_forwards
+from model.types import Plan
+from tests.model.networks import class_conditions, class_network, text_denoiser
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_compiled_feed_forwards_predict_the_same_for_packs_of_any_size(kind: str) -> None:
+    plain, [condition, *_] = text_denoiser() if kind == "text" else (Denoiser(class_network()), class_conditions())
+    compiled = Denoiser(deepcopy(plain.network))
+    compile_feed_forwards(compiled.network)
+    for pictures in (1, 2, 5):
+        latents = [plain.grid.patchify(torch.randn(plain.grid.latent_shape)) for _ in range(pictures)]
+        plans = [Plan(latent, (0.1 * number,), guidance=2.0) for number, latent in enumerate(latents)]
+        with warnings.catch_warnings(action="ignore"):  # the compiler has its own opinions on itself
+            one, other = (
+                each.evaluate([Evaluation(plan, condition, Memory()) for plan in plans]) for each in (plain, compiled)
+            )
+        for expected, found in zip(one, other, strict=True):
+            torch.testing.assert_close(found.velocity, expected.velocity, atol=1e-5, rtol=0)
