@@ -14,7 +14,13 @@ from model.training.loop import Recipe
 from model.training.run import Size, train_model, unpack_autoencoder
 from model.training.timesteps import SCHEDULES
 
-TRAINED = {"ltg": "LTG", "sit": "one timestep (SiT)", "uniform": "uniform per patch", "mean": "mean-controlled"}
+TRAINED = {
+    "ltg": "LTG",
+    "sit": "one timestep (SiT)",
+    "uniform": "uniform per patch",
+    "mean": "mean-controlled",
+    "mixed": "LTG with shared times and clean patches (ours)",
+}
 """Schedule → what the tables call it, in the order they are trained."""
 
 

@@ -29,7 +29,7 @@ def claims(
         "model/bundles/emoji-class"
     ),
     judge: Annotated[Path | None, typer.Option(help="Default: the shipped judge of emoji.")] = None,
-    schedule: Annotated[list[str] | None, typer.Option(help="ltg, sit, uniform, mean; default: all, in turn.")] = None,
+    schedule: Annotated[list[str] | None, typer.Option(help="ltg, sit, uniform, mean, mixed; default: all.")] = None,
     style: Annotated[str, typer.Option(help="Pictures of this style only; empty for all.")] = "flat",
     steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 2000,
     batch: int = 32,
