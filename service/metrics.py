@@ -30,6 +30,7 @@ FAILURE_CODES = (
     "not_finite",
     "out_of_memory",
     "preparation_failed",
+    "source_lost",
     _OTHER,
 )
 
