@@ -122,8 +122,13 @@ class Judge:
     @torch.inference_mode()
     def prompt_scores(self, images: np.ndarray | Tensor, prompts: Sequence[str]) -> Tensor:
         """``(n, m)``: how well each picture shows what each prompt names; a style word at its end is left out."""
-        texts = self.embed(prompts).to(self.network.text.weight.device)
-        return self.network.text_logits(self.features(images).to(texts.device), texts).cpu()
+        return self.text_scores(self.features(images), self.embed(prompts))
+
+    @torch.inference_mode()
+    def text_scores(self, features: Tensor, texts: Tensor) -> Tensor:
+        """`features` and texts as `embed` makes them → ``(n, m)``."""
+        device = self.network.text.weight.device
+        return self.network.text_logits(features.to(device), texts.to(device)).cpu()
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """``(m, width)`` of unit length."""

@@ -42,12 +42,13 @@ def measure_prompts(
             "reconstructed": reconstructions(pipeline, part),
             "real": torch.from_numpy(part.images),
         }
+        texts = judge.embed(prompts)
+        scores = {name: judge.text_scores(judge.features(each), texts) for name, each in images.items()}
         layouts = {name: layout_features(each) for name, each in images.items()}
         for suffix, rows, asked in _questions(new):
             sizes.setdefault(suffix, []).append(len(rows))
-            for name, each in images.items():
-                scores = judge.prompt_scores(each[rows], [prompts[row] for row in rows])
-                ranks = _ranks(-scores.T, part, rows, asked)
+            for name, each in scores.items():
+                ranks = _ranks(-each[rows][:, rows].T, part, rows, asked)
                 collected.setdefault(f"prompt{suffix}", {}).setdefault(name, []).append(ranks)
                 if name != "real":
                     ranks = _ranks(torch.cdist(layouts[name][rows], layouts["real"][rows]), part, rows, asked)

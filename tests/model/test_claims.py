@@ -81,6 +81,29 @@ def test_the_command_trains_compares_resumes_and_fills_the_page(tmp_path: Path) 
     assert "multiple of four" in uneven.output
 
 
+@pytest.mark.parametrize(
+    ("page", "mark"),
+    [
+        ("claims.md", "claims"),
+        *(
+            ("models.md", f"{bundle} {table}")
+            for bundle in ("emoji-text", "emoji-class")
+            for table in ("measures", "ranking uniform", "reliability uniform")
+        ),
+    ],
+)
+def test_the_pages_have_room_for_what_the_commands_measure(page: str, mark: str, tmp_path: Path) -> None:
+    original = (Path("docs") / page).read_text(encoding="utf-8")
+    copy = tmp_path / page
+    copy.write_text(original, encoding="utf-8")
+    replace_between(copy, mark, ["a"], [["x|y"]])
+    text = copy.read_text(encoding="utf-8")
+    assert "| x\\|y |" in text
+    before, after = original.split(f"<!-- begin: {mark} -->")[0], original.split(f"<!-- end: {mark} -->")[1]
+    assert text.startswith(before)
+    assert text.endswith(after)
+
+
 def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     with pytest.raises(InvalidRequest, match="cannot be read"):
