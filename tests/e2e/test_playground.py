@@ -1,14 +1,22 @@
-"""The playground with the shipped model: previews that settle, maps that differ from patch to patch."""
+"""The playground with the shipped model: previews that settle, maps that differ from patch to patch.
+
+``python -m tests.e2e.test_playground URL`` makes docs/images/playground.png anew, at a server with that model; with
+``PATCHFORGE_PREVIEW_SHARE=1 PATCHFORGE_PREVIEW_INTERVAL_SECONDS=0`` it has a preview of every evaluation to look at.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.async_api import expect
 
-from tests.e2e.conftest import Served
+from tests.e2e.conftest import ROOT, Served
 from tests.service.gateway.browser import BROWSER, draw, playground
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
@@ -47,3 +55,23 @@ async def test_two_samplers_differ_in_work_and_pixels(served: Served) -> None:
         await draw(page, "grinning face", 3)
         await expect(page.locator("#verdict")).to_contain_text("Multistep did as much work as Euler")
         await expect(page.locator("#verdict")).to_contain_text(" dB PSNR")
+
+
+async def screenshot(url: str) -> bytes:
+    """A small PNG of the page, looking back at the middle of a run, with some history below."""
+    async with playground(url, viewport={"width": 1280, "height": 1212}) as page:
+        await page.select_option("#sampler", "dual_loop")
+        for prompt, seed in (("tiger face", 5), ("grinning face, 3d", 3), ("soccer ball", 8), ("grinning face", 4)):
+            await draw(page, prompt, seed)
+        place = page.locator("#place")
+        while not re.match("Evaluation (17|18|19|21|22|23) ", await place.inner_text()):  # amid the inner steps
+            await page.locator("#scrubber").press("ArrowLeft")
+        await page.locator("#prompt").focus()
+        picture = await page.screenshot()
+    small = BytesIO()
+    Image.open(BytesIO(picture)).convert("RGB").quantize(256, kmeans=2).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "images" / "playground.png").write_bytes(asyncio.run(screenshot(sys.argv[1])))

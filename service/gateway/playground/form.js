@@ -70,6 +70,9 @@ export class Form {
     $("problem").textContent = `${name}: ${message}`;
     input.setAttribute("aria-invalid", "true");
     input.setAttribute("aria-errormessage", "problem");
+    const fault = Object.assign(document.createElement("p"), { className: "fault", textContent: message });
+    fault.setAttribute("aria-hidden", "true"); // said already, by the alert at the end of the form
+    input.closest(".field, .knob").append(fault);
     input.focus();
   }
 
@@ -82,6 +85,7 @@ export class Form {
     if (!input.hasAttribute("aria-invalid")) return;
     input.removeAttribute("aria-invalid");
     input.removeAttribute("aria-errormessage");
+    input.closest(".field, .knob").querySelector(".fault")?.remove();
     $("problem").textContent = "";
   }
 

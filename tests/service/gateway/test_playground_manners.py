@@ -35,10 +35,12 @@ async def test_what_the_server_refuses_is_said_at_its_field(page: Page) -> None:
     await page.click("#generate")
     await expect(page.get_by_role("alert")).to_contain_text("Class: no such class")
     await expect(page.locator("#class")).to_be_focused()
+    await expect(page.locator("#class-row .fault")).to_contain_text("no such class")
     await expect(page.locator("#class")).to_have_attribute("aria-invalid", "true")
     await page.fill("#class", "cat")
     await expect(page.locator("#class")).not_to_have_attribute("aria-invalid", "true")
     await expect(page.get_by_role("alert")).to_be_empty()
+    await expect(page.locator(".fault")).to_have_count(0)
 
 
 async def test_a_refusal_of_the_second_sampler_is_said_at_its_knob(page: Page) -> None:
