@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import AsyncIterator
 
 import pytest
 from playwright.async_api import Page, expect
 
-from service.schemas import SAMPLERS
+from service.queue import JobQueue
+from service.schemas import SAMPLERS, PatchesFinished, Preview, Started
 from tests.service.gateway.browser import BROWSER, draw, grey, playground, turns
-from tests.service.gateway.harness import ScriptedWorker
+from tests.service.gateway.harness import CARDS, ScriptedWorker, png
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 
@@ -189,3 +191,35 @@ async def test_pictures_can_be_saved(page: Page) -> None:
     async with page.expect_download() as download:
         await page.get_by_role("link", name="Save picture 2").click()
     assert (await download.value).suggested_filename == "patchforge-201.png"
+
+
+async def test_patches_settle_between_previews_and_a_job_begun_again_starts_afresh(url: str, queue: JobQueue) -> None:
+    await queue.announce("by hand", CARDS)
+    async with playground(url, reduced_motion="reduce") as page:
+        await page.fill("#prompt", "a red apple")
+        await page.press("#prompt", "Enter")
+        claim = await queue.claim("by hand", ["tiny-text"], block_seconds=30)
+        assert claim is not None
+        await queue.publish(claim, Started(attempt=1, steps=8))
+        preview = Preview(
+            index=0,
+            evaluation=3,
+            evaluations=8,
+            times=[0.5] * 6,
+            finished_share=0.0,
+            patch_evaluations=12,
+            dense_patch_evaluations=18,
+            b64_png=b64encode(png(1)).decode(),
+        )
+        await queue.publish(claim, preview)
+        await expect(page.locator("#place")).to_have_text("Evaluation 3 of 8, 0 % finished")
+        arrived = {"patches": [0, 1, 2], "times": [0.75] * 3, "finished_share": 0.5}
+        await queue.publish(claim, PatchesFinished(index=0, evaluation=4, evaluations=8, **arrived))
+        await expect(page.locator("#place")).to_have_text("Evaluation 4 of 8, 50 % finished")
+        await page.locator("#easel canvas").hover(position={"x": 3, "y": 3})
+        await expect(page.locator("#patch")).to_have_text("Row 1, column 1 · t = 1 · finished after evaluation 4")
+        await queue.publish(claim, Started(attempt=2, steps=8))
+        await expect(page.locator("#status")).to_have_text("Drawing (attempt 2)…")
+        await queue.publish(claim, preview)
+        await expect(page.locator("#place")).to_have_text("Evaluation 3 of 8, 0 % finished")
+        await page.click("#cancel")
