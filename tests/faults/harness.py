@@ -315,7 +315,7 @@ class Stack:
 
     @contextmanager
     def device_held(self) -> Iterator[None]:
-        """Jobs on a `held_device` stand still after their first step, and go on afterwards."""
+        """Jobs on a `held_device` stand still once they have shown a preview, and go on afterwards."""
         self.curtain.touch()
         try:
             yield

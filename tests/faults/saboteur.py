@@ -12,6 +12,7 @@ import torch
 from model.denoiser import Denoiser, Evaluation, Memory
 from model.types import Prediction
 from service.cli import app
+from service.queue_records import Source
 from service.schemas import Job
 from service.worker.engine import Engine
 from service.worker.live import LiveJob
@@ -24,14 +25,15 @@ _admit, _evaluate = Engine.admit, Denoiser.evaluate
 _owners: list[tuple[Memory, int]] = []  # which request's seed a picture belongs to
 
 
-def admit(engine: Engine, job: Job) -> LiveJob:
-    live = _admit(engine, job)
+def admit(engine: Engine, job: Job, source: Source | None = None) -> LiveJob:
+    live = _admit(engine, job, source)
     _owners.extend((picture.trajectory.memory, job.request.seed or 0) for picture in live.pictures)
     return live
 
 
 def evaluate(denoiser: Denoiser, evaluations: Sequence[Evaluation]) -> list[Prediction]:
-    seeds = [next(seed for memory, seed in _owners if memory is each.memory) for each in evaluations]
+    # A worker also measures its device, for no request.
+    seeds = [next((seed for memory, seed in _owners if memory is each.memory), 0) for each in evaluations]
     if KILLS in seeds:
         os.kill(os.getpid(), signal.SIGKILL)
     if seeds.count(GREEDY) > ROOM:
