@@ -165,6 +165,38 @@ async def test_every_sampler_and_knob_of_the_server_is_offered(page: Page) -> No
     await expect(page.locator("[data-part=settings]")).to_contain_text("quantile 0.75 · inner steps 2 · exact")
 
 
+async def test_a_sampler_of_the_future_gets_its_knobs_too(page: Page) -> None:
+    script = """async () => {
+        const { samplersOf, SamplerPicker } = await import("/playground/knobs.js");
+        const properties = {
+            name: { const: "warp_drive" },
+            tolerance: { type: "number", exclusiveMinimum: 0, maximum: 1, default: 0.005 },
+            order: { type: "integer", minimum: 1, maximum: 3, default: 2 },
+            mode: { type: "string", enum: ["low", "high"], default: "high" },
+            limit: { anyOf: [{ type: "integer", minimum: 1 }, { type: "null" }], default: null },
+        };
+        const union = { anyOf: [{ oneOf: [{ $ref: "#/components/schemas/WarpDrive" }] }, { type: "null" }] };
+        const schemas = { GenerationRequest: { properties: { sampler: union } }, WarpDrive: { properties } };
+        const root = document.getElementById("second");
+        const picker = new SamplerPicker(root, samplersOf(schemas));
+        picker.show({ name: "warp_drive" });
+        const before = picker.read();
+        root.querySelector('[data-field="sampler.limit"]').value = "5";
+        const slider = root.querySelector('[aria-label="Tolerance, slider"]');
+        const along = [0, 50, 100].map((place) => {
+            slider.value = place;
+            slider.dispatchEvent(new Event("input"));
+            return picker.read().tolerance;
+        });
+        return [before, picker.read().limit, along];
+    }"""
+    before, limit, along = await page.evaluate(script)
+    assert before == {"name": "warp_drive", "tolerance": 0.005, "order": 2, "mode": "high"}
+    assert limit == 5
+    assert 0 < along[0] < 0.005 < along[1] < 0.05  # a small number is not lost at the end of its slider
+    assert along[2] == 1
+
+
 async def test_presets_are_multiples_of_the_models_own_steps(page: Page) -> None:
     for preset, steps in (("Draft", "4"), ("High", "16"), ("Standard", "8")):
         await page.get_by_role("radio", name=preset).check(force=True)

@@ -13,7 +13,9 @@ import pytest
 from playwright.async_api import Page, expect
 
 from service.gateway.app import Gateway
+from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.queue import JobQueue
+from service.schemas import SAMPLERS
 from service.settings import Settings
 from tests.service.gateway.browser import BROWSER, draw, playground
 from tests.service.gateway.harness import ScriptedWorker, png, running
@@ -155,6 +157,12 @@ async def test_the_grpc_snippet_makes_the_same_picture(page: Page, tmp_path: Pat
     assert "look_ahead=pb.LookAheadSampler(quantile=0.4, ratio=1.4)" in text
     await run([sys.executable, "-c"], text, tmp_path)
     assert (tmp_path / "picture-0.png").read_bytes() == png(43)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_grpc_snippet_names_every_sampler_as_the_protocol_does(name: str) -> None:
+    field = pb.Generation.DESCRIPTOR.fields_by_name[name]
+    assert field.message_type.name == f"{name.title().replace('_', '')}Sampler"
 
 
 async def run(command: list[str], text: str, folder: Path, **variables: str) -> None:
