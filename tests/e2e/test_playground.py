@@ -39,12 +39,12 @@ async def test_a_real_picture_settles_and_can_be_made_again(served: Served, tmp_
         assert len(readings) > 1  # easy patches were finished before hard ones
         async with page.expect_download() as download:
             await page.get_by_role("link", name="Save picture 1").click()
-        saved = await (await download.value).path()
+        await (await download.value).save_as(tmp_path / "saved.png")
         await page.get_by_role("radio", name="curl").check(force=True)
         text = await page.locator("#code").inner_text()
     process = await asyncio.create_subprocess_exec("bash", "-ec", text, cwd=tmp_path)
     assert await asyncio.wait_for(process.wait(), 90) == 0
-    assert (tmp_path / "picture-0.png").read_bytes() == saved.read_bytes()
+    assert (tmp_path / "picture-0.png").read_bytes() == (tmp_path / "saved.png").read_bytes()
 
 
 async def test_two_samplers_differ_in_work_and_pixels(served: Served) -> None:
