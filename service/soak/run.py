@@ -142,7 +142,7 @@ class Soak:
         words.append(f"{len(self.audit.live)} live")
         words.append(f"{sum(self.chaos.done.values())} mishaps")
         if self.ledger.broken:
-            words.append(f"{len(self.ledger.broken)} BROKEN")
+            words.append(f"{len(self.ledger.broken)} BROKEN, the last: {self.ledger.broken[-1]}")
         return ", ".join(words)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ WORDS = ("red apple", "tiger face", "blue heart", "pizza", "clock", "tulip", "ca
 AWAY = 503  # what a gateway answers while its queue server is away or full, or while it shuts down
 RETRY_SECONDS = 0.3
 FOLLOW_SECONDS = 240.0  # a client's patience with one job
+TOLD_SECONDS = 60.0  # within which an end should have reached a watcher, whatever was killed meanwhile
 REFUSALS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 NONSENSE: tuple[tuple[dict[str, Any] | bytes, set[int]], ...] = (
     ({"prompt": "x", "n": 10**9}, {422}),
@@ -202,7 +204,18 @@ class Client:
             async with asyncio.timeout(FOLLOW_SECONDS):
                 yield
         except TimeoutError:
-            self.ledger.blame(f"{watch.job_id}: no end to be seen within {FOLLOW_SECONDS:.0f} s")
+            self.ledger.note("gave up waiting")  # the audit tells at the end whether the job had one
+            with contextlib.suppress(httpx.TransportError):
+                await self._ask_why(watch)
+
+    async def _ask_why(self, watch: Watch) -> None:
+        """On a busy machine a job may take that long; but one that has ended should have been told of."""
+        async with self._http() as http:
+            answer = await http.get(f"/v1/jobs/{watch.job_id}")
+        self._note(answer, {200})
+        finished = answer.json().get("finished_at") if answer.status_code == 200 else None
+        if finished is not None and time.time() - finished > TOLD_SECONDS:
+            self.ledger.blame(f"{watch.job_id}: ended {time.time() - finished:.0f} s ago, and its watcher was not told")
 
     async def _meet_models(self) -> None:
         while not self.models:
