@@ -34,7 +34,7 @@ NONSENSE: tuple[tuple[dict[str, Any] | bytes, set[int]], ...] = (
     (b'{"prompt": ', {400, 422}),
     (b"[" * 10_000, {400, 422}),
     (b"\xff\xfe", {400, 422}),
-    (b'{"prompt": "' + b"x" * (2 << 20) + b'"}', {413}),
+    (b'{"prompt": "' + b"x" * (9 << 20) + b'"}', {413}),
 )
 
 
