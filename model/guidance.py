@@ -35,11 +35,13 @@ def combine(outputs: dict[Branch, Tensor], plan: Plan, grid: Grid) -> Prediction
         mixed = null + plan.guidance * (both - null)
         guided = mixed if index is None else conditional.index_copy(0, index, mixed)
     velocity, log_variance = _split(guided, grid)
+    own_velocity, own_log_variance = _split(conditional, grid)
     return Prediction(
         velocity=velocity,
-        conditional=_split(conditional, grid)[0],
+        conditional=own_velocity,
         log_variance=log_variance,
         null=None if null is None else _split(null, grid)[0],
+        conditional_log_variance=own_log_variance,
     )
 
 

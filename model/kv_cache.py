@@ -52,6 +52,11 @@ class CachePool:
         return self._rows.dtype
 
     @property
+    def held_bytes(self) -> int:
+        """What the pool takes, free slots included: as much as the most pictures at once ever needed."""
+        return self._rows.numel() * self._rows.element_size()
+
+    @property
     def in_use(self) -> int:
         """Slots that pictures hold."""
         return self._rows.shape[2] // self.slot_rows - len(self._free)

@@ -194,7 +194,7 @@ class BundleManifest(Part):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        latent, network = self.latent, self.network
+        network = self.network
         if self.grid[0] * self.grid[1] > MAX_PATCHES:
             raise ValueError(f"latent: more than {MAX_PATCHES} patches")
         if max(self.size) > MAX_PIXELS:

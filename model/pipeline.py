@@ -111,6 +111,10 @@ class Pipeline:
         by_class = isinstance(self.network, PFT)
         return self.condition(None if by_class else words, words if by_class else None)[0]
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures ``(b, height, width, 3)`` uint8 → clean latents ``(b, P, D)``; inverse of `decode`, roughly."""
+        return self.grid.patchify(self.codec.encode(images))
+
     def decode(self, patches: Tensor) -> Tensor:
         """Clean latents ``(b, P, D)`` → ``(b, height, width, 3)`` uint8 on the CPU."""
         return self.codec.decode(self.grid.unpatchify(patches))

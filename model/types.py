@@ -91,8 +91,20 @@ class Prediction:
     """``(a, size²)``, guided."""
     null: Tensor | None = None
     """``(a_n, D)``, of the null branch alone, for the patches it ran for; None if it did not run."""
+    conditional_log_variance: Tensor | None = None
+    """``(a, size²)``, of the conditional branch alone; None where it is the same as the guided one."""
 
     @property
     def difficulty(self) -> Tensor:
         """``(a,)``: mean predicted variance over a patch's pixels (spec §6)."""
-        return self.log_variance.clamp(*LOG_VARIANCE_RANGE).exp().mean(dim=-1)
+        return _variance(self.log_variance)
+
+    @property
+    def variance(self) -> Tensor:
+        """``(a,)``: the same of the conditional branch alone, which is what training calibrates."""
+        own = self.conditional_log_variance
+        return _variance(self.log_variance if own is None else own)
+
+
+def _variance(log_variance: Tensor) -> Tensor:
+    return log_variance.clamp(*LOG_VARIANCE_RANGE).exp().mean(dim=-1)

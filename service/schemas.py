@@ -28,6 +28,24 @@ def field_error(field: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("fields", "{reason}", {"reason": message, "field": field})
 
 
+class Adaptive(Message):
+    """Each patch is evaluated when its own path bends too much to be extrapolated, and finishes when it can.
+
+    Tolerances are in units of the latents' standard deviation; with both at 0 this is `multistep`.
+    """
+
+    name: Literal["adaptive"] = "adaptive"
+    exponent: float = Field(1.25, ge=0.25, le=4, description="Above 1, steps are finer near noise.")
+    tolerance: float = Field(0.1, ge=0, le=10, description="A patch finishes when its predicted error is below this.")
+    skip_tolerance: float = Field(
+        0.01, ge=0, le=10, description="A patch is not evaluated in a step whose predicted error is below this."
+    )
+    guidance_from: float = Field(0.0, ge=0, le=1, description="Timestep from which guidance acts.")
+    guidance_until: float = Field(1.0, ge=0, le=1, description="Timestep from which it no longer does.")
+    refresh: int = Field(0, ge=0, le=200, description="Evaluate every patch every so many steps; 0: never again.")
+    exact: bool = Field(False, description="Evaluate every patch in every step, for comparison.")
+
+
 class Euler(Message):
     """Every patch, one uniform step at a time."""
 
@@ -47,6 +65,12 @@ class DualLoop(Message):
     exact: bool = False
 
 
+class Heun(Message):
+    """All patches together, two evaluations a step: second order."""
+
+    name: Literal["heun"] = "heun"
+
+
 class LookAhead(Message):
     """Hard patches are predicted with easy ones moved ahead as cleaner context (paper: look-ahead)."""
 
@@ -62,8 +86,31 @@ class Multistep(Message):
     exponent: float = Field(1.5, ge=0.25, le=4, description="Above 1, steps are finer near noise.")
 
 
-Sampler = Annotated[Euler | DualLoop | LookAhead | Multistep, Field(discriminator="name")]
-SAMPLERS: tuple[str, ...] = ("euler", "dual_loop", "look_ahead", "multistep")
+Sampler = Annotated[Adaptive | Euler | DualLoop | Heun | LookAhead | Multistep, Field(discriminator="name")]
+SAMPLERS: tuple[str, ...] = ("adaptive", "euler", "dual_loop", "heun", "look_ahead", "multistep")
+
+
+class Quality(StrEnum):
+    """Presets of the adaptive sampler."""
+
+    DRAFT = "draft"
+    STANDARD = "standard"
+    HIGH = "high"
+
+
+PRESETS: dict[Quality, tuple[int, float]] = {
+    # steps, tolerance
+    Quality.DRAFT: (5, 0.25),
+    Quality.STANDARD: (8, 0.15),
+    Quality.HIGH: (16, 0.05),
+}
+
+
+def preset(quality: Quality, usual: Sampler) -> tuple[Adaptive, int]:
+    """The sampler and steps of a preset, for a model whose own choice is ``usual``: what is tuned there is kept."""
+    steps, tolerance = PRESETS[quality]
+    chosen = usual if isinstance(usual, Adaptive) else Adaptive()
+    return chosen.model_copy(update={"tolerance": tolerance}), steps
 
 
 class OutputFormat(StrEnum):
@@ -94,6 +141,9 @@ class GenerationRequest(Message):
     class_label: str | None = Field(None, min_length=1, max_length=200)
     n: int = Field(1, ge=1, le=MAX_IMAGES)
     seed: int | None = Field(None, ge=0, le=MAX_SEED - MAX_IMAGES)
+    quality: Quality | None = Field(
+        None, strict=False, description="A preset of the adaptive sampler, instead of `sampler`; `steps` still counts."
+    )
     sampler: Sampler | None = Field(None, description="An object, or just the sampler's name.")
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance: float | None = Field(None, ge=0, le=30, description="Classifier-free guidance; 1 switches it off.")
@@ -144,6 +194,8 @@ class GenerationRequest(Message):
     def _fields_go_together(self) -> GenerationRequest:
         if (self.prompt is None) == (self.class_label is None):
             raise field_error("prompt", "give exactly one of prompt and class_label")
+        if self.quality is not None and self.sampler is not None:
+            raise field_error("quality", "is a choice of sampler: give one of the two")
         if (self.width is None) != (self.height is None):
             raise field_error("height" if self.height is None else "width", "give width and height together")
         if self.width and self.height and self.width * self.height > MAX_PIXELS:

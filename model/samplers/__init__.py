@@ -6,15 +6,19 @@ import inspect
 from typing import Any
 
 from model.errors import ParameterError
+from model.samplers.adaptive import Adaptive
 from model.samplers.base import Sampler, State
 from model.samplers.dual_loop import DualLoop
 from model.samplers.euler import Euler
+from model.samplers.heun import Heun
 from model.samplers.look_ahead import LookAhead
 from model.samplers.multistep import Multistep
 from model.types import Grid
 
 SAMPLERS: dict[str, type[Sampler[Any]]] = {
+    "adaptive": Adaptive,
     "euler": Euler,
+    "heun": Heun,
     "multistep": Multistep,
     "dual_loop": DualLoop,
     "look_ahead": LookAhead,

@@ -74,6 +74,17 @@ class Sampler(Generic[S]):
         """State at t = 0 from noise ``(P, D)``."""
         raise NotImplementedError
 
+    def start_from(self, noise: Tensor, clean: Tensor, times: Tensor) -> S:
+        """State that begins with a picture, for editing it.
+
+        ``clean`` ``(P, D)`` are its latents; ``times`` ``(P,)`` says how much of each patch is there: at 1 it is known
+        and stays as it is, the others begin at the least of these times.
+
+        Raises:
+            ParameterError: this sampler moves all patches alike.
+        """
+        raise ParameterError("sampler", "cannot start from a picture; 'adaptive' can")
+
     def plan(self, state: S) -> Plan | None:
         """What to evaluate next; None when the picture is finished."""
         raise NotImplementedError

@@ -9,11 +9,13 @@ from service.errors import InvalidRequest
 from service.gateway.validation import validated
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.schemas import (
+    Adaptive,
     Completed,
     DualLoop,
     Event,
     Failed,
     GenerationRequest,
+    Heun,
     ImageReady,
     Job,
     LookAhead,
@@ -26,7 +28,7 @@ from service.schemas import (
 )
 
 PICTURES = {"image", "mask"}
-ENUM_FIELDS = {"output_format": pb.OutputFormat, "priority": pb.Priority}
+ENUM_FIELDS = {"output_format": pb.OutputFormat, "priority": pb.Priority, "quality": pb.Quality}
 
 
 def generation_from_proto(message: pb.Generation) -> GenerationRequest:
@@ -45,7 +47,8 @@ def generation_from_proto(message: pb.Generation) -> GenerationRequest:
 
 
 def generation_to_proto(request: GenerationRequest) -> pb.Generation:
-    fields = request.model_dump(exclude_none=True, exclude={"sampler", "output_format", "priority", *PICTURES})
+    apart = {"sampler", "quality", "output_format", "priority", *PICTURES}
+    fields = request.model_dump(exclude_none=True, exclude=apart)
     return pb.Generation(
         **fields,
         **_sampler(request.sampler),
@@ -101,6 +104,10 @@ def _sampler(sampler: Sampler | None) -> dict[str, Any]:
     match sampler:
         case None:
             return {}
+        case Adaptive():
+            return {"adaptive": pb.AdaptiveSampler(**sampler.model_dump(exclude={"name"}))}
+        case Heun():
+            return {"heun": pb.HeunSampler()}
         case DualLoop():
             return {"dual_loop": pb.DualLoopSampler(**sampler.model_dump(exclude={"name"}))}
         case LookAhead():

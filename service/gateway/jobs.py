@@ -14,7 +14,7 @@ import structlog
 from service.errors import InvalidRequest, NotFound, PatchforgeError, Unavailable
 from service.gateway.source_pictures import SourcePictures
 from service.queue import JobQueue
-from service.schemas import TERMINAL_EVENTS, Event, GenerationRequest, Job, ModelCard
+from service.schemas import TERMINAL_EVENTS, Adaptive, Event, GenerationRequest, Job, ModelCard, preset
 
 MAX_IDEMPOTENCY_KEY = 255
 STARTS_FROM_PICTURES = ("adaptive",)
@@ -217,18 +217,21 @@ def check(request: GenerationRequest, card: ModelCard) -> None:
             raise InvalidRequest(f"{card.name} draws classes: give class_label instead", field="prompt")
         if request.class_label not in card.classes:
             raise InvalidRequest(f"no such class; {card.name} lists its classes in /v1/models", field="class_label")
-    if request.image is not None and (request.sampler or card.sampler).name not in STARTS_FROM_PICTURES:
+    chosen = request.sampler or (Adaptive() if request.quality else card.sampler)
+    if request.image is not None and chosen.name not in STARTS_FROM_PICTURES:
         able = " or ".join(STARTS_FROM_PICTURES)
         raise InvalidRequest(f"to start from a picture, it must be {able}", field="sampler")
 
 
 def fill(request: GenerationRequest, card: ModelCard) -> GenerationRequest:
     """``request`` with everything it leaves open decided, so that running it twice draws the same pictures."""
+    sampler, steps = preset(request.quality, card.sampler) if request.quality else (card.sampler, card.steps)
     chosen = {
         "model": card.name,
         "seed": secrets.randbelow(SEEDS),
-        "sampler": card.sampler,
-        "steps": card.steps,
+        "sampler": sampler,
+        "steps": steps,
         "guidance": card.guidance,
     }
-    return request.model_copy(update={name: v for name, v in chosen.items() if getattr(request, name) is None})
+    open_fields = {name: value for name, value in chosen.items() if getattr(request, name) is None}
+    return request.model_copy(update=open_fields | {"quality": None})  # which its sampler and steps now say

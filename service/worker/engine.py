@@ -77,7 +77,7 @@ class Engine:
         for index in range(request.n):
             seed = (request.seed or 0) + index
             noise = pipeline.noise(seed)
-            start = sampler.start(noise) if image is None else sampler.start(noise, image.clean, image.times)
+            start = sampler.start(noise) if image is None else sampler.start_from(noise, image.clean, image.times)
             run = Trajectory(sampler, condition, start)
             pictures.append(LivePicture.begin(index, seed, run))
         live = LiveJob(job, request.model or "", pictures, truncated, pipeline.prompt_tokens(request.prompt), image)

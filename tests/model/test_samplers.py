@@ -7,7 +7,7 @@ import torch
 
 from model.errors import ParameterError
 from model.generate import Trajectory
-from model.samplers import DualLoop, Euler, LookAhead, Multistep, State, make_sampler
+from model.samplers import Adaptive, DualLoop, Euler, Heun, LookAhead, Multistep, State, make_sampler
 from model.samplers.base import easy_patches
 from model.types import Grid, Plan, Prediction
 
@@ -43,6 +43,10 @@ SAMPLERS = [
     LookAhead(GRID, 1, 1.0),
     Multistep(GRID, 5, 2.0),
     Multistep(GRID, 1, 2.0, exponent=1.0),
+    Heun(GRID, 5, 2.0),
+    Heun(GRID, 1, 1.0),
+    Adaptive(GRID, 5, 1.0, tolerance=0.0, skip_tolerance=0.0),
+    Adaptive(GRID, 6, 1.0, exact=True, tolerance=0.0, refresh=2),
 ]
 
 
