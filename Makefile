@@ -15,14 +15,14 @@ UNLOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $
   cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink \
   nvshmem-cu13 nvtx)
 
-.PHONY: setup serve test test-faults lint types format lock audit clean
+.PHONY: setup serve test test-faults test-clients lint types format lock audit clean
 
 setup: $(READY) $(STUBS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[worker,otel,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[worker,dev]'
 	touch $@
 
 $(STUBS): service/pb/%_pb2.py: proto/%.proto $(READY)
@@ -38,6 +38,10 @@ test: lint types
 test-faults: setup
 	$(BIN)/python -m pytest tests/faults --count $(REPEAT) --repeat-scope session
 
+# Triton's clients against a live server; installs them beside, for they need an older protobuf.
+test-clients: setup
+	$(BIN)/python -m pytest tests/e2e/test_triton_clients.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,7 +56,7 @@ format: setup
 # What gateway and worker need, for every platform, with the hashes the package index states.
 lock: $(TOOLS)
 	echo '# Everything that serves, with hashes; see docs/operation.md. Made by: make lock' > requirements.lock
-	$(TOOLS)/bin/uv pip compile pyproject.toml --extra worker --extra otel -c constraints.txt --universal --python-version 3.11 \
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra worker -c constraints.txt --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header --upgrade $(addprefix --no-emit-package ,$(UNLOCKED)) -q >> requirements.lock
 
 # Known vulnerabilities; asks the public advisory service.

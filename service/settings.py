@@ -76,6 +76,11 @@ class Settings(BaseSettings):
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
     log_json: bool = Field(False, description="One JSON object a line instead of lines for people.")
 
+    @property
+    def stop_seconds(self) -> int:
+        """How long a gateway or worker may take from SIGTERM to its end, before whoever waits sends SIGKILL."""
+        return self.drain_seconds + 10
+
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
     def _list_from_text(cls, value: Any) -> Any:

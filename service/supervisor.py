@@ -66,7 +66,7 @@ class _WorkerProcess:
 
     def __init__(self, settings: Settings, redis_url: str) -> None:
         self._environment = os.environ | {"REDIS_URL": redis_url, "PATCHFORGE_REDIS_URL": redis_url}
-        self._grace = settings.drain_seconds + 10
+        self._grace = settings.stop_seconds
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
 

@@ -1,0 +1,76 @@
+# syntax=docker/dockerfile:1
+# Three images from one file:
+#   docker build --target gateway -t patchforge-gateway .            HTTP and gRPC; no torch
+#   docker build --target worker -t patchforge-worker .              CPU
+#   docker build --target worker-cuda -t patchforge-worker-cuda .    NVIDIA; the host needs the driver and its container toolkit
+ARG PYTHON=3.12-slim-bookworm
+
+FROM python:${PYTHON} AS base
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# The stubs are generated, and everything becomes one wheel; neither tools nor sources get into an image.
+FROM base AS wheel
+WORKDIR /build
+COPY constraints.txt ./
+RUN pip install -c constraints.txt grpcio-tools setuptools wheel
+COPY . .
+RUN find proto -name '*.proto' -exec \
+      python -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --grpc_python_out=. --pyi_out=. {} + \
+ && pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
+
+FROM base AS gateway-env
+RUN python -m venv /opt/patchforge
+ENV PATH=/opt/patchforge/bin:$PATH
+COPY constraints.txt /tmp/
+RUN --mount=from=wheel,source=/wheels,target=/wheels pip install -c /tmp/constraints.txt /wheels/*.whl
+
+FROM base AS worker-env
+RUN python -m venv /opt/patchforge
+ENV PATH=/opt/patchforge/bin:$PATH
+ARG TORCH=2.13.0
+# The CPU build of PyTorch, from its own index; the package index has the CUDA build, which is gigabytes larger.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --index-url ${TORCH_INDEX} torch==${TORCH}
+COPY requirements.lock /tmp/
+RUN pip install --require-hashes --no-deps -r /tmp/requirements.lock
+RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
+
+# The CUDA libraries come with the wheel, so that no CUDA base image is needed.
+FROM base AS worker-cuda-env
+RUN python -m venv /opt/patchforge
+ENV PATH=/opt/patchforge/bin:$PATH
+ARG TORCH=2.13.0
+RUN pip install torch==${TORCH}
+COPY requirements.lock /tmp/
+RUN pip install --require-hashes --no-deps -r /tmp/requirements.lock
+RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
+
+# What all images share: a user without rights, and servers that listen beyond the container.
+FROM base AS runtime
+RUN useradd --uid 10001 --no-create-home --home-dir /srv/patchforge --shell /usr/sbin/nologin patchforge
+WORKDIR /srv/patchforge
+ENV PATH=/opt/patchforge/bin:$PATH PATCHFORGE_HOST=0.0.0.0 PATCHFORGE_LOG_JSON=true
+
+FROM runtime AS gateway
+COPY --from=gateway-env /opt/patchforge /opt/patchforge
+USER 10001:10001
+EXPOSE 8000 50051
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
+  CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
+CMD ["patchforge", "gateway"]
+
+FROM runtime AS worker-base
+COPY model/bundles /srv/patchforge/model/bundles
+ENV PATCHFORGE_WORKER_METRICS_PORT=9100
+USER 10001:10001
+EXPOSE 9100
+# The port opens once the models are loaded.
+HEALTHCHECK --interval=10s --timeout=10s --start-period=120s \
+  CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:9100/metrics', timeout=9)"]
+CMD ["patchforge", "worker"]
+
+FROM worker-base AS worker-cuda
+COPY --from=worker-cuda-env /opt/patchforge /opt/patchforge
+
+FROM worker-base AS worker
+COPY --from=worker-env /opt/patchforge /opt/patchforge

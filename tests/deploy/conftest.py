@@ -1,0 +1,78 @@
+"""A live gateway and worker that have seen every kind of request, and what Prometheus would find at their ports."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.embedded import free_port
+from service.pb.patchforge.v1 import image_service_pb2 as pb
+from service.schemas import SAMPLERS
+from tests.faults.harness import Gateway, Stack
+
+collect_ignore = [] if sys.platform == "linux" else ["test_queries.py", "test_tracing.py"]  # processes watched by /proc
+ADDED_BY_PROMETHEUS = {"job", "instance"}
+
+
+@dataclass
+class Live:
+    """The processes' addresses, and how to make them busy."""
+
+    gateway: Gateway
+    worker_metrics: str
+
+    def traffic(self) -> None:
+        """A job of every sampler and of both models, over REST and gRPC, and some that are refused."""
+        jobs = [
+            self.gateway.submit(
+                {"model": "tiny-class", "class_label": "cat", "sampler": sampler, "steps": 4, "guidance": 2.0}
+            )
+            for sampler in SAMPLERS
+        ]
+        jobs.append(self.gateway.submit({"model": "tiny-text", "prompt": "a cat"}))
+        for job in jobs:
+            assert self.gateway.ended(job)["status"] == "completed"
+        self.gateway.http.get("/v1/jobs/none")
+        with self.gateway.grpc() as stub:
+            wanted = pb.Generation(model="tiny-class", class_label="dog")
+            assert [answer.event for answer in stub.GenerateImage(pb.GenerateImageRequest(generation=wanted))]
+
+    def expositions(self) -> list[str]:
+        """As deploy/prometheus scrapes them: the gateway without its workers, and the worker itself."""
+        return [
+            self.gateway.http.get("/metrics", params={"workers": "false"}).text,
+            httpx.get(self.worker_metrics, timeout=60).text,
+        ]
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory, bundle_dir: Path) -> Iterator[Live]:
+    port = free_port()
+    with Stack(tmp_path_factory.mktemp("live"), bundle_dir, models=["tiny-class", "tiny-text"]) as stack:
+        gateway, _ = stack.start_pair(worker_metrics_port=port)
+        running = Live(gateway, f"http://127.0.0.1:{port}/metrics")
+        running.traffic()
+        yield running
+
+
+@pytest.fixture(scope="session")
+def exposed(live: Live) -> dict[str, set[str]]:
+    """Labels by the name of each series that the live processes expose, and those only a GPU worker has."""
+    from service.worker.device_metrics import DeviceMemory
+
+    gpu = CollectorRegistry()
+    gpu.register(DeviceMemory(lambda: (1, 2, 3)))
+    labels: dict[str, set[str]] = defaultdict(set, up=set(ADDED_BY_PROMETHEUS))
+    for text in [*live.expositions(), generate_latest(gpu).decode()]:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels[sample.name] |= {*sample.labels} | ADDED_BY_PROMETHEUS
+    return dict(labels)

@@ -1,0 +1,159 @@
+"""Dockerfile and docker-compose.yml, by hadolint and Compose itself, and held against the code they run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+TOOLS = Path(sys.executable).parent
+DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
+
+
+def run(*command: str | Path) -> str:
+    ran = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    """docker-compose.yml as Compose itself reads it, GPU worker included."""
+    return json.loads(run(TOOLS / "docker-compose", "--profile", "gpu", "config", "--format", "json"))["services"]
+
+
+def settings_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """What the service reads of an environment, in which every name has to be a setting's."""
+    known = {f"PATCHFORGE_{name.upper()}" for name in Settings.model_fields}
+    assert {*environment} <= known
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return Settings()
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    assert run(TOOLS / "hadolint", "Dockerfile") == ""
+
+
+def test_hadolint_would() -> None:
+    bad = subprocess.run(
+        [TOOLS / "hadolint", "-"], input="FROM debian:latest\nRUN cd /tmp\n", text=True, capture_output=True
+    )
+    assert "DL3007" in bad.stdout
+
+
+@pytest.mark.parametrize("path", ["deploy", "docker-compose.yml"])
+def test_yamllint_has_nothing_to_say(path: str) -> None:
+    assert run(TOOLS / "yamllint", "--strict", path) == ""
+
+
+def stages() -> dict[str, str]:
+    """Text of each stage of the Dockerfile, by name."""
+    parts = re.split(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, flags=re.MULTILINE)[1:]
+    return {name: f"FROM {source}\n{text}" for source, name, text in zip(*[iter(parts)] * 3, strict=True)}
+
+
+def test_no_torch_in_the_gateway_and_no_root_anywhere() -> None:
+    built = stages()
+    assert "torch" not in built["gateway-env"] + built["gateway"]
+    assert "lock" not in built["gateway-env"]
+    for name in ("gateway", "worker-base"):
+        assert "\nUSER 10001:10001\n" in built[name]
+        assert "\nHEALTHCHECK " in built[name]
+    for name in ("worker", "worker-cuda"):
+        assert built[name].startswith("FROM worker-base\n")
+
+
+def test_the_images_run_what_was_tested() -> None:
+    torch = re.search(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    assert torch is not None
+    assert {*re.findall(r"^ARG TORCH=(.+)$", DOCKERFILE, re.MULTILINE)} == {torch[1]}
+
+
+def test_every_variable_of_the_images_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = dict(re.findall(r"(PATCHFORGE_\w+)=(\S+)", DOCKERFILE))
+    settings = settings_of(variables, monkeypatch)
+    assert settings.host == "0.0.0.0"
+    assert settings.worker_metrics_port == 9100
+    assert f"EXPOSE {settings.http_port} {settings.grpc_port}\n" in DOCKERFILE
+
+
+def test_what_the_build_copies_is_there_and_reaches_it() -> None:
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")]
+    for name in allowed:
+        assert (ROOT / name).exists()
+    copied = re.findall(r"^COPY (?!--)(\S+)", DOCKERFILE, re.MULTILINE)
+    assert len(copied) >= 4
+    assert all(name == "." or name.partition("/")[0] in allowed for name in copied)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert {*project["license-files"], project["readme"]} <= {*allowed}
+
+
+@pytest.mark.parametrize("name", ["gateway", "worker", "worker-gpu"])
+def test_a_service_of_compose(services: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = services[name]
+    settings = settings_of(service["environment"], monkeypatch)
+    assert service["stop_grace_period"] == f"{settings.stop_seconds}s"
+    assert settings.redis_url == "redis://queue:6379/0"
+    assert service["build"]["target"] in stages()
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    if name != "gateway":
+        assert service["networks"]["default"]["aliases"] == ["workers"]
+        assert settings.worker_metrics_port == 9100
+
+
+def test_compose_opens_ports_on_loopback_only(services: dict[str, Any]) -> None:
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert {port["host_ip"] for port in ports} == {"127.0.0.1"}
+    assert {port["target"] for port in services["gateway"]["ports"]} == {8000, 50051}
+
+
+def test_compose_starts_gpus_only_when_asked(services: dict[str, Any]) -> None:
+    without = json.loads(run(TOOLS / "docker-compose", "config", "--format", "json"))["services"]
+    assert {*services} - {*without} == {"worker-gpu"}
+
+
+def test_the_queue_server_of_compose_is_one_the_service_accepts(services: dict[str, Any]) -> None:
+    command = " ".join(services["queue"]["command"])
+    assert "--maxmemory-policy noeviction" in command
+    assert "--appendonly yes" in command
+
+
+def test_what_compose_mounts_and_prometheus_asks_is_there(services: dict[str, Any]) -> None:
+    mounts = [mount for service in services.values() for mount in service.get("volumes", []) if mount["type"] == "bind"]
+    assert len(mounts) == 3
+    assert all(Path(mount["source"]).is_dir() for mount in mounts)
+    scraped = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    asked = {(name, each["port"]) for job in scraped for each in job["dns_sd_configs"] for name in each["names"]}
+    assert asked == {("gateway", 8000), ("workers", 9100)}
+
+
+def test_grafana_finds_its_dashboard_and_the_dashboard_its_data(services: dict[str, Any]) -> None:
+    provisioning = ROOT / "deploy/grafana/provisioning"
+    [source] = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text("utf-8"))["datasources"]
+    [provider] = yaml.safe_load((provisioning / "dashboards/patchforge.yml").read_text("utf-8"))["providers"]
+    assert source["url"] == "http://prometheus:9090"
+    assert provider["options"]["path"] in [mount["target"] for mount in services["grafana"]["volumes"]]
+    dashboard = json.loads((ROOT / "deploy/grafana/dashboards/patchforge.json").read_text("utf-8"))
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    for part in (*panels, *dashboard["templating"]["list"], *(each for panel in panels for each in panel["targets"])):
+        assert part["datasource"] == {"type": "prometheus", "uid": source["uid"]}
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        at = panel["gridPos"]
+        cells = {(at["x"] + i, at["y"] + j) for i in range(at["w"]) for j in range(at["h"])}
+        assert at["x"] + at["w"] <= 24
+        assert not cells & taken, f"{panel['title']} lies over another panel"
+        taken |= cells

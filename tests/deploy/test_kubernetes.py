@@ -1,0 +1,141 @@
+"""The manifests, as kustomize renders them, by Kubernetes's own schemas, and held against the code they run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.settings import Settings
+from tests.deploy.test_containers import settings_of, stages
+
+FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
+VERSION = "1.32"
+KUBECTL = shutil.which("kubectl")
+needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="no kubectl here, whose kustomize renders overlays")
+Manifest = dict[str, Any]
+
+
+def rendered(overlay: str) -> list[Manifest]:
+    if KUBECTL is None:
+        pytest.skip("no kubectl here, whose kustomize renders overlays")
+    ran = subprocess.run([KUBECTL, "kustomize", FOLDER / overlay], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return list(yaml.safe_load_all(ran.stdout))
+
+
+def written() -> list[Manifest]:
+    """What lies in the base, as it was written."""
+    names = yaml.safe_load((FOLDER / "base" / "kustomization.yaml").read_text("utf-8"))["resources"]
+    return [each for name in names for each in yaml.safe_load_all((FOLDER / "base" / name).read_text("utf-8"))]
+
+
+def one(manifests: list[Manifest], kind: str, name: str) -> Manifest:
+    [found] = [each for each in manifests if each["kind"] == kind and each["metadata"]["name"] == name]
+    return found
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
+    return settings_of(one(written(), "ConfigMap", "patchforge")["data"], monkeypatch)
+
+
+@pytest.mark.parametrize("manifest", written(), ids=lambda each: f"{each['kind']}-{each['metadata']['name']}")
+def test_the_schema_has_nothing_to_say(manifest: Manifest) -> None:
+    kubernetes_validate.validate(manifest, VERSION, strict=True)
+
+
+def test_the_schema_would() -> None:
+    wrong = one(written(), "Deployment", "worker") | {"replicas": 2}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, VERSION, strict=True)
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", ["base", "gpu", "keda"])
+def test_an_overlay_renders_to_valid_manifests_in_our_namespace(overlay: str) -> None:
+    for manifest in rendered(overlay):
+        if manifest["kind"] != "Namespace":
+            assert manifest["metadata"]["namespace"] == "patchforge"
+        if manifest["kind"] != "ScaledObject":  # KEDA's; its schema is not among Kubernetes's own
+            kubernetes_validate.validate(manifest, VERSION, strict=True)
+
+
+@pytest.mark.parametrize("name", ["gateway", "worker"])
+def test_a_deployment(name: str, settings: Settings) -> None:
+    pod = one(written(), "Deployment", name)["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    before_sigterm = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+    assert pod["terminationGracePeriodSeconds"] >= before_sigterm + settings.stop_seconds
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert f"USER {pod['securityContext']['runAsUser']}:" in "".join(stages().values())
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["resources"]["limits"]["memory"]
+    assert container["image"].removeprefix("patchforge-") in stages()
+    assert {*container} >= {"startupProbe", "livenessProbe"}
+
+
+def test_ports_and_probes_are_the_services_own(settings: Settings) -> None:
+    [gateway] = one(written(), "Deployment", "gateway")["spec"]["template"]["spec"]["containers"]
+    [worker] = one(written(), "Deployment", "worker")["spec"]["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in gateway["ports"] + worker["ports"]}
+    assert ports == {
+        "http": settings.http_port,
+        "grpc": settings.grpc_port,
+        "metrics": settings.worker_metrics_port,
+    }
+    assert gateway["readinessProbe"]["grpc"]["port"] == settings.grpc_port
+    assert settings.host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("name", ["gateway", "worker"])
+def test_a_budget_for_disruption_selects_its_pods(name: str) -> None:
+    labels = one(written(), "Deployment", name)["spec"]["template"]["metadata"]["labels"]
+    for kind, of in (("PodDisruptionBudget", name), ("Deployment", name)):
+        assert one(written(), kind, of)["spec"]["selector"]["matchLabels"] == labels
+    assert one(written(), "Service", f"{name}-pods")["spec"]["selector"] == labels
+
+
+def test_the_queue_server_is_one_the_service_accepts(settings: Settings) -> None:
+    [valkey] = one(written(), "StatefulSet", "queue")["spec"]["template"]["spec"]["containers"]
+    arguments = " ".join(valkey["args"])
+    assert "--maxmemory-policy noeviction" in arguments
+    assert "--appendonly yes" in arguments
+    assert settings.redis_url == "redis://queue:6379/0"
+    one(written(), "Service", "queue")
+
+
+def test_prometheus_finds_the_pods() -> None:
+    scraped = yaml.safe_load((FOLDER.parent / "prometheus" / "kubernetes.yml").read_text("utf-8"))["scrape_configs"]
+    for job in scraped:
+        [discovery] = job["dns_sd_configs"]
+        service, namespace = discovery["names"][0].split(".")[:2]
+        assert namespace == "patchforge"
+        assert one(written(), "Service", service)["spec"]["ports"][0]["port"] == discovery["port"]
+
+
+@needs_kubectl
+def test_the_autoscaler_keeps_a_worker_and_owns_their_number() -> None:
+    manifests = rendered("keda")
+    scaler = one(manifests, "ScaledObject", "worker")["spec"]
+    worker = one(manifests, "Deployment", scaler["scaleTargetRef"]["name"])
+    assert "replicas" not in worker["spec"]
+    assert scaler["minReplicaCount"] >= 1
+    assert scaler["maxReplicaCount"] > scaler["minReplicaCount"]
+    [trigger] = scaler["triggers"]
+    assert trigger["type"] == "prometheus"
+    assert 0 < int(trigger["metadata"]["threshold"]) <= Settings().max_running
+
+
+@needs_kubectl
+def test_the_gpu_overlay_asks_for_one_and_the_other_image() -> None:
+    [container] = one(rendered("gpu"), "Deployment", "worker")["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert container["image"].startswith("patchforge-worker-cuda:")
+    assert "worker-cuda" in stages()

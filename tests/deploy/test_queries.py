@@ -1,0 +1,150 @@
+"""Every query of dashboard, alerts and autoscaler asks for what a live server exposes, and Prometheus answers it."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import promql_parser
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.embedded import free_port
+from service.metrics import FAILURE_CODES
+from service.schemas import JobStatus
+from tests.deploy.conftest import Live
+from tests.deploy.queries import RULES, Query, every_query, labels_relied_on, of_panels, of_variables, selectors
+from tests.faults.harness import eventually
+
+QUERIES = every_query()
+CLOSED = {
+    ("patchforge_requests_total", "status"): {status.value for status in JobStatus if status.terminal},
+    ("patchforge_request_failures_total", "code"): {*FAILURE_CODES},
+    ("patchforge_http_requests_total", "status"): {f"{first}xx" for first in range(1, 6)},
+    ("up", "job"): {"patchforge-gateway", "patchforge-worker"},
+    ("process_resident_memory_bytes", "job"): {"patchforge-gateway", "patchforge-worker"},
+}
+PROMETHEUS = shutil.which("prometheus")
+
+
+def unknown(query: Query, exposed: dict[str, set[str]]) -> list[str]:
+    """What a query relies on that no server exposes."""
+    tree = query.ast
+    found = [selector.name for selector in selectors(tree) if selector.name not in exposed]
+    found += [
+        f"{selector.name}{{{label}}}"
+        for selector, label in labels_relied_on(tree)
+        if label not in exposed.get(selector.name, set())
+    ]
+    return found
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.where)
+def test_metrics_and_labels_exist(query: Query, exposed: dict[str, set[str]]) -> None:
+    assert selectors(query.ast)
+    assert unknown(query, exposed) == []
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.where)
+def test_a_value_asked_for_is_one_that_can_be(query: Query) -> None:
+    for selector in selectors(query.ast):
+        for matcher in selector.matchers.matchers:
+            if matcher.op is promql_parser.MatchOp.Equal:
+                assert matcher.value in CLOSED[selector.name, matcher.name]
+
+
+def test_what_does_not_exist_is_noticed(exposed: dict[str, set[str]]) -> None:
+    for wrong in ("patchforge_nothing", 'patchforge_workers{model="m"}', "sum by (sampler) (patchforge_model_workers)"):
+        assert unknown(Query("", wrong), exposed)
+    assert unknown(Query("", "sum(rate(patchforge_flops_total[5m]))"), exposed) == []
+
+
+def test_every_metric_of_ours_is_on_the_dashboard_or_watched(exposed: dict[str, set[str]]) -> None:
+    """But for those that are there for other uses."""
+    asked = {selector.name for query in QUERIES for selector in selectors(query.ast)}
+    families = {name.removesuffix(end) for name in asked for end in ("_bucket", "_sum", "_count", "")}
+    ours = {name for name in exposed if name.startswith("patchforge_") and not name.endswith("_created")}
+    unseen = {
+        name for name in ours if not {name, *(name.removesuffix(e) for e in ("_bucket", "_sum", "_count"))} & families
+    }
+    assert unseen == {"patchforge_worker_process_open_fds"}
+
+
+@pytest.fixture(scope="module")
+def prometheus(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A real Prometheus with our configuration, pointed at the live processes and in a hurry."""
+    if PROMETHEUS is None:
+        pytest.skip("no prometheus here (Debian: apt install prometheus)")
+    folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
+    shutil.copytree(RULES.parent, folder / "rules")
+    config: dict[str, Any] = yaml.safe_load((RULES.parents[1] / "prometheus.yml").read_text("utf-8"))
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    addresses = {"patchforge-gateway": live.gateway.url, "patchforge-worker": live.worker_metrics}
+    for job in config["scrape_configs"]:
+        del job["dns_sd_configs"]
+        address = addresses[job["job_name"]].removeprefix("http://").removesuffix("/metrics")
+        job["static_configs"] = [{"targets": [address]}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
+    arguments = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [PROMETHEUS, *arguments, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=60) as client:
+            eventually(lambda: up(client) == 2, "both targets to be scraped")
+            live.traffic()
+            yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def ask(client: httpx.Client, query: str) -> list[dict[str, Any]]:
+    answer = client.get("/query", params={"query": query}).json()
+    assert answer["status"] == "success", answer
+    return answer["data"]["result"]
+
+
+def up(client: httpx.Client) -> int:
+    try:
+        return len(ask(client, "up == 1"))
+    except (httpx.TransportError, ValueError):  # not listening, or not yet answering in JSON
+        return 0
+
+
+@pytest.mark.parametrize("query", [*of_panels(), *of_variables()], ids=lambda query: query.where)
+def test_prometheus_has_something_to_show(query: Query, prometheus: httpx.Client) -> None:
+    if "gpu" in query.text or query.where == "panel Failures by code":  # there is none
+        assert ask(prometheus, query.text) == []
+    else:
+        eventually(lambda: ask(prometheus, query.text), query.text)
+
+
+def test_prometheus_evaluates_the_alerts_and_none_fires(prometheus: httpx.Client) -> None:
+    def evaluated() -> list[dict[str, Any]]:
+        groups = prometheus.get("/rules").json()["data"]["groups"]
+        found = [rule for group in groups for rule in group["rules"]]
+        return found if all(rule["health"] != "unknown" for rule in found) else []
+
+    alerts = eventually(evaluated, "the alerts to be evaluated")
+    assert {rule["health"] for rule in alerts} == {"ok"}
+    assert {rule["name"]: rule["state"] for rule in alerts if rule["state"] != "inactive"} == {}
+
+
+def test_nothing_is_counted_twice(live: Live, prometheus: httpx.Client) -> None:
+    """The gateway's own view of its workers is theirs, and is left out where they are scraped themselves."""
+    query = "sum(patchforge_patch_evaluations_total)"
+
+    def same() -> bool:
+        families = text_string_to_metric_families(live.gateway.http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        counted = sum(sample.value for sample in samples if sample.name == "patchforge_patch_evaluations_total")
+        return float(ask(prometheus, query)[0]["value"][1]) == counted > 0
+
+    eventually(same, "Prometheus and gateway to agree")
