@@ -12,11 +12,11 @@ ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_
 FROM base AS wheel
 WORKDIR /build
 COPY constraints.txt ./
-RUN pip install -c constraints.txt grpcio-tools setuptools wheel
+RUN pip install -c constraints.txt grpcio-tools
 COPY . .
 RUN find proto -name '*.proto' -exec \
       python -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --grpc_python_out=. --pyi_out=. {} + \
- && pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
+ && pip wheel --no-deps --wheel-dir /wheels .
 
 FROM base AS gateway-env
 RUN python -m venv /opt/patchforge

@@ -54,13 +54,10 @@ async def test_the_queue_and_its_workers(http: httpx.AsyncClient, queue: JobQueu
 
 async def test_the_age_is_of_the_longest_waiting_job(queue: JobQueue, redis_client: Redis) -> None:
     first, _ = [await queue.submit(a_request()) for _ in range(2)]
-    ages = [await queue.oldest_waiting()]
+    await redis_client.hset(f"{{patchforge}}:job:{first.id}", "created_at", first.created_at - 1000)
+    assert 1000 <= (await queue.oldest_waiting())["emoji"] < 2000
     await queue.cancel(first.id)
-    ages.append(await queue.oldest_waiting())
-    assert ages[0]["emoji"] >= ages[1]["emoji"] > 0
-    now, micro = await redis_client.time()
-    assert ages[0]["emoji"] <= now + micro / 1e6 - first.created_at
-    assert await queue.waiting() == {"emoji": 1}
+    assert 0 <= (await queue.oldest_waiting())["emoji"] < 1000
 
 
 async def test_a_job_deleted_by_hand_has_no_age(queue: JobQueue, redis_client: Redis) -> None:
