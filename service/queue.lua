@@ -247,7 +247,7 @@ function commands.oldest()
   for model, id in pairs(first) do
     local created_at = fields(id, 'created_at')
     if created_at then -- else someone deleted it by hand
-      table.insert(ages, { model, string.format('%.3f', now - created_at) })
+      table.insert(ages, { model, string.format('%.6f', now - created_at) })
     end
   end
   return ages
