@@ -15,7 +15,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from service.errors import Unavailable
-from service.gateway import maps, openai_api, problems, rest, telemetry
+from service.gateway import inference_rest, maps, openai_api, problems, rest, telemetry
 from service.gateway.auth import ApiKeys, Authenticated
 from service.gateway.http_server import HttpServer
 from service.gateway.jobs import JobService
@@ -55,9 +55,9 @@ def create_app(settings: Settings, service: JobService, metrics: GatewayMetrics,
     app.add_middleware(Authenticated, keys=keys)
     _add_cors(app, settings)  # outside of it, for a browser asks first, and without a key
     app.add_middleware(Measured, metrics=metrics)  # added last, it is outermost, and counts refusals too
-    for router in (rest.router, rest.jobs, maps.router, openai_api.router, telemetry.router):
+    for router in (rest.router, rest.jobs, maps.router, openai_api.router, inference_rest.router, telemetry.router):
         app.include_router(router)
-    for router in (rest.uploads, openai_api.uploads):
+    for router in (rest.uploads, openai_api.uploads, inference_rest.uploads):
         app.include_router(router, max_body_size=settings.max_upload_bytes)
     add_docs(app)
     _add_playground(app)

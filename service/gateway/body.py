@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -16,6 +17,22 @@ from service.gateway.validation import parse_json, validated
 Model = TypeVar("Model", bound=BaseModel)
 
 
+async def whole_body(request: Request) -> bytes:
+    """The body, if it arrives in time."""
+    async with in_time(request):
+        return await request.body()
+
+
+@asynccontextmanager
+async def in_time(request: Request) -> AsyncIterator[None]:
+    """Gives a client only so long to send what its block reads."""
+    try:
+        async with asyncio.timeout(request.app.state.settings.client_timeout_seconds):
+            yield
+    except TimeoutError:
+        raise HTTPException(408, "the body did not arrive in time", {"Connection": "close"}) from None
+
+
 def json_body(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
     """A dependency that reads the body as a ``model``.
 
@@ -26,12 +43,7 @@ def json_body(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
             raise HTTPException(415, "send the body as application/json")
-        try:
-            async with asyncio.timeout(request.app.state.settings.client_timeout_seconds):
-                raw = await request.body()
-        except TimeoutError:
-            raise HTTPException(408, "the body did not arrive in time", {"Connection": "close"}) from None
-        value = parse_json(raw)
+        value = parse_json(await whole_body(request))
         if not isinstance(value, dict):
             raise InvalidRequest("the body must be a JSON object")
         return validated(model, value)

@@ -47,14 +47,14 @@ class Drawing:
             async for _, event in run:
                 if isinstance(event, Completed):
                     return await self._response(run, event.report)
-                _raise_if_lost(event)
+                raise_if_lost(event)
         raise Unavailable("the job's events broke off")
 
     async def stream(self, run: Run) -> AsyncIterator[ServerSentEvent]:
         partials = Partials(self.body.partial_images)
         try:
             async for _, event in run:
-                _raise_if_lost(event)
+                raise_if_lost(event)
                 if isinstance(event, Preview) and (number := partials.take(event)) is not None:
                     yield self._partial(run, event, number)
                 if isinstance(event, Completed):
@@ -145,7 +145,8 @@ class Partials:
         return number
 
 
-def _raise_if_lost(event: Event) -> None:
+def raise_if_lost(event: Event) -> None:
+    """Raises JobFailed if a job ended with this event, and without its pictures."""
     if isinstance(event, Failed):
         failure = JobFailed(event.error.message)
         failure.code = event.error.code

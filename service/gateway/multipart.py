@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
@@ -16,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from service.errors import InvalidRequest
+from service.gateway.body import in_time
 from service.gateway.validation import parse_json, printable, validated
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -34,11 +34,8 @@ def form_body(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "multipart/form-data":
             raise HTTPException(415, "send the body as multipart/form-data")
-        try:
-            async with asyncio.timeout(request.app.state.settings.client_timeout_seconds):
-                form = await request.form(max_files=len(FILES), max_fields=MAX_FIELDS, max_part_size=MAX_TEXT)
-        except TimeoutError:
-            raise HTTPException(408, "the body did not arrive in time", {"Connection": "close"}) from None
+        async with in_time(request):
+            form = await request.form(max_files=len(FILES), max_fields=MAX_FIELDS, max_part_size=MAX_TEXT)
         try:
             return validated(model, await _fields(form, texts))
         finally:

@@ -15,9 +15,10 @@ from starlette.staticfiles import StaticFiles
 from service.gateway.answers import InferenceError, OpenAIErrorBody, ProblemDetails
 from service.gateway.auth import is_open
 from service.gateway.images_request import EditRequest, ImagesRequest
+from service.gateway.inference_rest import InferRequest
 from service.schemas import GenerationRequest
 
-PARSED_HERE = (GenerationRequest, ImagesRequest, EditRequest)
+PARSED_HERE = (GenerationRequest, ImagesRequest, EditRequest, InferRequest)
 ANSWERED_HERE = (ProblemDetails, OpenAIErrorBody, InferenceError)
 KEYS = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, where the server asks for one."},

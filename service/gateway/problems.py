@@ -1,4 +1,4 @@
-"""Every HTTP error, told the way its caller expects: RFC 9457 problem details, or OpenAI's error object."""
+"""Every HTTP error as its caller expects it: RFC 9457 problem details, OpenAI's error object, or open inference's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from service.errors import NotFound, PatchforgeError, PayloadTooLarge
 from service.gateway.validation import describe
 
 OPENAI_PATHS = ("/v1/images", "/v1/models")
+INFERENCE_PATHS = ("/v2/",)
 CHALLENGE = 'Bearer realm="patchforge"'
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for it; nobody is left to read it but the metrics
 FRAMEWORK_CODES: dict[int, str] = {
@@ -44,7 +45,9 @@ class Problem:
         return cls(error.status, error.code, error.message, error.field, retry_after)
 
     def response(self, path: str) -> Response:
-        return self._openai() if path.startswith(OPENAI_PATHS) else self._problem()
+        if path.startswith(OPENAI_PATHS):
+            return self._openai()
+        return self._inference() if path.startswith(INFERENCE_PATHS) else self._problem()
 
     def _problem(self) -> Response:
         content = {
@@ -64,6 +67,11 @@ class Problem:
         if self.status == HTTPStatus.INTERNAL_SERVER_ERROR:
             headers["x-should-retry"] = "false"  # the official client would run the failing job again, twice
         return JSONResponse({"error": self.openai_error()}, status, headers)
+
+    def _inference(self) -> Response:
+        status = HTTPStatus.BAD_REQUEST if self.status == HTTPStatus.UNPROCESSABLE_ENTITY else self.status
+        message = self.detail if self.field is None else f"{self.field}: {self.detail}"
+        return JSONResponse({"error": message}, status, self._headers())
 
     def openai_error(self) -> dict[str, str | None]:
         kind = "invalid_request_error" if self.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"

@@ -1,54 +1,34 @@
-"""The gRPC API: ``patchforge.v1.ImageService`` with the standard health and reflection services."""
+"""The gRPC API: ``patchforge.v1.ImageService`` beside open inference and the standard health and reflection."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import structlog
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service.errors import InvalidRequest, PatchforgeError, Unauthenticated
+from service.errors import InvalidRequest
+from service.gateway import inference_rpc
 from service.gateway.auth import ApiKeys
+from service.gateway.calls import Boundary, Call, TooSlow
 from service.gateway.convert import event_to_proto, generation_from_proto, job_to_proto, model_to_proto
 from service.gateway.health import Health
 from service.gateway.jobs import JobService
 from service.gateway.tls import Certificate
 from service.metrics import GatewayMetrics
+from service.pb.inference import grpc_inference_service_pb2_grpc as inference_pb_grpc
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
 from service.schemas import ImageReady
 from service.settings import Settings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ImageService"].full_name
+SERVICES = (SERVICE, inference_rpc.SERVICE)
 MAX_STREAMS = 100  # calls one connection has open; further ones wait at the client
 MAX_REPLY_BYTES = 64 << 20  # the largest picture anyone will serve, and then some
-
-log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call in progress, and whose it is."""
-
-    context: Any
-    tenant: str | None
-
-    async def begin(self) -> None:
-        """Opens a stream of answers. Left to the first of them, a client too slow for it could be told nothing more."""
-        await self.context.send_initial_metadata(())
-
-
-class TooSlow(Exception):
-    """The client does not read its events."""
 
 
 class ImageService:
@@ -108,82 +88,6 @@ class ImageService:
             raise TooSlow from None
 
 
-class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Around every call to :class:`ImageService`: asks for the key, parses the request, turns errors into statuses,
-    and counts. Of the other services, only health answers callers without a key.
-    """
-
-    def __init__(self, metrics: GatewayMetrics, keys: ApiKeys) -> None:
-        self.metrics = metrics
-        self.keys = keys
-
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        handler = await continuation(details)
-        if handler is None or details.method.startswith(f"/{health.SERVICE_NAME}/"):
-            return handler
-        if not details.method.startswith(f"/{SERVICE}/"):
-            try:
-                self.keys.tenant_of_call(details.invocation_metadata)
-            except Unauthenticated as error:
-                return _refusal(error)
-            return handler
-        wrapped = self._wrap(details.method, handler.unary_unary or handler.unary_stream, handler.request_deserializer)
-        make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.unary_unary_rpc_method_handler
-        return make(wrapped, None, handler.response_serializer)
-
-    def _wrap(self, method: str, call: Callable[[Any, Call], Awaitable[Any]], parse: Callable[[bytes], Any]) -> Any:
-        async def guarded(raw: bytes, context: Any) -> Any:
-            began, status = time.monotonic(), "OK"
-            try:
-                tenant = self.keys.tenant_of_call(context.invocation_metadata())
-                try:
-                    request = parse(raw)
-                except DecodeError:  # gRPC itself would call this INTERNAL
-                    raise InvalidRequest("the request is not a valid message; is every string UTF-8?") from None
-                return await call(request, Call(context, tenant))
-            except PatchforgeError as error:
-                status = error.grpc_status
-                return await _abort(context, error)
-            except asyncio.CancelledError:  # hung up, cancelled or out of time
-                status = "CANCELLED"
-                raise
-            except TooSlow:
-                status = "ABORTED"
-                log.info("dropped a client too slow to read its answer", method=method)
-                # Python's gRPC cannot reset a stream: this waits behind the one message that is stuck, holding nothing
-                # else, until the client reads on or leaves.
-                with contextlib.suppress(grpc.aio.InternalError):
-                    await context.abort(grpc.StatusCode.ABORTED, "the client is too slow to read its events")
-                raise asyncio.CancelledError from None
-            except grpc.aio.InternalError:  # it hung up, and the write in progress was the first to know
-                status = "CANCELLED"
-                raise asyncio.CancelledError from None
-            except Exception as error:
-                status = "INTERNAL"
-                log.error("unexpected error", method=method, exc_info=error)
-                return await context.abort(grpc.StatusCode.INTERNAL, "something went wrong on our side")
-            finally:
-                self.metrics.rpc_answered(method, status, time.monotonic() - began)
-
-        return guarded
-
-
-async def _abort(context: Any, error: PatchforgeError) -> Any:
-    details = {"error-code": error.code, "error-field": error.field, "retry-after": error.retry_after}
-    metadata = tuple((name, str(value)) for name, value in details.items() if value is not None)
-    message = error.message if error.field is None else f"{error.field}: {error.message}"
-    return await context.abort(grpc.StatusCode[error.grpc_status], message, metadata)
-
-
-def _refusal(error: Unauthenticated) -> Any:
-    """A handler that ends a call of any kind at once."""
-
-    async def refuse(requests: Any, context: Any) -> None:
-        await _abort(context, error)
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
-
-
 class RpcServer:
     """The gRPC side of a gateway's life."""
 
@@ -196,9 +100,9 @@ class RpcServer:
         certificate: Certificate | None = None,
     ) -> None:
         self._certificate = certificate
-        self.health = Health([SERVICE])
+        self.health = Health(SERVICES)
         self._server = grpc.aio.server(
-            interceptors=[Boundary(metrics, keys)],
+            interceptors=[Boundary(SERVICES, metrics, keys)],
             options=[
                 ("grpc.max_receive_message_length", max(settings.max_body_bytes, settings.max_upload_bytes)),
                 ("grpc.max_send_message_length", MAX_REPLY_BYTES),
@@ -208,8 +112,11 @@ class RpcServer:
             ],
         )
         pb_grpc.add_ImageServiceServicer_to_server(ImageService(service, settings), self._server)
+        inference_pb_grpc.add_GRPCInferenceServiceServicer_to_server(
+            inference_rpc.InferenceService(service), self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self, host: str, port: int) -> int:
         """Returns the port bound; 0 asks for any free one."""
