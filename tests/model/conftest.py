@@ -1,4 +1,4 @@
-"""Fixtures of the model tests: an autoencoder folder, a checkpoint and its import."""
+"""Fixtures of the model tests: an autoencoder folder, a checkpoint and its import, a folder of pictures."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from model.import_checkpoint import import_checkpoint
 from tests.model.model_files import Bring, config_tree, save, tiny_weights
+
+COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +41,16 @@ def bring(tmp_path: Path, autoencoder: Path) -> Bring:
         return told
 
     return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of plain pictures, with captions beside some."""
+    root = tmp_path_factory.mktemp("pictures")
+    for name, colour in COLOURS.items():
+        (root / name).mkdir()
+        for number in range(30):
+            shade = tuple(min(255, value + number) for value in colour)
+            Image.new("RGB", (40, 30), shade).save(root / name / f"{name}-{number}.png")
+    (root / "red" / "red-0.txt").write_text("a red square\nsomething red\n")
+    return root

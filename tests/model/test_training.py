@@ -18,29 +18,14 @@ from model.errors import DataError
 from model.pipeline import Pipeline
 from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from model.training.conditions import ClassConditions, TextConditions
-from model.training.data import Pictures, folder_pictures, load_picture, phrasings
+from model.training.data import Pictures, folder_pictures
 from model.training.latents import encode_pictures
 from model.training.loop import Recipe, Trainer
 from model.training.optimiser import MovingAverage, Muon, orthogonalise, split_parameters
 from model.training.run import Kind, Size, build, train_model
-from model.training.timesteps import LTG, SCHEDULES
+from model.training.timesteps import SCHEDULES
 from model.weights import load_weights
 from service.cli import app
-
-COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of plain pictures, with captions beside some."""
-    root = tmp_path_factory.mktemp("pictures")
-    for name, colour in COLOURS.items():
-        (root / name).mkdir()
-        for number in range(30):
-            shade = tuple(min(255, value + number) for value in colour)
-            Image.new("RGB", (40, 30), shade).save(root / name / f"{name}-{number}.png")
-    (root / "red" / "red-0.txt").write_text("a red square\nsomething red\n")
-    return root
 
 
 def small_trainer(pictures: Pictures, out: Path, steps: int, minutes: float | None = None) -> Trainer:
@@ -166,89 +151,6 @@ def test_minutes_end_a_run_and_its_learning_rate(folder: Path, tmp_path: Path) -
     trainer = small_trainer(folder_pictures(folder, 32), tmp_path, 1_000_000, minutes=1e-6)
     trainer.run()
     assert trainer.step == 1
-
-
-def test_a_folder_gives_captions_and_classes(folder: Path) -> None:
-    pictures = folder_pictures(folder, 16)
-    assert pictures.images.shape == (60, 16, 16, 3)
-    assert pictures.class_names == ["blue", "red"]
-    row = pictures.concepts.index("red/red-0.png")
-    assert pictures.captions[row] == ["a red square", "something red"]
-    assert pictures.captions[0] == ["blue 0"]
-
-
-def test_pictures_survive_the_disk_and_a_broken_table_is_refused(folder: Path, tmp_path: Path) -> None:
-    pictures = folder_pictures(folder, 16)
-    pictures.save(tmp_path / "table.npz")
-    again = Pictures.load(tmp_path / "table.npz")
-    assert np.array_equal(again.images, pictures.images)
-    assert again.captions == pictures.captions
-    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
-    for path in (tmp_path / "broken.npz", tmp_path / "absent.npz"):
-        with pytest.raises(DataError):
-            Pictures.load(path)
-    with pytest.raises(DataError, match="no pictures"):
-        folder_pictures(tmp_path / "empty")
-
-
-def test_pictures_are_composited_on_white_and_padded(tmp_path: Path) -> None:
-    Image.new("RGBA", (10, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert load_picture(tmp_path / "clear.png", 8).min() == 255
-    Image.new("RGB", (10, 20), "black").save(tmp_path / "tall.png")
-    tall = load_picture(tmp_path / "tall.png", 8)
-    assert tall[4, 4].max() < 10
-    assert tall[4, 0].min() > 245
-
-
-def test_a_concept_is_held_out_in_all_its_styles() -> None:
-    names = [f"thing {i}" for i in range(500)] * 2
-    count = len(names)
-    pictures = Pictures(
-        np.zeros((count, 1, 1, 3)),
-        [[n] for n in names],
-        [""] * count,
-        np.zeros(count, int),
-        ["x"],
-        np.ones(count),
-        names,
-    )
-    held = pictures.held_out(0.1)
-    assert np.array_equal(held[:500], held[500:])
-    assert 0.05 < held.mean() < 0.15
-
-
-def test_prompts_come_with_and_without_the_style_word() -> None:
-    assert phrasings(["red apple", "apple"], "3d") == ["red apple, 3d", "red apple", "apple, 3d", "apple"]
-    assert phrasings(["red apple"], "") == ["red apple"]
-
-
-def test_some_samples_have_one_time_and_some_patches_are_clean() -> None:
-    generator = torch.Generator().manual_seed(0)
-    times = LTG(loc=0.5, together=0.25, clean=0.1).sample(4000, 16, generator)
-    alike = (times.amax(1) == times.amin(1)).float().mean()
-    assert 0.2 < alike < 0.3
-    assert 0.03 < (times == 1).float().mean() < 0.08
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_draws_times_of_patches(name: str) -> None:
-    times = SCHEDULES[name].sample(4000, 16, torch.Generator().manual_seed(0))
-    assert times.shape == (4000, 16)
-    assert times.min() >= 0
-    assert times.max() <= 1
-    assert torch.equal(times, SCHEDULES[name].sample(4000, 16, torch.Generator().manual_seed(0)))
-
-
-def test_schedules_differ_in_what_a_sample_shows_at_most() -> None:
-    times = {name: each.sample(4000, 64, torch.Generator().manual_seed(0)) for name, each in SCHEDULES.items()}
-    assert torch.equal(times["sit"].amin(1), times["sit"].amax(1))
-    clear = {name: (each.amax(1) > 0.95).float().mean().item() for name, each in times.items()}
-    assert clear["uniform"] > 0.95  # nearly every sample has an almost clean patch,
-    assert clear["ltg"] < 0.05  # which the paper's sampler prevents
-    within = times["mean"].mean(dim=1)
-    assert within.std() > 0.15  # the mean is controlled, not the same,
-    assert times["uniform"].mean(dim=1).std() < 0.05  # as it is when patches are independent
-    assert (times["mean"] - within[:, None]).abs().amax(1).gt(0.05).float().mean() > 0.9
 
 
 def test_runs_that_differ_in_timesteps_see_the_same_pictures_and_noise(folder: Path, tmp_path: Path) -> None:
