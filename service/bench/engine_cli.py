@@ -64,13 +64,18 @@ def engine(
             "largest_latent_difference_from_running_alone": largest_difference(pipelines, arrivals, served[OURS]),
             "median_psnr_against_dense_evaluation": psnr_of_ours(pipelines, arrivals, served[OURS], served[ONE]),
             "at_equal_p95": _at_equal_p95(rows),
-            "rows": [{**asdict(row), "load": row.load if math.isfinite(row.load) else None} for row in rows],
+            "rows": [_finite(asdict(row)) for row in rows],
         }
         _show(rows, figures)
         if out is not None:
             out.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
         if plot is not None:
             plot_engine(rows, plot)
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """For JSON, which knows no infinity: null where everything waited from the start."""
+    return {key: None if value == math.inf else value for key, value in row.items()}
 
 
 def _of_one_grid(folder: Path) -> dict[str, Pipeline]:
