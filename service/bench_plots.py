@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from model.evaluation.forward_bench import ForwardRow
+    from model.evaluation.frechet import Interval
+    from model.evaluation.sampler_bench import Row
     from service.worker.engine_bench import EngineRow
 
 
@@ -47,6 +49,30 @@ def plot_forward(rows: list[ForwardRow], path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     figure.savefig(path)
+
+
+def plot_samplers(rows: dict[str, list[Row]], path: Path) -> None:
+    """PSNR, and quality where it was measured, over the patch evaluations of a picture; one colour a family."""
+    measured = any(row.quality for some in rows.values() for row in some)
+    figure, panels = new_figure(3 if measured else 1)
+    for family, some in rows.items():
+        costs = [row.patch_evaluations for row in some]
+        panels[0].scatter(costs, [row.psnr for row in some], label=family)
+        if measured:
+            for axes, figures in zip(panels[1:], _seen(some), strict=True):
+                low = [each.value - each.low for each in figures]
+                high = [each.high - each.value for each in figures]
+                axes.errorbar(costs, [each.value for each in figures], [low, high], fmt="o", label=family, alpha=0.8)
+    names = ["PSNR against a fine solution, dB", "Fréchet distance", "prompt among the first five"]
+    for axes, name in zip(panels, names[: len(panels)], strict=True):
+        axes.set(xscale="log", xlabel="patch evaluations a picture, both guidance branches", ylabel=name)
+    panels[0].legend()
+    figure.savefig(path)
+
+
+def _seen(rows: list[Row]) -> tuple[list[Interval], list[Interval]]:
+    found = [row.quality for row in rows if row.quality is not None]
+    return [each.distance for each in found], [each.top5 for each in found]
 
 
 def plot_engine(rows: list[EngineRow], path: Path) -> None:

@@ -1,12 +1,14 @@
-"""What the samplers cost and how close they come: patch evaluations, seconds and PSNR, in one run.
+"""What the samplers cost and how good their pictures are, on the same prompts and noise, in one run.
 
-PSNR is of the pictures, against a fine solution from the same noise: it measures the sampler, not the model.
+Costs are patch evaluations, seconds and FLOPs. PSNR, against a fine solution from the same noise, measures how well
+the sampler solves its equation, not the model. Where there are real pictures to compare with, `PictureQuality` tells
+what can be seen of it: Fréchet distance, and whether the judge finds the prompt.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,30 +17,66 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.denoiser import Condition
 from model.device import serving_dtype
+from model.evaluation.frechet import Gaussian, Interval, frechet_difference, frechet_interval
+from model.evaluation.judge import Judge
+from model.evaluation.measure import Ranks
 from model.generate import Trajectory, run
 from model.pipeline import Pipeline
 
-REFERENCE_STEPS = 100
-CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
-    ("multistep", {"steps": 8, "exponent": 1.5}),
-    ("multistep", {"steps": 12, "exponent": 1.5}),
-    ("multistep", {"steps": 12, "exponent": 1.0}),
-    ("euler", {"steps": 8}),
-    ("euler", {"steps": 16}),
-    ("euler", {"steps": 32}),
-    ("look_ahead", {"steps": 16}),
+REFERENCE_STEPS = 60
+PACK = 16
+"""Pictures that share an evaluation; PSNR and FLOPs are of the first pack."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A sampler with its options; ``steps`` among them."""
+
+    sampler: str
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return " ".join([self.sampler, *(f"{key}={value}" for key, value in self.options.items())])
+
+
+PAPER = (
+    Configuration("dual_loop", {"steps": 25, "quantile": 0.4, "inner_steps": 4, "exact": True}),
+    Configuration("look_ahead", {"steps": 50}),
+)
+"""The paper's samplers at 100 network evaluations, every patch in each."""
+UNIFORM = (
+    *(Configuration("multistep", {"steps": steps, "exponent": 1.25}) for steps in (3, 4, 5, 6, 8, 12)),
+    *(Configuration("heun", {"steps": steps}) for steps in (3, 5)),
+    *(Configuration("euler", {"steps": steps}) for steps in (8, 16, 32)),
+)
+PAPER_CHEAPER = (
+    Configuration("look_ahead", {"steps": 16}),
     *(
-        ("dual_loop", {"steps": 8, "quantile": quantile, "inner_steps": 4, "exact": exact})
+        Configuration("dual_loop", {"steps": 8, "quantile": quantile, "inner_steps": 4, "exact": exact})
         for quantile in (0.4, 0.7)
         for exact in (True, False)
     ),
-]
+)
+
+
+@dataclass(frozen=True)
+class PictureQuality:
+    """What can be seen of a sampler."""
+
+    distance: Interval
+    """Fréchet distance to real pictures, in the judge's features."""
+    difference: Interval | None
+    """That less the baseline's, pictures paired by prompt and noise; None for the baseline itself."""
+    top1: Interval
+    """How often the judge finds a prompt's picture first among all of the run."""
+    top5: Interval
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sampler, per picture."""
+    """One configuration; costs are per picture."""
 
     sampler: str
     options: dict[str, Any]
@@ -54,44 +92,120 @@ class Row:
     """``gflop`` at the peak measured for large products in the same precision on this machine."""
     psnr: float
     """dB against multistep with `REFERENCE_STEPS` steps."""
+    finished_by_half: float
+    """Share of patches at t = 1 when half of the steps are done."""
+    quality: PictureQuality | None = None
 
 
-def bench_samplers(pipeline: Pipeline, prompts: list[str], guidance: float, seed: int = 0) -> Iterator[Row]:
-    """Every configuration on the same prompts and noise, all pictures of one packed together."""
-    conditions = [pipeline.condition_on(prompt) for prompt in prompts]
-    seeds = list(range(seed, seed + len(prompts)))
-    peak = matmul_peak(pipeline.device)
+@dataclass(frozen=True)
+class Gallery:
+    """Real pictures to hold those made against."""
 
-    def sample(name: str, options: dict[str, Any]) -> list[Trajectory]:
-        sampler = pipeline.sampler(name, guidance=guidance, **options)
-        runs = [Trajectory.begin(sampler, c, pipeline.noise(s)) for c, s in zip(conditions, seeds, strict=True)]
-        run(pipeline.denoiser, runs)
-        return runs
+    judge: Judge
+    real: Gaussian
+    """Of their features."""
+    concepts: list[str]
+    """``(n,)``: what the n prompts of the run show."""
 
-    def decode(runs: list[Trajectory]) -> Tensor:
-        return pipeline.decode(torch.stack([each.state.x for each in runs]))
 
-    reference = decode(sample("multistep", {"steps": REFERENCE_STEPS}))
-    for name, options in CONFIGURATIONS:
+class SamplerBench:
+    """Runs configurations one after another on the same prompts and noise."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        prompts: Sequence[str],
+        guidance: float,
+        gallery: Gallery | None = None,
+        seed: int = 0,
+    ) -> None:
+        """The first configuration measured is the baseline of the paired differences."""
+        self.pipeline, self.prompts, self.guidance, self.gallery = pipeline, list(prompts), guidance, gallery
+        self.conditions = [pipeline.condition_on(prompt) for prompt in prompts]
+        self.seeds = range(seed, seed + len(self.prompts))
+        self.peak = matmul_peak(pipeline.device)
+        self.texts = None if gallery is None else gallery.judge.embed(self.prompts)
+        self.baseline: Tensor | None = None
+        fine = Configuration("multistep", {"steps": REFERENCE_STEPS})
+        self.reference = self._decode(self._sample(fine, 0)[0])
+
+    def measure(self, configurations: Sequence[Configuration]) -> Iterator[Row]:
+        """One row a configuration."""
+        for each in configurations:
+            yield self._measure(each)
+
+    def _measure(self, configuration: Configuration) -> Row:
         # Plain attention, for the counter does not see into the fused kernel; it also warms up what is timed next.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            sample(name, options)
-        started = time.perf_counter()
-        runs = sample(name, options)
-        seconds = time.perf_counter() - started
-        done = sum(each.patch_evaluations for each in runs)
-        dense = sum(each.sampler.dense_patch_evaluations for each in runs)
-        gflop = counter.get_total_flops() / 1e9 / len(prompts)
-        yield Row(
-            sampler=name,
-            options=options,
-            patch_evaluations=done / len(prompts),
+            first, _ = self._sample(configuration, 0)
+        pictures, seconds, done, dense, halves = [], 0.0, 0, 0, []
+        for start in range(0, len(self.prompts), PACK):
+            began = time.perf_counter()
+            runs, half = self._sample(configuration, start)
+            seconds += time.perf_counter() - began
+            pictures.append(self._decode(runs))
+            done += sum(each.patch_evaluations for each in runs)
+            dense += sum(each.sampler.dense_patch_evaluations for each in runs)
+            halves.append(half)
+        count = len(self.prompts)
+        gflop = counter.get_total_flops() / 1e9 / len(first)
+        return Row(
+            sampler=configuration.sampler,
+            options=configuration.options,
+            patch_evaluations=done / count,
             saved=1 - done / dense,
-            seconds=seconds / len(prompts),
+            seconds=seconds / count,
             gflop=gflop,
-            floor_seconds=gflop / peak,
-            psnr=picture_psnr(decode(runs), reference),
+            floor_seconds=gflop / self.peak,
+            psnr=picture_psnr(pictures[0], self.reference),
+            finished_by_half=sum(halves) / len(halves),
+            quality=self._quality(torch.cat(pictures)),
         )
+
+    def _quality(self, pictures: Tensor) -> PictureQuality | None:
+        if self.gallery is None or self.texts is None:
+            return None
+        judge, real = self.gallery.judge, self.gallery.real
+        features = judge.features(pictures)
+        ranks = Ranks.of(-judge.text_scores(features, self.texts).T, torch.arange(len(pictures)), self.gallery.concepts)
+        difference = None if self.baseline is None else frechet_difference(real, features, self.baseline)
+        if self.baseline is None:
+            self.baseline = features
+        return PictureQuality(frechet_interval(real, features), difference, ranks.share(1), ranks.share(5))
+
+    def _sample(self, configuration: Configuration, start: int) -> tuple[list[Trajectory], float]:
+        """A pack of pictures, and the share of their patches that had finished by half of the steps."""
+        options = dict(configuration.options)
+        sampler = self.pipeline.sampler(configuration.sampler, guidance=self.guidance, **options)
+        some: list[Condition] = self.conditions[start : start + PACK]
+        noise = [self.pipeline.noise(seed) for seed in self.seeds[start : start + PACK]]
+        runs = [Trajectory.begin(sampler, c, n) for c, n in zip(some, noise, strict=True)]
+        finished: dict[int, float] = {}
+
+        def after_step(live: list[Trajectory]) -> None:
+            for each in live:
+                if each.state.evaluations <= sampler.evaluations / 2:
+                    finished[id(each)] = float((each.state.times >= 1).float().mean())
+
+        run(self.pipeline.denoiser, runs, after_step)
+        return runs, sum(finished.values()) / len(runs)
+
+    def _decode(self, runs: list[Trajectory]) -> Tensor:
+        return self.pipeline.decode(torch.stack([each.state.x for each in runs]))
+
+
+def cheapest_equal(rows: Sequence[Row]) -> Row | None:
+    """The row of fewest patch evaluations whose Fréchet distance is not higher than the baseline's, beyond the interval
+    of their difference."""
+
+    def equal(row: Row) -> bool:
+        quality = row.quality
+        if quality is None or quality.difference is None:
+            return False
+        return quality.difference.low <= 0
+
+    able = [row for row in rows if equal(row)]
+    return min(able, key=lambda row: row.patch_evaluations, default=None)
 
 
 def picture_psnr(pictures: Tensor, reference: Tensor) -> float:

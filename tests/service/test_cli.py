@@ -65,8 +65,20 @@ def test_a_bad_setting_is_one_clear_line(name: str, value: str, monkeypatch: pyt
 
 def test_bench_compares_samplers_with_their_dense_form(bundle_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    code, output = command("bench", "sampler", bundle_dir / "tiny-class", "--prompt", "cat", "--out", out)
-    assert code == 0
+    some = (
+        "--sampler",
+        "dual_loop",
+        "--sampler",
+        "euler",
+        "--sampler",
+        "adaptive",
+        "--prompt",
+        "cat",
+        "--threads",
+        "1",
+    )
+    code, output = command("bench", "sampler", bundle_dir / "tiny-class", *some, "--out", out)
+    assert code == 0, output
     assert "PSNR" in output
     rows = json.loads(out.read_text())
     dense, cached = (
@@ -78,6 +90,7 @@ def test_bench_compares_samplers_with_their_dense_form(bundle_dir: Path, tmp_pat
     assert cached["gflop"] < dense["gflop"]
     euler = [row["psnr"] for row in rows if row["sampler"] == "euler"]
     assert euler == sorted(euler)  # more steps come closer to the fine solution
+    assert {row["sampler"] for row in rows} == {"dual_loop", "euler", "adaptive"}
 
 
 def test_bench_forward_writes_rows_and_a_plot(bundle_dir: Path, tmp_path: Path) -> None:
