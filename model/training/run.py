@@ -31,7 +31,7 @@ MAX_TOKENS = 24
 PATCH_SIZE = 2
 GRID_SAMPLES = 24
 DEFAULTS: dict[str, Any] = {
-    "sampler": {"name": "dual_loop", "quantile": 0.4, "inner_steps": 4, "exact": False},
+    "sampler": {"name": "adaptive", "tolerance": 0.15, "guidance_until": 0.6},
     "steps": 8,
     "guidance": 3.0,
 }
