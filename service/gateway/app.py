@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 from pathlib import Path
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -25,6 +26,7 @@ from service.gateway.telemetry import Measured
 from service.gateway.tls import certificate
 from service.metrics import GatewayMetrics
 from service.queue import JobQueue
+from service.schemas import PRESETS
 from service.settings import Settings
 
 PLAYGROUND = Path(__file__).parent / "playground"
@@ -92,8 +94,10 @@ def _add_playground(app: FastAPI) -> None:
         return await files.get_response("index.html", request.scope)
 
     @app.get("/playground/server.json", include_in_schema=False)
-    async def server() -> dict[str, int]:
-        return {"grpc_port": app.state.grpc_port}  # for its snippets: a page knows only where it came from itself
+    async def server() -> dict[str, Any]:
+        presets = {quality: {"steps": steps, "tolerance": tolerance} for quality, (steps, tolerance) in PRESETS.items()}
+        # The port is for its snippets: a page knows only where it came from itself.
+        return {"grpc_port": app.state.grpc_port, "presets": presets}
 
     app.mount("/playground", files)
 

@@ -19,7 +19,7 @@ let form = null;
 let shelf = null;
 let running = []; // the runs in flight
 let keyNeeded = false;
-let server = { grpc_port: null };
+let server = { grpc_port: null, presets: {} };
 
 async function start() {
   api.onKeyNeeded(askForKey);
@@ -30,8 +30,8 @@ async function start() {
     say("");
     return;
   }
-  form = new Form($("form"), schemas, cards);
   server = await api.server().catch(() => server);
+  form = new Form($("form"), schemas, cards, server.presets);
   $("form").inert = false;
   say("");
   try {

@@ -2,14 +2,15 @@
 
 import { SamplerPicker, samplersOf } from "./knobs.js";
 
-const PRESETS = { draft: 0.5, standard: 1, high: 2 }; // times the model's own number of steps
 const MOST_SEED = 2 ** 32;
 
 const $ = (id) => document.getElementById(id);
 
 export class Form {
-  constructor(root, schemas, cards) {
+  // `presets`: {name → steps and options of the adaptive sampler}, as the server's `quality` chooses them.
+  constructor(root, schemas, cards, presets) {
     this.root = root;
+    this.presets = new Map(Object.entries(presets));
     this.samplers = samplersOf(schemas);
     this.cards = new Map(cards.map((card) => [card.name, card]));
     this.first = new SamplerPicker($("first"), this.samplers);
@@ -19,11 +20,14 @@ export class Form {
     $("model").replaceChildren(...[...this.cards.keys()].map((name) => new Option(name)));
     $("model").value = (cards.find(({ kind }) => kind === "text") ?? cards[0]).name;
     $("model").addEventListener("change", () => this.#showModel());
-    $("steps").addEventListener("input", () => this.#showPreset());
-    $("presets").addEventListener("change", ({ target }) => { $("steps").value = this.#presetSteps(target.value); });
+    $("presets").hidden = this.presets.size === 0;
+    $("presets").addEventListener("change", ({ target }) => this.#choose(this.presets.get(target.value)));
     $("dice").addEventListener("click", () => { $("seed").value = randomSeed(); });
     $("compare").addEventListener("change", () => this.#showCompare());
-    root.addEventListener("input", ({ target }) => this.#forgive(target));
+    root.addEventListener("input", ({ target }) => {
+      this.#forgive(target);
+      this.#showPreset();
+    });
     this.#showModel();
   }
 
@@ -117,14 +121,18 @@ export class Form {
     this.second.show({ name: others[0] });
   }
 
-  #presetSteps(preset) {
-    const { min, max } = $("steps");
-    return Math.min(Number(max), Math.max(Number(min), Math.round(this.card.steps * PRESETS[preset])));
+  #choose({ steps, ...options }) {
+    const { sampler } = this.card;
+    $("steps").value = steps;
+    this.first.show({ ...(sampler.name === "adaptive" ? sampler : { name: "adaptive" }), ...options });
+    this.#showPreset();
   }
 
   #showPreset() {
+    const shown = { ...this.first.read(), steps: Number($("steps").value) };
     for (const radio of $("presets").querySelectorAll("input")) {
-      radio.checked = Number($("steps").value) === this.#presetSteps(radio.value);
+      const wanted = Object.entries(this.presets.get(radio.value) ?? {});
+      radio.checked = shown.name === "adaptive" && wanted.every(([key, value]) => shown[key] === value);
     }
   }
 }

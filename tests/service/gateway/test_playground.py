@@ -9,7 +9,7 @@ import pytest
 from playwright.async_api import Page, expect
 
 from service.queue import JobQueue
-from service.schemas import SAMPLERS, PatchesFinished, Preview, Started
+from service.schemas import PRESETS, SAMPLERS, PatchesFinished, Preview, Quality, Started
 from tests.service.gateway.browser import BROWSER, draw, grey, playground, turns
 from tests.service.gateway.harness import CARDS, ScriptedWorker, png
 
@@ -128,7 +128,7 @@ async def test_history_outlives_the_page_and_can_be_taken_back(page: Page) -> No
     await expect(page.locator("#place")).to_have_text("Evaluation 8 of 8, 100 % finished")
     await page.get_by_role("slider", name="Previews").press("Home")
     await expect(page.locator("#place")).to_have_text("Evaluation 1 of 8, 0 % finished")
-    await page.get_by_role("button", name="a green pear, Dual loop and Euler").click()
+    await page.get_by_role("button", name="a green pear, Dual loop and Adaptive").click()
     await expect(page.locator(".pane")).to_have_count(2)
     await page.locator("#shelf li").first.hover()
     await page.get_by_role("button", name="Remove a green pear").click()
@@ -197,13 +197,15 @@ async def test_a_sampler_of_the_future_gets_its_knobs_too(page: Page) -> None:
     assert along[2] == 1
 
 
-async def test_presets_are_multiples_of_the_models_own_steps(page: Page) -> None:
-    for preset, steps in (("Draft", "4"), ("High", "16"), ("Standard", "8")):
-        await page.get_by_role("radio", name=preset).check(force=True)
-        await expect(page.locator("#steps")).to_have_value(steps)
+async def test_presets_choose_steps_and_tolerance_of_the_adaptive_sampler(page: Page) -> None:
+    for quality, (steps, tolerance) in PRESETS.items():
+        await page.get_by_role("radio", name=quality.capitalize()).check(force=True)
+        await expect(page.locator("#steps")).to_have_value(str(steps))
+        await expect(page.locator("#sampler")).to_have_value("adaptive")
+        assert float(await page.input_value('#first [data-field="sampler.tolerance"]')) == tolerance
     await page.fill("#steps", "11")
     assert await page.locator("#presets :checked").count() == 0
-    await page.fill("#steps", "16")
+    await page.fill("#steps", str(PRESETS[Quality.HIGH][0]))
     await expect(page.get_by_role("radio", name="High")).to_be_checked()
 
 
