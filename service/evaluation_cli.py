@@ -78,7 +78,8 @@ def evaluate(
             out.write_text(json.dumps(figures, indent=1) + "\n")
         if plots is not None:
             plots.mkdir(parents=True, exist_ok=True)
-            plot_measures(report, plots / "measures.svg")
+            if report.measures:
+                plot_measures(report, plots / "measures.svg")
             if report.calibration:
                 plot_calibration(report, plots / "calibration.svg")
         if doc is not None:

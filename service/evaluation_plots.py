@@ -16,8 +16,9 @@ COLOURS = {"made": "#4c78a8", "reconstructed": "#9ecae9", "real": "#f58518"}
 def plot_measures(report: Report, path: Path) -> None:
     """The Fréchet distance, and every share, each with what real pictures reach."""
     figure, (left, right) = new_figure(2)
-    distances = [name for name in report.measures if name == "frechet_distance"]
-    shares = [name for name in report.measures if name != "frechet_distance"]
+    distances = [name for name in report.measures if name.startswith("frechet")]
+    shares = [name for name in report.measures if name not in distances]
+    figure.set_figheight(max(4.2, 0.4 * len(shares)))
     for axes, names in ((left, distances), (right, shares)):
         for offset, (of, colour) in enumerate(COLOURS.items()):
             for row, name in enumerate(names):
@@ -38,7 +39,7 @@ def plot_measures(report: Report, path: Path) -> None:
 def plot_calibration(report: Report, path: Path) -> None:
     """Left, how well predicted variance ranks errors; right, predicted variance against measured squared error."""
     figure, (left, right) = new_figure(2)
-    for (name, each), colour in zip(report.calibration.items(), COLOURS.values(), strict=False):
+    for (name, each), colour in zip(report.calibration.items(), (COLOURS["made"], COLOURS["real"]), strict=False):
         middle = [(row.low + row.high) / 2 for row in each.times]
         values = [row.spearman for row in each.times]
         left.plot(middle, [value.value for value in values], "o-", color=colour, label=f"{name}, all patches")
