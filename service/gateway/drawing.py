@@ -15,7 +15,10 @@ from service.errors import JobFailed, PatchforgeError, Unavailable
 from service.gateway.images_request import OpenAIRequest
 from service.gateway.jobs import JobService, Run
 from service.gateway.problems import Problem
-from service.schemas import Cancelled, Completed, Event, Expired, Failed, ModelCard, Preview, SavingsReport
+from service.schemas import Cancelled, Completed, Event, Expired, Failed, ModelCard, Preview, Quality, SavingsReport
+
+LEVELS = {Quality.DRAFT: "low", Quality.STANDARD: "medium", Quality.HIGH: "high"}
+"""What OpenAI calls our presets."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Drawing:
         request = run.job.request
         look = {
             "size": f"{request.width or self.card.width}x{request.height or self.card.height}",
-            "quality": "auto",
+            "quality": LEVELS[self.generation.quality] if self.generation.quality else "auto",
             "background": "opaque",
         }
         return look | ({"safety_identifier": self.body.caller} if self.body.caller else {})

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from service.errors import InvalidRequest
 from service.gateway.jobs import check
 from service.gateway.validation import validated
-from service.schemas import GenerationRequest, ModelCard, OutputFormat, field_error
+from service.schemas import GenerationRequest, ModelCard, OutputFormat, Quality, field_error
 
 ELSEWHERE = "is not something these models can do"
 PICTURES = ("image", "mask", "strength")
+QUALITIES = {
+    "low": Quality.DRAFT,
+    "draft": Quality.DRAFT,
+    "auto": Quality.STANDARD,
+    "medium": Quality.STANDARD,
+    "standard": Quality.STANDARD,
+    "high": Quality.HIGH,
+    "hd": Quality.HIGH,
+}
+"""OpenAI's words and ours."""
 REFUSED = {
     "complexity": ELSEWHERE,
     "frame_count": ELSEWHERE,
@@ -36,6 +46,9 @@ class OpenAIRequest(GenerationRequest):
     prompt: str | None = Field(
         None, min_length=1, max_length=2000, description="For a class-conditional model, the name of a class."
     )
+    quality: Annotated[
+        Quality | None, WithJsonSchema({"anyOf": [{"enum": list(QUALITIES), "type": "string"}, {"type": "null"}]})
+    ] = Field(None, strict=False, description="A preset; `auto` is `medium`, or what `sampler` says.")
     size: str = Field(
         "auto", pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description="`auto`, or `WxH` to resample the picture to."
     )
@@ -55,6 +68,11 @@ class OpenAIRequest(GenerationRequest):
         given = {name: value for name, value in fields.items() if value is not None}
         for name in given.keys() & cls.refused.keys():
             raise field_error(name, cls.refused[name])
+        quality = given.get("quality", "auto")
+        if quality == "auto" and "sampler" in given:
+            given.pop("quality", None)
+        elif isinstance(quality, str):
+            given["quality"] = QUALITIES.get(quality, quality)
         return given
 
     @model_validator(mode="after")

@@ -14,10 +14,9 @@ import structlog
 from service.errors import InvalidRequest, NotFound, PatchforgeError, Unavailable
 from service.gateway.source_pictures import SourcePictures
 from service.queue import JobQueue
-from service.schemas import TERMINAL_EVENTS, Adaptive, Event, GenerationRequest, Job, ModelCard, preset
+from service.schemas import TERMINAL_EVENTS, Adaptive, Event, GenerationRequest, Job, ModelCard, Quality, preset
 
 MAX_IDEMPOTENCY_KEY = 255
-STARTS_FROM_PICTURES = ("adaptive",)
 RETRY_SECONDS = 0.5  # between attempts to cancel a job while the queue server is away
 SEEDS = 2**32  # what the gateway draws from; short enough to copy by hand and exact in JavaScript
 
@@ -217,15 +216,16 @@ def check(request: GenerationRequest, card: ModelCard) -> None:
             raise InvalidRequest(f"{card.name} draws classes: give class_label instead", field="prompt")
         if request.class_label not in card.classes:
             raise InvalidRequest(f"no such class; {card.name} lists its classes in /v1/models", field="class_label")
-    chosen = request.sampler or (Adaptive() if request.quality else card.sampler)
-    if request.image is not None and chosen.name not in STARTS_FROM_PICTURES:
-        able = " or ".join(STARTS_FROM_PICTURES)
-        raise InvalidRequest(f"to start from a picture, it must be {able}", field="sampler")
+    if request.image is not None and request.sampler is not None and not isinstance(request.sampler, Adaptive):
+        raise InvalidRequest("only adaptive can start from a picture", field="sampler")
 
 
 def fill(request: GenerationRequest, card: ModelCard) -> GenerationRequest:
     """``request`` with everything it leaves open decided, so that running it twice draws the same pictures."""
-    sampler, steps = preset(request.quality, card.sampler) if request.quality else (card.sampler, card.steps)
+    quality = request.quality
+    if request.image is not None and quality is None and not isinstance(card.sampler, Adaptive):
+        quality = Quality.STANDARD  # for the model's own sampler cannot start from a picture
+    sampler, steps = preset(quality, card.sampler) if quality else (card.sampler, card.steps)
     chosen = {
         "model": card.name,
         "seed": secrets.randbelow(SEEDS),

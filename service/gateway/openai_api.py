@@ -84,7 +84,8 @@ async def edit_image(
 ) -> Response:
     """Draw over a picture: where `mask` is fully transparent or, without one, everywhere, as far as `strength` goes.
 
-    Patches of which the mask keeps every pixel are known from the start and cost nothing; what is kept is kept exactly.
+    Patches of which the mask keeps every pixel are known from the start: they are evaluated once, for the others to
+    see, and no more. What is kept is kept exactly.
     Without a `size` the answer is as large as the picture sent, as far as that is within bounds. In `usage`, the
     picture's patches count as input tokens. All else is as for generations.
     """

@@ -71,15 +71,14 @@ class Engine:
             sampler = pipeline.sampler(options.pop("name"), request.steps or 1, request.guidance or 0.0, **options)
             condition, truncated = pipeline.condition(request.prompt, request.class_label)
             image = None if source is None else prepare(pipeline, source, request.strength)
+            pictures = []
+            for index in range(request.n):
+                seed = (request.seed or 0) + index
+                noise = pipeline.noise(seed)
+                start = sampler.start(noise) if image is None else sampler.start_from(noise, image.clean, image.times)
+                pictures.append(LivePicture.begin(index, seed, Trajectory(sampler, condition, start)))
         except ParameterError as error:
             raise InvalidRequest(str(error).removeprefix(f"{error.field}: "), field=error.field) from error
-        pictures = []
-        for index in range(request.n):
-            seed = (request.seed or 0) + index
-            noise = pipeline.noise(seed)
-            start = sampler.start(noise) if image is None else sampler.start_from(noise, image.clean, image.times)
-            run = Trajectory(sampler, condition, start)
-            pictures.append(LivePicture.begin(index, seed, run))
         live = LiveJob(job, request.model or "", pictures, truncated, pipeline.prompt_tokens(request.prompt), image)
         self.jobs[job.id] = live
         return live

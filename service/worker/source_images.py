@@ -25,7 +25,7 @@ class SourceImage:
     clean: Tensor
     """``(P, D)``: its patches."""
     times: Tensor
-    """``(P,)``: where each patch starts; at 1 it is known, and costs nothing."""
+    """``(P,)``: where each patch starts; at 1 it is known, and evaluated once, for the others to see."""
     original: Image.Image
     """RGB, as large as the finished picture."""
     changes: Image.Image | None

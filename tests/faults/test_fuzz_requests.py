@@ -46,7 +46,7 @@ SOUND: dict[str, Any] = {
 OPENAI: dict[str, Any] = SOUND | {
     "previews": st.just(False),
     "size": st.sampled_from(["auto", "48x32", "16x16"]),
-    "quality": st.sampled_from(["auto", "standard"]),
+    "quality": st.sampled_from(["auto", "low", "hd"]),
     "response_format": st.just("b64_json"),
     "stream": st.booleans(),
     "partial_images": st.integers(0, 3),

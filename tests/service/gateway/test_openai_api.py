@@ -13,7 +13,7 @@ import pytest
 
 from service.gateway.drawing import Partials
 from service.queue import JobQueue
-from service.schemas import Preview
+from service.schemas import Adaptive, Preview
 from tests.service.gateway.harness import ScriptedWorker, ended, png
 
 
@@ -67,6 +67,20 @@ async def test_a_size_and_a_format_reach_the_worker(client: openai.AsyncOpenAI, 
     assert reply.model_extra is not None
     request = (await worker.queue.get(reply.model_extra["patchforge"]["job_id"])).request
     assert (request.width, request.output_compression) == (None, 100), "OpenAI's default"
+
+
+@pytest.mark.parametrize(
+    ("quality", "level", "steps"), [("low", "low", 5), (None, "medium", 8), ("medium", "medium", 8), ("hd", "high", 16)]
+)
+async def test_qualities_are_presets_of_the_adaptive_sampler(
+    client: openai.AsyncOpenAI, worker: ScriptedWorker, quality: Any, level: str, steps: int
+) -> None:
+    reply = await client.images.generate(prompt="apple", model="tiny-text", quality=quality)
+    assert reply.quality == level
+    assert reply.model_extra is not None
+    request = (await worker.queue.get(reply.model_extra["patchforge"]["job_id"])).request
+    assert isinstance(request.sampler, Adaptive)
+    assert request.steps == steps
 
 
 async def test_a_url_instead_of_the_picture(
@@ -144,7 +158,7 @@ async def test_streaming(client: openai.AsyncOpenAI, worker: ScriptedWorker, par
     last = events[-1]
     assert last.type == "image_generation.completed"
     assert b64decode(last.b64_json) == png(3)
-    assert (last.size, last.background, last.output_format, last.quality) == ("48x32", "opaque", "png", "auto")
+    assert (last.size, last.background, last.output_format, last.quality) == ("48x32", "opaque", "png", "medium")
     assert last.usage.output_tokens == 32
 
 
@@ -222,7 +236,9 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"size": "2048x2048"}, "size"),
     ({"size": "large"}, "size"),
     ({"size": "64 x 64"}, "size"),
-    ({"quality": "hd"}, "quality"),
+    ({"quality": "xhigh"}, "quality"),
+    ({"quality": "max"}, "quality"),
+    ({"quality": "high", "extra_body": {"sampler": "euler"}}, "quality"),
     ({"background": "transparent"}, "background"),
     ({"response_format": "url", "stream": True}, "response_format"),
     ({"response_format": "bytes"}, "response_format"),
