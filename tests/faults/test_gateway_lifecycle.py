@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
 
 import grpc
 import httpx
@@ -60,7 +61,7 @@ def test_row_10_gateway_killed_between_commit_and_reply(own_stage: Stage) -> Non
 
 def test_row_11_queue_full_under_parallel_submits(stage: Stage) -> None:
     """A hundred callers at two gateways for eight places: eight get in, the others are told when to come back."""
-    over, most_waiting = threading.Event(), 0
+    over, most_waiting, today = threading.Event(), 0, uuid4().hex
 
     def keep_counting() -> None:
         nonlocal most_waiting
@@ -77,7 +78,7 @@ def test_row_11_queue_full_under_parallel_submits(stage: Stage) -> None:
         counting = pool.submit(keep_counting)
         with flat_memory(stage.gateway, 32), flat_memory(second, 32):
             calls = [
-                pool.submit(gateway.post, APPLE | {"model": "idle"}, key=f"caller {number}")
+                pool.submit(gateway.post, APPLE | {"model": "idle"}, key=f"caller {number} {today}")
                 for number, gateway in enumerate([stage.gateway, second] * 50)
             ]
             answers = [call.result() for call in calls]
@@ -99,13 +100,13 @@ def test_row_11_queue_full_under_parallel_submits(stage: Stage) -> None:
         # A refusal leaves nothing behind, and next to no work.
         stored, before = stage.stored(), stage.gateway.processor_seconds()
         for number in range(20):
-            assert stage.gateway.post(APPLE | {"model": "idle"}, key=f"latecomer {number}").status_code == 503
+            assert stage.gateway.post(APPLE | {"model": "idle"}, key=f"latecomer {number} {today}").status_code == 503
         assert stage.gateway.processor_seconds() - before < 20 * 0.1
         assert stage.stored() == stored
 
         for job in accepted:
             stage.gateway.cancel(job)
-        late = stage.gateway.submit(APPLE | {"model": "idle"}, key="latecomer 0")
+        late = stage.gateway.submit(APPLE | {"model": "idle"}, key=f"latecomer 0 {today}")
         stage.gateway.cancel(late)
 
 
