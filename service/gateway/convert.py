@@ -52,6 +52,7 @@ def generation_to_proto(request: GenerationRequest) -> pb.Generation:
     return pb.Generation(
         **fields,
         **_sampler(request.sampler),
+        quality=f"QUALITY_{request.quality.upper() if request.quality else 'UNSPECIFIED'}",
         output_format=f"OUTPUT_FORMAT_{request.output_format.upper()}",
         priority=f"PRIORITY_{request.priority.upper()}",
     )
