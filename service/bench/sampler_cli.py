@@ -120,7 +120,8 @@ def _table(title: str, rows: dict[str, list[Row]]) -> Table:
         table.add_column(name)
     for some in rows.values():
         for row in some:
-            options = " ".join(f"{key}={value}" for key, value in row.options.items())
+            usual = Adaptive().model_dump() if row.sampler == "adaptive" else {}
+            options = " ".join(f"{key}={value}" for key, value in row.options.items() if usual.get(key) != value)
             figures = [f"{row.patch_evaluations:.0f}", f"{row.saved:.1%}", f"{row.seconds:.3f}", f"{row.gflop:.1f}"]
             figures += [f"{row.floor_seconds:.3f}", f"{row.psnr:.1f}", f"{row.finished_by_half:.0%}"]
             if row.quality is not None:

@@ -24,10 +24,9 @@ export class Form {
     $("presets").addEventListener("change", ({ target }) => this.#choose(this.presets.get(target.value)));
     $("dice").addEventListener("click", () => { $("seed").value = randomSeed(); });
     $("compare").addEventListener("change", () => this.#showCompare());
-    root.addEventListener("input", ({ target }) => {
-      this.#forgive(target);
-      this.#showPreset();
-    });
+    $("steps").addEventListener("input", () => this.#showPreset());
+    root.addEventListener("input", ({ target }) => this.#forgive(target));
+    root.addEventListener("change", () => this.#showPreset()); // by then a newly chosen sampler has its knobs
     this.#showModel();
   }
 
