@@ -35,7 +35,7 @@ class Adaptive(Message):
     """
 
     name: Literal["adaptive"] = "adaptive"
-    exponent: float = Field(1.25, ge=0.25, le=4, description="Above 1, steps are finer near noise.")
+    exponent: float = Field(1.0, ge=0.25, le=4, description="Above 1, steps are finer near noise.")
     tolerance: float = Field(0.1, ge=0, le=10, description="A patch finishes when its predicted error is below this.")
     skip_tolerance: float = Field(
         0.01, ge=0, le=10, description="A patch is not evaluated in a step whose predicted error is below this."

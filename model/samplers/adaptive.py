@@ -54,7 +54,7 @@ class Adaptive(Sampler[AdaptiveState]):
     Grid point k lies at ``(k / steps)^exponent``. With both tolerances at 0 this is `Multistep`.
     """
 
-    exponent: float = 1.25
+    exponent: float = 1.0
     tolerance: float = 0.1
     """A patch finishes when the predicted error of going straight to t = 1 is below it, in units of the latents'
     standard deviation."""

@@ -46,7 +46,7 @@ def played(sampler: Adaptive, state: AdaptiveState) -> tuple[AdaptiveState, list
 
 
 def test_straight_patches_finish_and_are_never_evaluated_again() -> None:
-    sampler = Adaptive(GRID, 8, 1.0, tolerance=0.05, skip_tolerance=0.0)
+    sampler = Adaptive(GRID, 8, 1.0, exponent=1.25, tolerance=0.05, skip_tolerance=0.0)
     state, plans, states = played(sampler, sampler.start(torch.zeros(16, 12)))
     finished = torch.zeros(16, dtype=torch.bool)
     for plan, after in zip(plans, states, strict=True):
@@ -60,7 +60,7 @@ def test_straight_patches_finish_and_are_never_evaluated_again() -> None:
 
 
 def test_patches_whose_path_is_straight_are_skipped_not_finished_when_the_network_is_unsure() -> None:
-    sampler = Adaptive(GRID, 8, 1.0, tolerance=0.0, skip_tolerance=0.02)
+    sampler = Adaptive(GRID, 8, 1.0, exponent=1.25, tolerance=0.0, skip_tolerance=0.02)
     state, plans, _ = played(sampler, sampler.start(torch.zeros(16, 12)))
     later = [set(plan.patches.tolist()) for plan in plans[3:] if plan.patches is not None]
     assert later
@@ -81,7 +81,7 @@ def test_what_is_not_evaluated_shows_others_keys_and_values_at_the_time_all_have
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_without_tolerance_it_is_multistep(kind: int, guidance: float) -> None:
     denoiser, conditions = denoisers()[kind]
-    adaptive = Adaptive(denoiser.grid, 5, guidance, tolerance=0.0, skip_tolerance=0.0)
+    adaptive = Adaptive(denoiser.grid, 5, guidance, exponent=1.25, tolerance=0.0, skip_tolerance=0.0)
     uniform = Multistep(denoiser.grid, 5, guidance, exponent=1.25)
     noise = torch.randn(denoiser.grid.patches, denoiser.grid.values)
     runs = [Trajectory.begin(each, conditions[0], noise) for each in (adaptive, uniform)]
@@ -103,23 +103,23 @@ def test_outside_its_interval_guidance_costs_nothing() -> None:
 
 
 def test_the_null_branch_runs_only_for_patches_whose_guidance_bends() -> None:
-    sampler = Adaptive(GRID, 8, 3.0, tolerance=0.0, skip_tolerance=0.02)
+    sampler = Adaptive(GRID, 8, 3.0, exponent=1.25, tolerance=0.0, skip_tolerance=0.02)
     _, plans, _ = played(sampler, sampler.start(torch.zeros(16, 12)))
     assert active_patches(plans[0], Branch.NULL) == 16
     assert active_patches(plans[4], Branch.NULL) == 4
 
 
 def test_every_patch_is_evaluated_at_a_refresh_and_when_exact() -> None:
-    renewed = Adaptive(GRID, 9, 1.0, tolerance=0.05, skip_tolerance=0.0, refresh=4)
+    renewed = Adaptive(GRID, 9, 1.0, exponent=1.25, tolerance=0.05, skip_tolerance=0.0, refresh=4)
     _, plans, _ = played(renewed, renewed.start(torch.zeros(16, 12)))
     assert [plan.active for plan in plans] == [16, 16, 16, 4, 16, 4, 4, 4]
-    exact = Adaptive(GRID, 9, 1.0, tolerance=0.05, skip_tolerance=0.02, exact=True)
+    exact = Adaptive(GRID, 9, 1.0, exponent=1.25, tolerance=0.05, skip_tolerance=0.02, exact=True)
     _, plans, _ = played(exact, exact.start(torch.zeros(16, 12)))
     assert {plan.active for plan in plans} == {16}
 
 
 def test_known_patches_stay_and_cost_one_evaluation() -> None:
-    sampler = Adaptive(GRID, 6, 1.0, tolerance=0.0, skip_tolerance=0.0)
+    sampler = Adaptive(GRID, 6, 1.0, exponent=1.25, tolerance=0.0, skip_tolerance=0.0)
     clean, noise = torch.full((16, 12), 7.0), torch.zeros(16, 12)
     times = torch.where(torch.arange(16) < 10, 1.0, 0.0)
     state, plans, _ = played(sampler, sampler.start_from(noise, clean, times))
@@ -171,7 +171,8 @@ def test_an_evaluation_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatc
     noise = torch.randn(16, 12)
     options = {"tolerance": 0.5, "skip_tolerance": 0.05}
     whole, broken = (
-        Trajectory.begin(Adaptive(denoiser.grid, 6, 2.0, **options), conditions[0], noise) for _ in range(2)
+        Trajectory.begin(Adaptive(denoiser.grid, 6, 2.0, exponent=1.25, **options), conditions[0], noise)
+        for _ in range(2)
     )
     run(denoiser, [whole])
     head = denoiser.network.final_layer
