@@ -48,6 +48,7 @@ def start(data_dir: Path, **settings: str) -> Served:
         "PATCHFORGE_WORKER_METRICS_PORT": "0",
         "PATCHFORGE_DATA_DIR": str(data_dir),
         "PATCHFORGE_LOG_JSON": "true",
+        "PATCHFORGE_PREVIEW_SHARE": "1",  # tests see previews however fast or slow the machine is
         **settings,
     }
     process = subprocess.Popen(

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this mac
 async def test_a_real_picture_settles_and_can_be_made_again(served: Served, tmp_path: Path) -> None:
     async with playground(served.http) as page:
         await draw(page, "grinning face", 3)
-        assert int(await page.locator("#scrubber").get_attribute("max") or 0) >= 2
         share = int((await page.locator("[data-part=saved]").inner_text()).removesuffix(" %"))
         assert 0 < share < 100
         canvas = page.locator("#easel canvas")
