@@ -7,6 +7,7 @@ writes and a fixed list of names, and makes of them dicts, lists, records and re
 from __future__ import annotations
 
 import pickletools
+import warnings
 from dataclasses import dataclass, field
 from math import prod
 
@@ -90,12 +91,14 @@ def read_pickle(data: bytes, source: str) -> object:
     machine = _Machine(source)
     position = 0
     try:
-        for opcode, argument, at in pickletools.genops(data):
-            position = at or 0
-            if opcode.name == "STOP":
-                return machine.result()
-            machine.run(opcode.name, argument)
-    except (ValueError, LookupError, TypeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of escapes no string has; torch writes no such strings at all
+            for opcode, argument, at in pickletools.genops(data):
+                position = at or 0
+                if opcode.name == "STOP":
+                    return machine.result()
+                machine.run(opcode.name, argument)
+    except (ValueError, LookupError, TypeError, Warning) as error:
         raise BundleError(f"{source}: damaged pickle near byte {position}: {show(error)}") from error
     raise BundleError(f"{source}: damaged pickle: it has no end")
 

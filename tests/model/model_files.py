@@ -130,7 +130,13 @@ DAMAGE = {
     "cut": st.one_of(st.just(1.0), st.floats(0, 1)),
     "changes": st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
 }
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=150,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 def damaged(data: bytes, cut: float, changes: list[tuple[float, int]]) -> bytes:

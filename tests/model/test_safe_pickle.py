@@ -86,6 +86,7 @@ PICKLES = {
     "long integer": (b"\x80\x02\x8a\xff" + b"\x7f" * 255 + b".", "64 bits"),
     "tuple key": (b"\x80\x02})K\x01s.", "dict key"),
     "huge text": (b"\x80\x02X\xff\xff\xff\x7fa.", "damaged"),
+    "escape no string has": (b"\x80\x02c\\c\nx\n.", "damaged"),
     "missing memo": (b"\x80\x02h\x07.", "damaged"),
     "empty stack": (b"\x80\x02\x85.", "damaged"),
     "past the mark": (b"\x80\x02N(\x85.", "damaged"),
