@@ -13,6 +13,8 @@ PatchforgeError
 ├── QueueFull             503 / UNAVAILABLE          with ``retry_after`` seconds
 ├── Unavailable           503 / UNAVAILABLE          Redis away, draining
 └── JobFailed             500 / INTERNAL             the job itself ended in `failed`
+    ├── JobCancelled      409 / CANCELLED            somebody cancelled it
+    └── JobExpired        504 / DEADLINE_EXCEEDED    its own deadline passed before a worker was free
 """
 
 from __future__ import annotations
@@ -99,6 +101,18 @@ class Unavailable(PatchforgeError):
 
 
 class JobFailed(PatchforgeError):
-    """The job ran and failed, expired, or was cancelled by someone else."""
+    """The job ran and failed."""
 
     status, grpc_status, code = 500, "INTERNAL", "job_failed"
+
+
+class JobCancelled(JobFailed):
+    """The job was cancelled, by its caller or by another with the same key, before its pictures were there."""
+
+    status, grpc_status, code = 409, "CANCELLED", "job_cancelled"
+
+
+class JobExpired(JobFailed):
+    """No worker was free before the job's deadline."""
+
+    status, grpc_status, code = 504, "DEADLINE_EXCEEDED", "job_expired"

@@ -13,9 +13,10 @@ import httpx
 from httpx_sse import aconnect_sse
 
 from service.client import wire
-from service.client.errors import UnexpectedAnswer, Unreachable, raise_for, raise_for_event, unreachable
+from service.client.errors import UnexpectedAnswer, Unreachable, raise_for, unreachable
 from service.client.results import Picture, Result
 from service.errors import PatchforgeError, Unavailable
+from service.outcomes import raise_if_lost
 from service.schemas import TERMINAL_EVENTS, Completed, Event, GenerationRequest, Job, ModelCard
 
 
@@ -115,7 +116,7 @@ class AsyncClient:
                     ended = isinstance(event, TERMINAL_EVENTS)
                     if on_event is not None:
                         on_event(event)
-                    raise_for_event(event)
+                    raise_if_lost(event)
                     if isinstance(event, Completed):
                         pictures = [await self.picture(job, index) for index in range(job.request.n)]
                         return Result(await self.job(job.id), pictures, event.report)

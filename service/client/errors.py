@@ -1,8 +1,5 @@
 """What a server's refusals become: the errors of `service.errors` again, and a few that only a client meets.
 
-JobFailed
-├── JobCancelled      someone cancelled the job
-└── JobExpired        its deadline passed before a worker was free
 Unreachable           no server there, or the connection broke and stayed so
 UnexpectedAnswer      whatever answered is not a Patchforge server, or one far from this client's version
 """
@@ -15,20 +12,7 @@ from typing import Any
 
 import httpx
 
-from service.errors import JobFailed, PatchforgeError
-from service.schemas import Cancelled, Event, Expired, Failed
-
-
-class JobCancelled(JobFailed):
-    """The job was cancelled, by this client or another."""
-
-    code = "job_cancelled"
-
-
-class JobExpired(JobFailed):
-    """No worker was free before the job's deadline."""
-
-    code = "job_expired"
+from service.errors import PatchforgeError
 
 
 class Unreachable(PatchforgeError):
@@ -58,18 +42,6 @@ def raise_for(response: httpx.Response) -> None:
     except (ValueError, AttributeError):
         raise UnexpectedAnswer(f"{response.url} answered {response.status_code}, without saying why") from None
     raise error
-
-
-def raise_for_event(event: Event) -> None:
-    """Raises if the event is the end of a job that did not complete."""
-    if isinstance(event, Failed):
-        failure = JobFailed(event.error.message)
-        failure.code = event.error.code
-        raise failure
-    if isinstance(event, Cancelled):
-        raise JobCancelled("the job was cancelled")
-    if isinstance(event, Expired):
-        raise JobExpired("no worker was free before the deadline")
 
 
 def _refusal(response: httpx.Response, body: dict[str, Any]) -> PatchforgeError:

@@ -13,9 +13,10 @@ import httpx
 from httpx_sse import connect_sse
 
 from service.client import wire
-from service.client.errors import UnexpectedAnswer, Unreachable, raise_for, raise_for_event, unreachable
+from service.client.errors import UnexpectedAnswer, Unreachable, raise_for, unreachable
 from service.client.results import Picture, Result
 from service.errors import PatchforgeError, Unavailable
+from service.outcomes import raise_if_lost
 from service.schemas import TERMINAL_EVENTS, Completed, Event, GenerationRequest, Job, ModelCard
 
 
@@ -117,7 +118,7 @@ class Client:
                     ended = isinstance(event, TERMINAL_EVENTS)
                     if on_event is not None:
                         on_event(event)
-                    raise_for_event(event)
+                    raise_if_lost(event)
                     if isinstance(event, Completed):
                         pictures = [self.picture(job, index) for index in range(job.request.n)]
                         return Result(self.job(job.id), pictures, event.report)

@@ -11,13 +11,14 @@ MEANINGS = {
     401: "No API key, or one that is not known.",
     404: "No such thing; or it has expired, or is another's.",
     408: "The body did not arrive in time.",
-    409: "The job has no such picture yet, or never will: `detail` says which.",
+    409: "The job has no such picture yet, or never will; or it was cancelled while you waited for it.",
     413: "The body is too large.",
     415: "The body is not of the media type this call takes.",
     422: "A field is wrong: `field` names it.",
     429: "This API key asks too often, or has too many jobs in flight; try again after `Retry-After` seconds.",
     500: "The job failed, or something went wrong on our side.",
     503: "The queue is full or away, no worker is ready, or the server is stopping; `Retry-After` says when to try.",
+    504: "No worker was free before `deadline_seconds` had passed.",
 }
 BODY = (408, 413, 415)
 SERVER_SENT_EVENT = {

@@ -13,8 +13,9 @@ from service.errors import Unauthenticated
 from service.gateway.problems import Problem
 
 # Probes, scrapes and the playground's own page and files. Whatever else there is, or will be, needs a key.
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics"})
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 OPEN_FOLDER = "/playground/"
+OPEN_CALLS = frozenset(f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady"))
 
 
 class ApiKeys:
@@ -42,9 +43,9 @@ class ApiKeys:
             raise Unauthenticated("the API key is not valid")
         return names[0]
 
-    def tenant_of_call(self, metadata: Sequence[tuple[str, str | bytes]] | None) -> str | None:
-        """The same for the metadata of a gRPC call."""
-        return self.tenant(dict(metadata or ()))
+    def tenant_of_call(self, method: str, metadata: Sequence[tuple[str, str | bytes]] | None) -> str | None:
+        """The same for a gRPC call and its metadata."""
+        return None if method in OPEN_CALLS else self.tenant(dict(metadata or ()))
 
 
 class Authenticated:

@@ -53,7 +53,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return handler
         if not details.method.startswith(self.services):
             try:
-                self.keys.tenant_of_call(details.invocation_metadata)
+                self.keys.tenant_of_call(details.method, details.invocation_metadata)
             except Unauthenticated as error:
                 return _refusal(error)
             return handler
@@ -65,7 +65,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def guarded(raw: bytes, context: Any) -> Any:
             began, status = time.monotonic(), "OK"
             try:
-                tenant = self.keys.tenant_of_call(context.invocation_metadata())
+                tenant = self.keys.tenant_of_call(method, context.invocation_metadata())
                 try:
                     request = parse(raw)
                 except DecodeError:  # gRPC itself would call this INTERNAL

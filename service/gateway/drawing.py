@@ -11,11 +11,12 @@ from typing import Any
 
 from sse_starlette import ServerSentEvent
 
-from service.errors import JobFailed, PatchforgeError, Unavailable
+from service.errors import PatchforgeError, Unavailable
 from service.gateway.images_request import OpenAIRequest
 from service.gateway.jobs import JobService, Run
 from service.gateway.problems import Problem
-from service.schemas import Cancelled, Completed, Event, Expired, Failed, ModelCard, Preview, Quality, SavingsReport
+from service.outcomes import raise_if_lost
+from service.schemas import Completed, ModelCard, Preview, Quality, SavingsReport
 
 LEVELS = {Quality.DRAFT: "low", Quality.STANDARD: "medium", Quality.HIGH: "high"}
 """What OpenAI calls our presets."""
@@ -146,18 +147,6 @@ class Partials:
             return None
         self._taken[preview.index] = number + 1
         return number
-
-
-def raise_if_lost(event: Event) -> None:
-    """Raises JobFailed if a job ended with this event, and without its pictures."""
-    if isinstance(event, Failed):
-        failure = JobFailed(event.error.message)
-        failure.code = event.error.code
-        raise failure
-    if isinstance(event, Cancelled):
-        raise JobFailed("the job was cancelled")
-    if isinstance(event, Expired):
-        raise JobFailed("no worker was free before the deadline")
 
 
 def _sse(event: dict[str, Any]) -> ServerSentEvent:

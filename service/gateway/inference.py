@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image
 
 from service.errors import InvalidRequest, NotFound, Unavailable
-from service.gateway.drawing import raise_if_lost
 from service.gateway.jobs import JobService
 from service.gateway.tensors import BYTES, Given, Made, made
 from service.gateway.validation import parse_json, printable, validated
+from service.outcomes import raise_if_lost
 from service.schemas import Completed, GenerationRequest, ModelCard, SavingsReport
 
 SERVER = "patchforge"

@@ -157,7 +157,7 @@ BODIES = {
 }
 INFERRED = success("application/json", "The outputs; as bytes after the JSON, if asked for.", {"type": "object"})
 INFERRED[200]["content"]["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
-ANSWERS = INFERRED | inference_errors(400, 404, 429, *BODY)
+ANSWERS = INFERRED | inference_errors(400, 404, 409, 429, *BODY)
 
 
 @uploads.post("/v2/models/{name}/versions/{version}/infer", openapi_extra=BODIES, responses=ANSWERS)

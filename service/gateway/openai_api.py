@@ -23,7 +23,7 @@ uploads = APIRouter(tags=["openai"], responses=openai_errors(401, 413, 500, 503)
 
 DRAWN = success("application/json", "The pictures; or, with `stream`, events.", {"type": "object"})
 DRAWN[200]["content"]["text/event-stream"] = {"schema": SERVER_SENT_EVENT}
-ANSWERS = DRAWN | openai_errors(400, 404, 429, *BODY)
+ANSWERS = DRAWN | openai_errors(400, 404, 409, 429, 504, *BODY)
 
 
 def _caller(

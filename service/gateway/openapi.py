@@ -56,7 +56,9 @@ class Api(FastAPI):
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 _drop_the_frameworks_error(operation["responses"])
-                if not is_open(path):
+                if is_open(path):
+                    operation["responses"].pop("401", None)
+                else:
                     operation["security"] = [{}, *({name: []} for name in KEYS)]
         for name in ("HTTPValidationError", "ValidationError"):
             components["schemas"].pop(name, None)

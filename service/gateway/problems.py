@@ -11,11 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from service.errors import NotFound, PatchforgeError, PayloadTooLarge
+from service.errors import JobCancelled, JobExpired, JobFailed, NotFound, PatchforgeError, PayloadTooLarge
 from service.gateway.validation import describe
 
 OPENAI_PATHS = ("/v1/images", "/v1/models")
 INFERENCE_PATHS = ("/v2/",)
+LOST = (JobFailed.status, JobCancelled.status, JobExpired.status)
 CHALLENGE = 'Bearer realm="patchforge"'
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for it; nobody is left to read it but the metrics
 FRAMEWORK_CODES: dict[int, str] = {
@@ -64,8 +65,8 @@ class Problem:
         # OpenAI answers bad fields with 400, and its clients raise BadRequestError only for that.
         status = HTTPStatus.BAD_REQUEST if self.status == HTTPStatus.UNPROCESSABLE_ENTITY else self.status
         headers = self._headers()
-        if self.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-            headers["x-should-retry"] = "false"  # the official client would run the failing job again, twice
+        if self.status in LOST:
+            headers["x-should-retry"] = "false"  # the official client would run such a job again, twice
         return JSONResponse({"error": self.openai_error()}, status, headers)
 
     def _inference(self) -> Response:

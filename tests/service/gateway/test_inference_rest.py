@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from typing import Any
@@ -151,3 +152,14 @@ async def test_a_job_that_fails(http: httpx.AsyncClient, worker: ScriptedWorker)
     reply = await http.post(INFER, json=without(data=["fail"]))
     assert reply.status_code == 500
     assert reply.json() == {"error": "the picture is too big"}
+
+
+async def test_a_job_cancelled_by_someone_else(
+    http: httpx.AsyncClient, worker: ScriptedWorker, queue: JobQueue
+) -> None:
+    worker.curtain.clear()
+    waiting = asyncio.create_task(http.post(INFER, json={"inputs": [APPLE]}))
+    await queue.cancel(await worker.next_job())
+    reply = await waiting
+    assert reply.status_code == 409
+    assert reply.json() == {"error": "the job was cancelled"}

@@ -148,6 +148,16 @@ async def test_a_job_that_fails(inference: Stub, worker: ScriptedWorker) -> None
     assert caught.value.code() is grpc.StatusCode.INTERNAL
 
 
+async def test_a_job_cancelled_by_someone_else(inference: Stub, worker: ScriptedWorker, queue: JobQueue) -> None:
+    worker.curtain.clear()
+    waiting = asyncio.create_task(_result(inference.ModelInfer(request(APPLE))))
+    await queue.cancel(await worker.next_job())
+    with pytest.raises(grpc.aio.AioRpcError, match="cancelled") as caught:
+        await waiting
+    assert caught.value.code() is grpc.StatusCode.CANCELLED
+    assert dict(caught.value.trailing_metadata() or ())["error-code"] == "job_cancelled"
+
+
 async def test_hanging_up_cancels_the_job(inference: Stub, worker: ScriptedWorker, queue: JobQueue) -> None:
     worker.curtain.clear()
     call = inference.ModelInfer(request(APPLE))

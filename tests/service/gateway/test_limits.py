@@ -10,6 +10,8 @@ import pytest
 from service.api_keys import entry
 from service.embedded import EmbeddedServer
 from service.gateway.app import Gateway
+from service.pb.inference import grpc_inference_service_pb2 as inference_pb
+from service.pb.inference import grpc_inference_service_pb2_grpc as inference_pb_grpc
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
 from service.settings import Settings
@@ -75,6 +77,24 @@ async def test_too_many_jobs(http: httpx.AsyncClient, worker: ScriptedWorker) ->
     assert (reply.status_code, reply.json()["code"]) == (429, "too_many_jobs")
     assert reply.headers["retry-after"]
     assert (await http.get(f"/v1/jobs/{job['id']}", headers=key("a"))).status_code == 200, "looking is free"
+
+
+async def test_probes_of_open_inference_need_no_key(
+    http: httpx.AsyncClient, gateway: Gateway, worker: ScriptedWorker
+) -> None:
+    """What a model is like, they do."""
+    for path in ("live", "ready"):
+        assert (await http.get(f"/v2/health/{path}")).json() == {path: True}
+    for path in ("/v2", "/v2/models/tiny-text", "/v2/models/tiny-text/ready"):
+        assert (await http.get(path)).status_code == 401, path
+        assert (await http.get(path, headers=key("a"))).status_code == 200, path
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.grpc_port}") as channel:
+        stub = inference_pb_grpc.GRPCInferenceServiceStub(channel)
+        assert (await stub.ServerLive(inference_pb.ServerLiveRequest())).live
+        assert (await stub.ServerReady(inference_pb.ServerReadyRequest())).ready
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.ModelReady(inference_pb.ModelReadyRequest(name="tiny-text"))
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_pages_of_the_origins_allowed_may_call(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:

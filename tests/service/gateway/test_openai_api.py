@@ -14,7 +14,8 @@ import pytest
 from service.gateway.drawing import Partials
 from service.queue import JobQueue
 from service.schemas import Adaptive, Preview
-from tests.service.gateway.harness import ScriptedWorker, ended, png
+from tests.service.gateway.harness import CARDS, ScriptedWorker, ended, png
+from tests.service.gateway.pictures import encoded, gradient
 
 
 @pytest.fixture
@@ -226,8 +227,25 @@ async def test_a_job_cancelled_by_someone_else(
     worker.curtain.clear()
     call = asyncio.create_task(client.images.generate(prompt="apple", model="tiny-text"))
     await queue.cancel(await worker.next_job())
-    with pytest.raises(openai.InternalServerError, match="cancelled"):
+    with pytest.raises(openai.ConflictError, match="cancelled") as caught:
         await call
+    assert (caught.value.code, caught.value.type) == ("job_cancelled", "invalid_request_error")
+
+
+async def test_a_job_no_worker_was_free_for_in_time(client: openai.AsyncOpenAI, queue: JobQueue) -> None:
+    """Over generations and edits, at once and as a stream."""
+    await queue.announce("busy", CARDS)
+    late: dict[str, Any] = {"prompt": "apple", "model": "tiny-text", "extra_body": {"deadline_seconds": 0.05}}
+    patient = client.with_options(max_retries=2)
+    for call in (patient.images.generate(**late), patient.images.edit(**late, image=encoded(gradient()))):
+        with pytest.raises(openai.InternalServerError, match="before the deadline") as caught:
+            await call
+        assert (caught.value.status_code, caught.value.code) == (504, "job_expired")
+        assert (caught.value.type, caught.value.param) == ("server_error", "deadline_seconds")
+        assert caught.value.response.headers["x-should-retry"] == "false"
+    with pytest.raises(openai.APIError, match="before the deadline") as streamed:
+        _ = [event async for event in await client.images.generate(**late, stream=True)]
+    assert streamed.value.code == "job_expired"
 
 
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [

@@ -10,9 +10,9 @@ REFUSALS = {
     ("post", "/v1/jobs"): {"401", "404", "408", "413", "415", "422", "429", "500", "503"},
     ("get", "/v1/jobs/{job_id}/events"): {"400", "401", "404", "503"},
     ("get", "/v1/jobs/{job_id}/image"): {"304", "401", "404", "409", "422", "503"},
-    ("post", "/v1/images/generations"): {"400", "401", "404", "408", "413", "415", "429", "500", "503"},
-    ("post", "/v1/images/edits"): {"400", "401", "404", "408", "413", "415", "429", "500", "503"},
-    ("post", "/v2/models/{name}/infer"): {"400", "401", "404", "408", "413", "415", "429", "500", "503"},
+    ("post", "/v1/images/generations"): {"400", "401", "404", "408", "409", "413", "415", "429", "500", "503", "504"},
+    ("post", "/v1/images/edits"): {"400", "401", "404", "408", "409", "413", "415", "429", "500", "503", "504"},
+    ("post", "/v2/models/{name}/infer"): {"400", "401", "404", "408", "409", "413", "415", "429", "500", "503"},
 }
 
 
@@ -27,7 +27,9 @@ async def test_every_answer_is_described(http: httpx.AsyncClient) -> None:
     form = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]
     assert form["schema"]["$ref"].endswith("EditRequest")
     assert document["components"]["securitySchemes"].keys() == {"bearer", "x-api-key"}
-    assert "security" not in document["paths"]["/healthz"]["get"]
+    for path in ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"):
+        assert "security" not in document["paths"][path]["get"], path
+        assert "401" not in document["paths"][path]["get"]["responses"], path
 
 
 async def test_the_page_asks_nothing_of_anyone_else(http: httpx.AsyncClient) -> None:
