@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.autoencoder_config import AutoencoderConfig
+from model.bundle import AUTOENCODER_WEIGHTS, read_autoencoder_config
 from model.errors import BundleError
 from model.manifest import Latent
-from model.weights import check_finite
+from model.weights import check_shapes, load_weights
+
+ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Of an AutoencoderKL's attention, as older files (Stable Diffusion 1 and 2) have them and as they are today."""
+OLD_ATTENTION = re.compile(rf"(\.attentions\.\d+)\.({'|'.join(ATTENTION_NAMES)})\.")
 
 
 class Codec:
     """Encodes pictures to the latents a network sees, and decodes them again."""
 
-    def __init__(self, folder: Path, class_name: str, latent: Latent, device: torch.device) -> None:
-        """Load ``folder``, in the diffusers format; ``class_name`` is AutoencoderKL or AutoencoderTiny.
+    def __init__(self, folder: Path, latent: Latent, device: torch.device) -> None:
+        """Load ``folder``, in the diffusers format.
 
         Raises:
-            BundleError: the weights cannot be loaded.
+            BundleError: the configuration is refused, or the weights are not exactly what it describes.
         """
-        import diffusers
-
-        diffusers.utils.logging.set_verbosity_error()
-        try:
-            loaded, found = getattr(diffusers, class_name).from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise BundleError(f"{folder}: the autoencoder cannot be loaded: {error}") from error
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := [str(name) for name in found[what]]:
-                # The library would fill the gaps with random numbers.
-                raise BundleError(f"{folder}: {len(names)} {what.replace('_', ' ')}, such as {names[0]}")
-        # The library leaves the file mapped into memory: who replaced it would pull it from under a running worker.
-        weights = {name: check_finite(str(folder), name, each).clone() for name, each in loaded.state_dict().items()}
-        loaded.load_state_dict(weights, assign=True)
-        self.network = loaded.eval().float().to(device, memory_format=torch.channels_last)
+        self.network = _load(folder).to(device, memory_format=torch.channels_last)
         self.device = device
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (latent.mean, latent.std))
 
@@ -59,3 +47,32 @@ class Codec:
         raw = (latents * self.std + self.mean).contiguous(memory_format=torch.channels_last)
         pixels = self.network.decode(raw).sample
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def _load(folder: Path) -> Any:
+    """The network in ``folder``, float32. Laid out without memory, so that it takes no more than its weights' file."""
+    path = folder / AUTOENCODER_WEIGHTS
+    network = _lay_out(folder, read_autoencoder_config(folder))
+    weights = {OLD_ATTENTION.sub(_present_name, name): each for name, each in load_weights(path).items()}
+    found, expected = ({name: tuple(each.shape) for name, each in s.items()} for s in (weights, network.state_dict()))
+    check_shapes(str(path), found, expected)
+    # Copies: what was read is still mapped, and who replaced the file would pull it from under a running worker.
+    copies = {name: each.to(torch.float32, copy=True) for name, each in weights.items()}
+    network.load_state_dict(copies, assign=True)
+    return network.eval()
+
+
+def _lay_out(folder: Path, config: AutoencoderConfig) -> Any:
+    """The network a config describes, on the meta device."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            return getattr(diffusers, config.class_name)(**config.arguments)
+    except Exception as error:  # whatever else the library finds to say against a config that looked sound
+        raise BundleError(f"{folder}: the autoencoder cannot be built: {error!r:.300}") from error
+
+
+def _present_name(old: re.Match[str]) -> str:
+    return f"{old[1]}.{ATTENTION_NAMES[old[2]]}."

@@ -8,18 +8,18 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
+from model.autoencoder_config import AUTOENCODERS, CONFIG, AutoencoderConfig
 from model.errors import BundleError
 from model.manifest import BundleManifest, Network
 from model.networks import build_network
 from model.weights import Shape, check_shapes, load_weights, show, write_weights
 
-__all__ = ["AutoencoderConfig", "Bundle", "BundleManifest", "explain", "list_bundles", "load_weights", "open_bundle"]
+__all__ = ["Bundle", "BundleManifest", "explain", "list_bundles", "load_weights", "open_bundle"]
 __all__ += ["network_shapes", "read_autoencoder_config", "read_manifest", "write_bundle", "write_manifest"]
 __all__ += ["write_streamed_bundle"]
 
@@ -29,38 +29,6 @@ AUTOENCODER = "autoencoder"
 AUTOENCODER_CONFIG = "config.json"
 AUTOENCODER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_JSON = 8 << 20
-
-Widths = Annotated[list[Annotated[int, Field(ge=1, le=4096)]], Field(min_length=1, max_length=8)]
-
-
-class AutoencoderConfig(BaseModel):
-    """The part of a diffusers autoencoder's config.json that matters here; the sizes are bounded."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, strict=True)
-
-    class_name: Literal["AutoencoderKL", "AutoencoderTiny"] = Field(alias="_class_name")
-    in_channels: Literal[3] = 3
-    out_channels: Literal[3] = 3
-    latent_channels: int = Field(4, ge=1, le=128)
-    block_out_channels: Widths | None = None
-    encoder_block_out_channels: Widths | None = None
-    decoder_block_out_channels: Widths | None = None
-    num_encoder_blocks: Widths | None = None
-    num_decoder_blocks: Widths | None = None
-    layers_per_block: int = Field(1, ge=1, le=16)
-    scaling_factor: float | None = Field(None, gt=0)
-    shift_factor: float | None = None
-
-    @property
-    def latent_scale(self) -> float:
-        """What networks' latents are multiplied by: the file's ``scaling_factor``, else the library's default."""
-        return self.scaling_factor or (0.18215 if self.class_name == "AutoencoderKL" else 1.0)
-
-    @property
-    def downscale(self) -> int | None:
-        """Pixels on a side of one latent; None where config.json leaves the stages to the library."""
-        stages = self.block_out_channels if self.class_name == "AutoencoderKL" else self.encoder_block_out_channels
-        return None if stages is None else int(2 ** (len(stages) - 1))
 
 
 @dataclass(frozen=True)
@@ -134,7 +102,7 @@ def read_autoencoder_config(folder: Path) -> AutoencoderConfig:
         found = f"; {pickles[0]} is a pickle, which could run code and is never loaded" if pickles else ""
         raise BundleError(f"{folder}: no {AUTOENCODER_WEIGHTS}{found}. Bring the autoencoder's safetensors weights")
     try:
-        return AutoencoderConfig.model_validate_json(_read_json(path))
+        return CONFIG.validate_json(_read_json(path))
     except ValidationError as error:
         raise BundleError(f"{path}: {explain(error)}") from error
 
@@ -222,7 +190,7 @@ def _check_autoencoder_fits(source: Path, manifest: BundleManifest, config: Auto
             f"{source}: the autoencoder has {config.latent_channels} latent channels, "
             f"latent.channels says {manifest.latent.channels}"
         )
-    if config.downscale not in (None, manifest.autoencoder.downscale):
+    if config.downscale != manifest.autoencoder.downscale:
         raise BundleError(
             f"{source}: the autoencoder scales down by {config.downscale}, "
             f"autoencoder.downscale says {manifest.autoencoder.downscale}"
@@ -257,8 +225,10 @@ def explain(error: ValidationError) -> str:
     """What a schema found: ``network.config.depth: Input should be …``, and how many problems more."""
     problems = error.errors(include_url=False, include_context=False)
     first, more = problems[0], len(problems) - 1
-    # Below `network` pydantic inserts the union's tag, which is no field.
-    place = [str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and first["loc"][0] == "network")]
+    # Pydantic inserts a union's tag, which is no field: below `network`, and at the root of an autoencoder's config.
+    location = [str(part) for part in first["loc"]]
+    tag = 1 if location[:1] == ["network"] else 0 if location[:1] and location[0] in AUTOENCODERS else None
+    place = [part for index, part in enumerate(location) if index != tag]
     message = first["msg"].removeprefix("Value error, ")
     named = f"{'.'.join(place)}: {message}" if place else message
     return show(named, 500) + (f" (and {more} more)" if more else "")

@@ -13,9 +13,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from model.autoencoder_config import AutoencoderConfig
 from model.bundle import (
     AUTOENCODER_WEIGHTS,
-    AutoencoderConfig,
     explain,
     network_shapes,
     read_autoencoder_config,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.attention import TextContext
 from model.autoencoder import Codec
-from model.bundle import Bundle, load_weights, network_shapes, open_bundle, read_autoencoder_config
+from model.bundle import Bundle, load_weights, network_shapes, open_bundle
 from model.denoiser import Condition, Denoiser
 from model.device import best_device
 from model.errors import ParameterError
@@ -40,8 +40,7 @@ class Pipeline:
         self.network = network.to(self.device)
         self.denoiser = Denoiser(self.network)
         self.grid = self.network.grid
-        class_name = read_autoencoder_config(bundle.autoencoder).class_name
-        self.codec = Codec(bundle.autoencoder, class_name, manifest.latent, self.device)
+        self.codec = Codec(bundle.autoencoder, manifest.latent, self.device)
         self.encoder = None
         if manifest.text_encoder is not None:
             self.encoder = MiniLM(manifest.text_encoder.max_tokens, self.device)

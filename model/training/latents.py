@@ -42,7 +42,7 @@ def encode_pictures(images: np.ndarray, autoencoder: Path, cache: Path | None = 
 
 def _encode(images: np.ndarray, autoencoder: Path, scale: Latent) -> Tensor:
     # Only the scale matters to the codec; sides are the bundle's concern.
-    codec = Codec(autoencoder, "AutoencoderTiny", scale, best_device())
+    codec = Codec(autoencoder, scale, best_device())
     parts = torch.from_numpy(images).split(64)
     with progress_bar() as bar:
         return torch.cat([codec.encode(part).cpu() for part in bar.track(parts, description="latents")]).contiguous()

@@ -91,12 +91,12 @@ def test_bytes_that_may_be_json(cases: int) -> None:
 
     @fuzz(cases)
     @given(st.binary(max_size=200) | damaged(whole) | damaged(b"[[[[" * 50) | damaged(b'{"n": 1e5, "n": -0}'))
+    @little_memory(64)
     def holds(raw: bytes) -> None:
         read(GenerationRequest, raw)
         read(ImagesRequest, raw)
 
-    with little_memory(64):
-        holds()
+    holds()
 
 
 @amounts
@@ -105,13 +105,13 @@ def test_native_requests(cases: int) -> None:
 
     @fuzz(cases)
     @given(bodies(SOUND))
+    @little_memory(64)
     def holds(body: dict[str, Any]) -> None:
         request = read(GenerationRequest, as_json(body))
         if isinstance(request, GenerationRequest):
             sound(request)
 
-    with little_memory(64):
-        holds()
+    holds()
 
 
 def sound(request: GenerationRequest) -> None:
@@ -133,6 +133,7 @@ def sound(request: GenerationRequest) -> None:
 def test_openai_requests(cases: int) -> None:
     @fuzz(cases)
     @given(bodies(OPENAI), st.sampled_from(CARDS))
+    @little_memory(64)
     def holds(body: dict[str, Any], card: Any) -> None:
         request = read(ImagesRequest, as_json(body))
         if isinstance(request, ImagesRequest):
@@ -144,8 +145,7 @@ def test_openai_requests(cases: int) -> None:
                 assert generation.model == card.name
                 sound(generation)
 
-    with little_memory(64):
-        holds()
+    holds()
 
 
 @amounts
@@ -171,6 +171,7 @@ def test_grpc_requests(cases: int) -> None:
 
     @fuzz(cases)
     @given(messages | (damaged(whole) | st.binary(max_size=100)).map(message_from))
+    @little_memory(64)
     def holds(message: pb.Generation | None) -> None:
         if message is not None:
             try:
@@ -178,8 +179,7 @@ def test_grpc_requests(cases: int) -> None:
             except InvalidRequest as error:
                 well_told(error)
 
-    with little_memory(64):
-        holds()
+    holds()
 
 
 def message_from(raw: bytes) -> pb.Generation | None:

@@ -29,7 +29,9 @@ from tests.model.model_files import DAMAGE, FUZZ, changed, class_manifest, damag
 def autoencoder(tmp_path: Path) -> Path:
     folder = tmp_path / "some-autoencoder"
     folder.mkdir()
-    config = {"_class_name": "AutoencoderTiny", "latent_channels": 4, "encoder_block_out_channels": [8, 8, 8]}
+    stages = {f"{coder}_block_out_channels": [8, 8, 8] for coder in ("encoder", "decoder")}
+    blocks = {f"num_{coder}_blocks": [1, 1, 1] for coder in ("encoder", "decoder")}
+    config = {"_class_name": "AutoencoderTiny", "latent_channels": 4, **stages, **blocks}
     (folder / "config.json").write_text(json.dumps(config))
     save_file({"weight": torch.ones(3)}, folder / "diffusion_pytorch_model.safetensors")
     return folder
@@ -254,13 +256,24 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
         list_bundles(tmp_path / "nowhere")
 
 
+TWO_STAGES = {f"{coder}_block_out_channels": [8, 8] for coder in ("encoder", "decoder")}
+TWO_STAGES |= {f"num_{coder}_blocks": [1, 1] for coder in ("encoder", "decoder")}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"_class_name": "UNet2DModel"}, "_class_name"),
         ({"latent_channels": 16}, "latent channels"),
-        ({"encoder_block_out_channels": [8, 8]}, "scales down by 2"),
-        ({"encoder_block_out_channels": [10**9] * 3}, "encoder_block_out_channels"),
+        (TWO_STAGES, "scales down by 2"),
+        ({"encoder_block_out_channels": [8, 8]}, "num_encoder_blocks has 3 entries"),
+        ({"encoder_block_out_channels": [10**9] * 3}, r"json: encoder_block_out_channels\.0: "),
+        ({"decoder_block_out_channels": [8, 8, 16]}, "decoder_block_out_channels"),
+        ({"num_decoder_blocks": [1, 1, 4096]}, r"num_decoder_blocks\.2"),
+        ({"act_fn": "eval"}, "act_fn"),
+        ({"act_fn": 3}, "act_fn"),
+        ({"upsampling_scaling_factor": 10**9}, "upsampling_scaling_factor"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
     ],
 )
 def test_an_autoencoder_that_does_not_fit_is_refused(bundle: Path, change: dict[str, Any], reason: str) -> None:
