@@ -272,9 +272,10 @@ class Gateway(Process):
         assert answer.status_code == 200, answer.text
         return np.asarray(Image.open(BytesIO(answer.content)).convert("RGB")).astype(int)
 
-    def metric(self, name: str, **labels: str) -> float:
-        """The sum of the samples of this name and these labels, of the gateway and the workers it sees."""
-        families = text_string_to_metric_families(self.http.get("/metrics").text)
+    def metric(self, name: str, *, workers: bool = True, **labels: str) -> float:
+        """The sum of the samples of this name and these labels, of the gateway and, if wanted, of all workers."""
+        exposition = self.http.get("/metrics", params={"workers": workers}).text
+        families = text_string_to_metric_families(exposition)
         samples = [sample for family in families for sample in family.samples if sample.name == name]
         return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 

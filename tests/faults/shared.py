@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.faults.harness import Gateway, Process, Stack
+from tests.faults.harness import Gateway, Process, Stack, eventually
 
 MAX_RUNNING = 5
 
@@ -28,9 +28,11 @@ class Shared:
         return cls(stack, *gateways, worker)
 
     def ended(self, status: str) -> float:
-        """How many requests ended so, by the metrics. Those the other gateway ended itself are not among them."""
-        return self.gateway.metric("patchforge_requests_total", status=status)
+        """How many requests ended so, by everyone's metrics: any call of any process may find a job overdue."""
+        name = "patchforge_requests_total"
+        own = self.other_gateway.metric(name, workers=False, status=status)
+        return own + self.gateway.metric(name, status=status)
 
     def await_ended(self, status: str, count: float) -> None:
-        """Until the metrics say so."""
-        self.gateway.await_metric(count, "patchforge_requests_total", status=status)
+        """Until the metrics say so; workers publish theirs every two seconds."""
+        eventually(lambda: self.ended(status) == count, f"{count} requests to have {status}")
