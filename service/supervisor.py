@@ -14,6 +14,7 @@ import structlog
 from service.embedded import EmbeddedServer, EmbeddedServerError
 from service.gateway.app import serve_gateway
 from service.settings import Settings
+from service.threads import in_thread
 
 log = structlog.get_logger()
 
@@ -56,7 +57,7 @@ async def _keep_running(server: EmbeddedServer) -> None:
         server.stop()
         try:
             # Off the loop, for a long log takes a while to load. The thread is one of the loop's own, which live on.
-            await asyncio.to_thread(server.start)
+            await in_thread(server.start)
         except EmbeddedServerError as error:
             log.error("the queue server did not start", error=error.message)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from service.gateway.tensors import BYTES, Given, Made, made
 from service.gateway.validation import parse_json, printable, validated
 from service.outcomes import raise_if_lost
 from service.schemas import Completed, GenerationRequest, ModelCard, SavingsReport
+from service.threads import in_thread
 
 SERVER = "patchforge"
 VERSION = version("patchforge")
@@ -166,7 +166,7 @@ async def draw(
                 if "image" in names:
                     pictures = [await service.image(run.job, index) for index in range(run.job.request.n)]
                 drawn = Drawn(pictures, event.report, card)
-                return await asyncio.to_thread(_tensors, drawn, names)
+                return await in_thread(_tensors, drawn, names)
     raise Unavailable("the job's events broke off")
 
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from service.errors import InvalidRequest
 from service.queue_records import Source
 from service.schemas import MAX_PIXELS, MAX_SIDE, MIN_SIDE, GenerationRequest
+from service.threads import in_thread
 
 MAX_SOURCE_PIXELS = 1 << 24  # a phone's photograph; decoded, it takes up to 64 MiB for a moment
 FORMATS = ("PNG", "WEBP", "JPEG")
@@ -35,7 +36,7 @@ class SourcePictures:
         if request.image is None:
             return request, None
         async with self._turn:
-            return await asyncio.to_thread(_take_in, request)
+            return await in_thread(_take_in, request)
 
 
 def _take_in(request: GenerationRequest) -> tuple[GenerationRequest, Source]:

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from service import keys
 from service.schemas import JobStatus
 from service.soak.ledger import TERMINAL, Ledger
+from service.threads import in_thread
 
 LOOK_SECONDS = 1.0
 TIMEOUT = 2.0
@@ -45,7 +46,7 @@ class Audit:
     async def run(self) -> None:
         """Until cancelled. A server that is away is looked at again later."""
         while True:
-            await asyncio.to_thread(self.try_to_look)
+            await in_thread(self.try_to_look)
             await asyncio.sleep(LOOK_SECONDS)
 
     def try_to_look(self) -> bool:

@@ -15,6 +15,7 @@ from service.soak.fleet import Fleet
 from service.soak.ledger import TERMINAL, Ledger
 from service.soak.memory import Memory, resident
 from service.soak.traffic import Client
+from service.threads import in_thread
 
 SAMPLE_SECONDS = 2.0
 SETTLE_SECONDS = 300.0  # for the jobs still queued when the traffic ends
@@ -95,13 +96,13 @@ class Soak:
         await self.fleet.ready()
         give_up = time.monotonic() + SETTLE_SECONDS
         while time.monotonic() < give_up:
-            looked = await asyncio.to_thread(self.audit.try_to_look)
+            looked = await in_thread(self.audit.try_to_look)
             progress(self.seconds, self._in_words())
             if looked and not self.audit.live:
                 break
             await asyncio.sleep(QUIET_SECONDS)
         await asyncio.sleep(2 * QUIET_SECONDS)  # idle workers pass over the entries of jobs that ended unclaimed
-        await asyncio.to_thread(self.audit.try_to_look)
+        await in_thread(self.audit.try_to_look)
 
     def _judge(self) -> Verdict:
         lasting = self.audit.lasting_keys()

@@ -15,6 +15,7 @@ from model.pipeline import Pipeline
 from service.errors import InvalidRequest
 from service.queue import JobQueue
 from service.settings import Settings
+from service.threads import in_thread
 from service.worker.budgets import patch_budget
 from service.worker.cards import model_card
 from service.worker.worker import Worker
@@ -55,8 +56,8 @@ def find_budgets(settings: Settings, pipelines: dict[str, Pipeline]) -> dict[str
 async def serve_worker(settings: Settings, redis_url: str, parent: int | None = None) -> None:
     """Run a worker until SIGTERM or SIGINT, or until the process ``parent`` is gone."""
     use_threads(settings.threads)
-    pipelines = await asyncio.to_thread(load_pipelines, settings)
-    budgets = await asyncio.to_thread(find_budgets, settings, pipelines)
+    pipelines = await in_thread(load_pipelines, settings)
+    budgets = await in_thread(find_budgets, settings, pipelines)
     queue = JobQueue.connect(redis_url, settings)
     worker = Worker(settings, queue, pipelines, budgets, parent)
     loop = asyncio.get_running_loop()

@@ -22,6 +22,7 @@ from service.queue import Claim, Heartbeat, JobQueue
 from service.queue_records import terminal_event
 from service.schemas import Cancelled, Completed, Failed, Job, JobError, JobStatus, ModelCard, SavingsReport, Started
 from service.settings import Settings
+from service.threads import in_thread
 from service.worker.cards import model_card
 from service.worker.device_metrics import register_host
 from service.worker.engine import Engine
@@ -105,7 +106,7 @@ class Worker:
         if not self.engine.jobs:
             return
         began = time.monotonic()
-        outcomes = await asyncio.to_thread(self.engine.step)
+        outcomes = await in_thread(self.engine.step)
         patches, model = self.engine.last_evaluation
         self.metrics.evaluated(model, patches, time.monotonic() - began)
         for outcome in outcomes:
@@ -159,7 +160,7 @@ class Worker:
         log.info("job started", job=job.id, attempt=claim.attempt, model=job.request.model, n=job.request.n)
         try:
             source = await self.outages.outlast(self.queue.source, job.id) if job.request.image else None
-            live = await asyncio.to_thread(self.engine.admit, job, source)
+            live = await in_thread(self.engine.admit, job, source)
         except NotFound as error:
             await self._fail(job.id, JobError(code="source_lost", message=error.message))
             return

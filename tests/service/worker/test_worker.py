@@ -109,6 +109,22 @@ async def test_a_job_that_does_not_fit_fails_with_the_reason(worker: Worker, que
     assert "unicorn" in failed.error.message
 
 
+async def test_a_job_whose_preparation_stops_an_iteration_fails_and_the_worker_goes_on(
+    worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A StopIteration does not come out of a thread by itself: the worker would wait for ever."""
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.engine, "admit", lambda job, source: next(iter(())))
+        async with running(worker), asyncio.timeout(60):
+            job = await queue.submit(request())
+            failed = await first(queue, job.id, TERMINAL_EVENTS)
+            patched.undo()
+            after = await queue.submit(request())
+            assert isinstance(await first(queue, after.id, TERMINAL_EVENTS), Completed)
+    assert isinstance(failed, Failed)
+    assert failed.error.code == "preparation_failed"
+
+
 async def test_several_jobs_share_evaluations(worker: Worker, queue: JobQueue) -> None:
     jobs = [await queue.submit(request(seed=seed, steps=6)) for seed in range(4)]
     async with running(worker):
