@@ -39,10 +39,11 @@ class Served:
         return self.process.wait(60)
 
 
-def start(data_dir: Path, **settings: str) -> Served:
+def start(data_dir: Path, cwd: Path = ROOT, **settings: str) -> Served:
     """Start on free ports and wait until requests can be served."""
     environment = {key: value for key, value in os.environ.items() if key != "REDIS_URL"}
     environment |= {
+        "PYTHONPATH": str(ROOT),
         "PATCHFORGE_HTTP_PORT": "0",
         "PATCHFORGE_GRPC_PORT": "0",
         "PATCHFORGE_WORKER_METRICS_PORT": "0",
@@ -52,7 +53,7 @@ def start(data_dir: Path, **settings: str) -> Served:
         **settings,
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "service.cli", "serve"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "service.cli", "serve"], cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True
     )
     lines: Queue[dict[str, object] | None] = Queue()
     threading.Thread(target=_read_log, args=(process, lines), daemon=True).start()

@@ -1,0 +1,200 @@
+"""The snippets of README.md and docs/: which of them tests run as they stand, and how the others are held to be sound.
+
+A fenced block in a language is a snippet. One that consists of ``EXCUSED`` commands is not run: each of them is parsed
+by the program it calls. All others are run, by tests/e2e/test_doc_snippets.py.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+TOOLS = Path(sys.executable).parent
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*=")
+SERVER = ["patchforge", "serve"]
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A fenced block and where it is."""
+
+    document: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.document.name}:{self.line}"
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The words of each shell command, the variables set for it included."""
+        found, pending = [], ""
+        for line in self.text.replace("\\\n", " ").splitlines(keepends=True):
+            pending += line
+            try:
+                words = shlex.split(pending, comments=True)
+            except ValueError:  # a quotation goes on in the next line
+                continue
+            found, pending = ([*found, words] if words else found), ""
+        assert not pending, f"{self}: no closing quotation"
+        return found
+
+
+def snippets() -> list[Snippet]:
+    """All of them; blocks in no language are drawings and listings."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text("utf-8")
+        for match in FENCE.finditer(text):
+            if match[1]:
+                found.append(Snippet(document, text[: match.start()].count("\n") + 1, match[1], match[2]))
+    return found
+
+
+def mentions() -> list[tuple[Path, str]]:
+    """Commands of ours, and of make, that the running text names."""
+    found = []
+    for document in DOCUMENTS:
+        text = FENCE.sub("", document.read_text("utf-8"))
+        found += [(document, match[1]) for match in re.finditer(r"`((?:patchforge|make) [^`]*)`", text)]
+    return found
+
+
+def program(command: list[str]) -> list[str]:
+    """The command without the variables set for it."""
+    words = list(command)
+    while words and VARIABLE.match(words[0]):
+        words.pop(0)
+    return words
+
+
+def excused(command: list[str]) -> bool:
+    return any(program(command)[: len(start.split())] == start.split() for start in EXCUSED)
+
+
+def is_run(snippet: Snippet) -> bool:
+    """Against a server that is there."""
+    return snippet.language == "python" or not any(map(excused, snippet.commands))
+
+
+def brings_its_server(snippet: Snippet) -> bool:
+    """It starts one, and then does with it what a test can do as well."""
+    others = [command for command in snippet.commands if program(command) != SERVER]
+    return snippet.language == "sh" and 0 < len(others) < len(snippet.commands) and not any(map(excused, others))
+
+
+def parse(command: list[str]) -> None:
+    """Raises AssertionError if the program an excused command calls would not know what is asked of it."""
+    for word in command:
+        if VARIABLE.match(word):
+            check_variable(word.partition("=")[0])
+    words = program(command)
+    start = next(start for start in EXCUSED if words[: len(start.split())] == start.split())
+    EXCUSED[start][1](words)
+
+
+def check_variable(name: str) -> None:
+    settings = {f"PATCHFORGE_{setting.upper()}" for setting in Settings.model_fields}
+    assert name in settings | {"REDIS_URL"} or name.startswith("OTEL_"), f"there is no setting {name}"
+
+
+def check_patchforge(words: list[str], *, whole: bool = True) -> None:
+    """Every command and option exists, and with ``whole`` none that is needed is missing."""
+    import service.cli
+
+    command: Any = typer.main.get_command(service.cli.app)
+    context, arguments = None, words[1:]
+    while hasattr(command, "commands") and arguments:
+        context = command.make_context(words[0], [], parent=context, resilient_parsing=True)
+        assert arguments[0] in command.commands, f"patchforge knows no {arguments[0]}"
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    if hasattr(command, "commands"):
+        assert not whole, f"{shlex.join(words)} only names a group of commands"
+        return
+    try:
+        command.make_context(words[0], arguments, parent=context)
+    except Exception as error:  # of typer's own copy of click
+        if whole or type(error).__name__ != "MissingParameter":
+            raise AssertionError(f"{shlex.join(words)}: {error}") from error
+
+
+def check_make(words: list[str]) -> None:
+    """There is such a target, and what it needs."""
+    helped("make", "-n", *words[1:])
+
+
+def check_docker(words: list[str]) -> None:
+    """Compose is among our tools; docker need not be there."""
+    if words[1] == "compose":
+        helped(str(TOOLS / "docker-compose"), *words[2:], "--help")
+        services = (ROOT / "docker-compose.yml").read_text("utf-8")
+        for service in (word.partition("=")[0] for word in words if re.fullmatch(r"\w+=\d+", word)):
+            assert f"\n  {service}:\n" in services, f"docker-compose.yml has no {service}"
+        return
+    assert words[1:3] == ["build", "--target"], f"nothing is known of {shlex.join(words)}"
+    assert re.search(rf"(?m)^FROM .* AS {re.escape(words[3])}$", (ROOT / "Dockerfile").read_text("utf-8"))
+    if shutil.which("docker"):
+        helped(*words, "--help")
+
+
+def check_kubectl(words: list[str]) -> None:
+    if "-k" in words:
+        assert (ROOT / words[words.index("-k") + 1] / "kustomization.yaml").is_file()
+    if shutil.which("kubectl"):
+        helped(*words, "--help")
+
+
+def check_pip(words: list[str]) -> None:
+    """Pip knows the options, and versions are those that were tested."""
+    known = helped(sys.executable, "-m", "pip", "install", "--help")
+    pinned = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    for word in words[2:]:
+        if word.startswith("-"):
+            assert re.search(rf"(?<!\S){re.escape(word)}\b", known), f"pip knows no {word}"
+        if "==" in word:
+            assert word in pinned
+
+
+def check_export(words: list[str]) -> None:
+    for word in words[1:]:
+        check_variable(word.partition("=")[0])
+
+
+def helped(*command: str) -> str:
+    """What a command that changes nothing says."""
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+EXCUSED: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "make": ("makes an environment, and serves or tests in it", check_make),
+    "patchforge serve": ("runs until it is stopped", check_patchforge),
+    "patchforge gateway": ("runs until it is stopped", check_patchforge),
+    "patchforge train": ("minutes to hours", check_patchforge),
+    "patchforge eval": ("minutes to hours", check_patchforge),
+    "patchforge grid": ("minutes, and writes into docs/", check_patchforge),
+    "patchforge bench": ("minutes to hours", check_patchforge),
+    "patchforge data": ("downloads pictures, or reads your own", check_patchforge),
+    "patchforge import-checkpoint": ("gigabytes of a checkpoint that is not ours", check_patchforge),
+    "docker": ("needs a Docker engine", check_docker),
+    "kubectl": ("needs a cluster", check_kubectl),
+    "pip": ("gigabytes, into an environment of its own", check_pip),
+    "export": ("is for the commands after it", check_export),
+}
+"""What tests do not run, why, and how it is checked instead."""
