@@ -38,7 +38,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Sequence:
+class PackedSequence:
     """One guidance branch of one evaluation: the unit that attends to itself."""
 
     owner: int
@@ -101,14 +101,14 @@ class Denoiser:
         """Patch evaluations a plan costs, guidance branches included."""
         return sum(active_patches(plan, branch) for branch in branches(plan))
 
-    def _sequences(self, evaluations: Sequence[Evaluation]) -> list[_Sequence]:
+    def _sequences(self, evaluations: Sequence[Evaluation]) -> list[PackedSequence]:
         return [
             self._sequence(owner, each, branch)
             for owner, each in enumerate(evaluations)
             for branch in branches(each.plan)
         ]
 
-    def _sequence(self, owner: int, evaluation: Evaluation, branch: Branch) -> _Sequence:
+    def _sequence(self, owner: int, evaluation: Evaluation, branch: Branch) -> PackedSequence:
         plan = evaluation.plan
         patches, time_index = plan.patches, plan.time_index
         if branch is Branch.NULL and plan.null_index is not None:
@@ -116,7 +116,7 @@ class Denoiser:
             time_index = None if time_index is None else time_index[plan.null_index]
         slot = self._slot(evaluation, branch, partial=patches is not None)
         active = active_patches(plan, branch)
-        return _Sequence(owner, branch, plan, evaluation.condition[branch], slot, patches, time_index, active)
+        return PackedSequence(owner, branch, plan, evaluation.condition[branch], slot, patches, time_index, active)
 
     def _slot(self, evaluation: Evaluation, branch: Branch, partial: bool) -> Slot | None:
         slots = evaluation.memory.slots
@@ -126,7 +126,7 @@ class Denoiser:
             slots[branch] = self.pool.slot()
         return slots.get(branch) if evaluation.plan.keep or partial else None
 
-    def _forward(self, values: Tensor, sequences: list[_Sequence]) -> Tensor:
+    def _forward(self, values: Tensor, sequences: list[PackedSequence]) -> Tensor:
         layout = self._layout(sequences)
         conditions, rows = self._conditions(sequences)
         times = torch.tensor([time for time, _ in conditions], dtype=torch.float32, device=self.device)
@@ -135,7 +135,7 @@ class Denoiser:
         labels = torch.tensor([label for _, label in conditions], device=self.device)
         return self.network(values, times, labels, rows, layout)
 
-    def _layout(self, sequences: list[_Sequence]) -> Layout:
+    def _layout(self, sequences: list[PackedSequence]) -> Layout:
         groups, start = [], 0
         for shape, run in groupby(sequences, key=lambda sequence: sequence.shape):
             members = list(run)
@@ -153,10 +153,10 @@ class Denoiser:
         positions = [self._places(sequence) for sequence in sequences]
         return Layout(tuple(groups), torch.cat(positions), self._keeping(sequences, positions))
 
-    def _places(self, sequence: _Sequence) -> Tensor:
+    def _places(self, sequence: PackedSequence) -> Tensor:
         return self._every_patch if sequence.patches is None else sequence.patches
 
-    def _keeping(self, sequences: list[_Sequence], positions: list[Tensor]) -> Keeping | None:
+    def _keeping(self, sequences: list[PackedSequence], positions: list[Tensor]) -> Keeping | None:
         """Fresh keys and values go over each patch's older generation, which the newer one then becomes."""
         packed, rows, start = [], [], 0
         for sequence, places in zip(sequences, positions, strict=True):
@@ -166,7 +166,7 @@ class Denoiser:
             start += sequence.active
         return Keeping(self.pool, torch.cat(packed), torch.cat(rows)) if packed else None
 
-    def _kept(self, sequences: list[_Sequence]) -> Kept:
+    def _kept(self, sequences: list[PackedSequence]) -> Kept:
         recent, earlier, reach = [], [], []
         for sequence in sequences:
             slot, every = sequence.slot, self._every_patch
@@ -189,12 +189,12 @@ class Denoiser:
             return Kept(torch.cat(recent))
         return Kept(torch.cat(recent), torch.cat(earlier), torch.cat(reach)[:, None].to(self.pool.dtype))
 
-    def _commit(self, sequences: list[_Sequence]) -> None:
+    def _commit(self, sequences: list[PackedSequence]) -> None:
         for sequence in sequences:
             if sequence.slot is not None:
                 sequence.slot.newest[self._places(sequence)] ^= 1
 
-    def _conditions(self, sequences: list[_Sequence]) -> tuple[list[tuple[float, int]], Tensor | None]:
+    def _conditions(self, sequences: Sequence[PackedSequence]) -> tuple[list[tuple[float, int]], Tensor | None]:
         """The distinct (time, label) pairs, and which one each packed patch has: None if they all share one.
 
         A text acts through cross-attention, not through the condition, so its label is always 0.

@@ -190,11 +190,13 @@ class Adaptive(Sampler[AdaptiveState]):
         """Decide what has to be evaluated before the next step."""
         start, end = self._at(state, state.step), self.time(state.step + 1)
         *_, guided = self._guided_span(start, end)
+        if self.exact:
+            return replace(state, due=None, null_due=None)
         going = state.times < 1
         if not bool(going.any()):
             return replace(state, due=going.nonzero()[:, 0], null_due=None)
         renewed = self.refresh > 0 and state.step % self.refresh == 0
-        if self.exact or renewed or state.conditional is None or (guided > 0 and state.delta is None):
+        if renewed or state.conditional is None or (guided > 0 and state.delta is None):
             return replace(state, due=None, null_due=None)
         due = going & (state.conditional.error(start, end) >= self.skip_tolerance)
         null = due

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from model.evaluation.paper_forward import as_the_paper
 from model.generate import Trajectory, run
 from model.pipeline import Pipeline
 from service.worker.bench_policies import OneAtATime, RequestLevel, StepLevel
@@ -24,9 +25,10 @@ from service.worker.scheduler import Scheduler
 
 OURS = "ours: patches of all requests"
 ONE = "one at a time"
+PAPER = "request-level, the paper's forward"
 REQUEST = "request-level batching"
 STEP = "step-level batching of equals"
-POLICIES = (ONE, REQUEST, STEP, OURS)
+POLICIES = (ONE, PAPER, REQUEST, STEP, OURS)
 MAX_RUNNING = 16
 """Jobs in flight of ours, as a worker's default; the others see all that wait, which can only help them."""
 CACHE_BYTES = 2 << 30
@@ -87,6 +89,8 @@ def serve(
         RuntimeError: a request failed.
     """
     jobs = [each.job(dense=policy != OURS) for each in arrivals]
+    if policy == PAPER:
+        pipelines = {name: as_the_paper(pipeline) for name, pipeline in pipelines.items()}
     chooser = _chooser(policy, {job.id: each.kind for job, each in zip(jobs, arrivals, strict=True)}, budgets)
     engine = Engine(pipelines, chooser, PreviewPace(PREVIEW_INTERVAL, PREVIEW_SHARE), CACHE_BYTES)
     most = MAX_RUNNING if policy == OURS else len(jobs)
@@ -120,7 +124,7 @@ def serve(
 def _chooser(policy: str, kinds: dict[str, tuple[object, ...]], budgets: dict[str, int]) -> Chooser:
     if policy == ONE:
         return OneAtATime()
-    if policy == REQUEST:
+    if policy in (PAPER, REQUEST):
         return RequestLevel(kinds)
     return StepLevel(kinds) if policy == STEP else Scheduler(budgets)
 

@@ -75,7 +75,7 @@ def test_every_policy_serves_the_same_traffic_and_ours_changes_no_picture(
 ) -> None:
     budgets = dict.fromkeys(pipelines, 128)
     results = list(bench_engine(pipelines, arrivals, [1.0], budgets))
-    assert [row.load for row, _ in results] == [float("inf")] * 4 + [1.0] * 4
+    assert [row.load for row, _ in results] == [float("inf")] * 5 + [1.0] * 5
     assert [row.policy for row, _ in results] == [*POLICIES, *POLICIES]
     for row, served in results:
         assert len(served.finished) == len(arrivals)
