@@ -27,7 +27,11 @@ class Slot:
 
 
 class CachePool:
-    """Per layer, one matrix whose rows are patches. Grows as pictures come; what they leave is used again."""
+    """Per layer, one matrix whose rows are patches. Grows as pictures come; what they leave is used again.
+
+    Once all have left, their memory is given back. So the pool is never more than twice as large as its pictures ever
+    needed at once since it was last empty, and three times while it grows.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         """``shape`` is a network's ``(layers, 2, heads, P, d_head)``: what one evaluation of a sequence leaves."""
@@ -53,7 +57,7 @@ class CachePool:
 
     @property
     def held_bytes(self) -> int:
-        """What the pool takes, free slots included: as much as the most pictures at once ever needed."""
+        """What the pool takes, free slots included."""
         return self._rows.numel() * self._rows.element_size()
 
     @property
@@ -67,7 +71,7 @@ class CachePool:
             self._grow()
         base = self._free.pop()
         slot = Slot(base, torch.zeros(self.patches, dtype=torch.long, device=self._rows.device))
-        weakref.finalize(slot, self._free.append, base)
+        weakref.finalize(slot, self._take_back, base).atexit = False
         return slot
 
     def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -88,6 +92,12 @@ class CachePool:
                 rows = torch.lerp(kept.index_select(0, earlier), rows, reach)
             found.append(rows.view(-1, self.patches, self.heads, self.head_dim).transpose(1, 2))
         return found[0], found[1]
+
+    def _take_back(self, base: int) -> None:
+        self._free.append(base)
+        if not self.in_use:
+            self._rows = self._rows.new_empty((*self._rows.shape[:2], 0, self._rows.shape[3]))
+            self._free.clear()
 
     def _grow(self) -> None:
         old = self._rows.shape[2]

@@ -20,11 +20,13 @@ class Chaos:
     """Runs until cancelled; then ``fleet.restore`` makes everything well again."""
 
     def __init__(self, fleet: Fleet, ledger: Ledger, chance: random.Random, hurry: float = 1.0) -> None:
-        """``hurry`` divides the time between mishaps."""
+        """``hurry`` divides the time between mishaps; 0: there are none."""
         self.fleet, self.ledger, self.chance, self.hurry = fleet, ledger, chance, hurry
         self.done: Counter[str] = Counter()
 
     async def run(self) -> None:
+        if not self.hurry:
+            await asyncio.Event().wait()
         async with asyncio.TaskGroup() as both:
             both.create_task(self._members())
             both.create_task(self._server())

@@ -23,7 +23,9 @@ def soak(
     bundle_dir: Annotated[Path, typer.Option("--bundles", help="Folder of model bundles.")] = Path("model/bundles"),
     clients: Annotated[int, typer.Option(min=1, max=64, help="Callers at once.")] = 8,
     seed: Annotated[int, typer.Option(help="Of what callers do and what goes wrong.")] = 0,
-    hurry: Annotated[float, typer.Option(min=0.1, max=10, help="Divides the time between mishaps.")] = 1.0,
+    hurry: Annotated[
+        float, typer.Option(min=0, max=10, help="Divides the time between mishaps; 0: none, to look for leaks.")
+    ] = 1.0,
     keep: Annotated[Path | None, typer.Option(help="Keep logs and queue data in this folder.")] = None,
 ) -> None:
     """Mixed traffic while gateways, workers and Redis are killed; exit status 1 if any promise was broken.
@@ -49,9 +51,8 @@ def soak(
             table.add_row(name, str(count))
         console.print(table)
     for name, course in verdict.memory.items():
-        console.print(
-            f"memory of {name}, from settled to the end, MiB: {', '.join(f'{b / 2**20:.1f}' for b in course)}"
-        )
+        marks, trend = ", ".join(f"{size / 2**20:.1f}" for size in course), verdict.trend[name] / 2**20
+        console.print(f"memory of {name}, from settled to the end, MiB: {marks}; trend of the last 2/3: {trend:+.1f}")
     console.print(f"keys without an expiry: {verdict.lasting}")
     console.print(", ".join(f"{kind} = {count}" for kind, count in verdict.tally.items()), style="bold")
     for what in verdict.broken:

@@ -1,16 +1,18 @@
-"""Whether memory is flat: what each process uses when the traffic has settled, and at the end."""
+"""Whether memory is flat: the trend of what each process uses, once the traffic has settled."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 
 SAMPLES = 10  # that each median is of
-MARKS = 5  # medians taken, evenly from start to end: a leak climbs at each of them, a high-water mark does not
-ALLOWED_RATIO, ALLOWED_BYTES = 1.15, 32 << 20  # growth to be put down to caches and fragmentation
+MARKS = 5  # medians shown, evenly from start to end
+LEAST = MARKS * SAMPLES  # samples, for anything to be said
+ALLOWED_SHARE, ALLOWED_BYTES = 0.05, 16 << 20  # rise to be put down to caches and fragmentation
 
 
 class Memory:
@@ -26,15 +28,35 @@ class Memory:
 
     def course(self) -> dict[str, list[float]]:
         """Bytes from start to end, of each process with samples enough."""
-        return {name: _marks(sizes) for name, sizes in self._series.items() if len(sizes) >= MARKS * SAMPLES}
+        return {name: _marks(sizes, MARKS) for name, sizes in self._long().items()}
+
+    def trend(self) -> dict[str, float]:
+        """Bytes by which each rises over the last two thirds of its samples.
+
+        That is the slope of Theil and Sen, the median of the slopes between any two of the samples (here, of medians
+        of a few): a leak climbs all the while, but a peak, or one step to a new high-water mark, hardly moves it.
+        """
+        return {name: _rise(sizes[len(sizes) // 3 :]) for name, sizes in self._long().items()}
 
     def grown(self) -> list[str]:
-        """The processes that use more than they should by now."""
-        return [name for name, marks in self.course().items() if marks[-1] > ALLOWED_RATIO * marks[0] + ALLOWED_BYTES]
+        """The processes that rise by more than 5 % and 16 MiB."""
+        return [
+            name for name, rise in self.trend().items() if rise > ALLOWED_BYTES + ALLOWED_SHARE * self.course()[name][0]
+        ]
+
+    def _long(self) -> dict[str, list[int]]:
+        return {name: sizes for name, sizes in self._series.items() if len(sizes) >= LEAST}
 
 
-def _marks(sizes: Sequence[int]) -> list[float]:
-    starts = (round(mark * (len(sizes) - SAMPLES) / (MARKS - 1)) for mark in range(MARKS))
+def _rise(sizes: Sequence[int]) -> float:
+    marks = _marks(sizes, max(2, len(sizes) // SAMPLES))
+    slopes = [(later - earlier) / (j - i) for (i, earlier), (j, later) in combinations(enumerate(marks), 2)]
+    return median(slopes) * (len(marks) - 1)
+
+
+def _marks(sizes: Sequence[int], number: int) -> list[float]:
+    """Medians of ``SAMPLES`` samples each, evenly from the first to the last."""
+    starts = (round(mark * (len(sizes) - SAMPLES) / (number - 1)) for mark in range(number))
     return [median(sizes[start : start + SAMPLES]) for start in starts]
 
 

@@ -31,12 +31,13 @@ class Verdict:
     answers: dict[str, int]
     mishaps: dict[str, int]
     memory: dict[str, list[float]]
+    trend: dict[str, float]
     lasting: dict[str, int]
     broken: list[str]
 
 
 class Soak:
-    """``clients`` callers for ``seconds``; ``hurry`` divides the time between mishaps."""
+    """``clients`` callers for ``seconds``; ``hurry`` divides the time between mishaps, 0: there are none."""
 
     def __init__(self, fleet: Fleet, seconds: float, clients: int, seed: int, hurry: float = 1.0) -> None:
         self.fleet, self.seconds = fleet, seconds
@@ -119,6 +120,7 @@ class Soak:
             dict(sorted(self.ledger.answers.items())),
             dict(sorted(self.chaos.done.items())),
             self.memory.course(),
+            self.memory.trend(),
             dict(sorted(lasting.items())),
             broken,
         )

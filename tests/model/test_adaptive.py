@@ -200,6 +200,7 @@ def test_rows_are_free_for_others_once_a_picture_is_gone() -> None:
         bytes_held = denoiser.pool.held_bytes
         del runs
         assert denoiser.pool.in_use == 0
+        assert denoiser.pool.held_bytes == 0, "given back once nobody needs it"
     assert bytes_held == 8 * denoiser.pool.slot_bytes, "twice four slots, not more each time"
 
 

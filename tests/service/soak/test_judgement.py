@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 from redis import Redis
@@ -13,8 +14,10 @@ from service.queue import JobQueue
 from service.schemas import Cancelled, Completed
 from service.soak.audit import Audit
 from service.soak.ledger import Ledger, Watch
-from service.soak.memory import ALLOWED_BYTES, MARKS, SAMPLES, Memory
+from service.soak.memory import ALLOWED_BYTES, LEAST, Memory
 from tests.service.queue_kit import DONE, REPORT, UNKNOWN, a_request, claimed
+
+LARGE = 700 << 20
 
 
 @pytest.fixture
@@ -123,14 +126,29 @@ class TestWatch:
 
 class TestMemory:
     def test_tells_growth_from_noise(self) -> None:
-        memory = Memory()
-        for number in range(MARKS * SAMPLES):
-            memory.sample({"flat": 1000 + number % 7, "growing": 1000 + number * ALLOWED_BYTES, "away": 0})
+        memory, noise = Memory(), Random(0)
+        for number in range(10 * LEAST):
+            base = LARGE + noise.randint(-20 << 20, 20 << 20)
+            memory.sample({"flat": base, "growing": base + number * ALLOWED_BYTES // LEAST, "away": 0})
         assert memory.grown() == ["growing"]
-        assert memory.course().keys() == {"flat", "growing"}
+        assert memory.course().keys() == memory.trend().keys() == {"flat", "growing"}
+        assert abs(memory.trend()["flat"]) < ALLOWED_BYTES
+
+    @pytest.mark.parametrize("at", [0.2, 0.6, 0.9])
+    def test_a_step_to_a_new_high_water_mark_is_no_leak(self, at: float) -> None:
+        memory = Memory()
+        for number in range(10 * LEAST):
+            memory.sample({"x": LARGE + (3 * ALLOWED_BYTES if number >= at * 10 * LEAST else 0)})
+        assert memory.grown() == []
+
+    def test_a_rise_by_many_small_steps_is(self) -> None:
+        memory = Memory()
+        for number in range(10 * LEAST):
+            memory.sample({"x": LARGE + number // LEAST * (ALLOWED_BYTES // 2)})
+        assert memory.grown() == ["x"]
 
     def test_says_nothing_after_too_short_a_time(self) -> None:
         memory = Memory()
-        for number in range(SAMPLES):
+        for number in range(LEAST - 1):
             memory.sample({"x": number * ALLOWED_BYTES})
         assert memory.grown() == []
