@@ -56,7 +56,7 @@ format: setup
 # What gateway and worker need, for every platform, with the hashes the package index states.
 lock: $(TOOLS)
 	echo '# Everything that serves, with hashes; see docs/operation.md. Made by: make lock' > requirements.lock
-	$(TOOLS)/bin/uv pip compile pyproject.toml --extra worker -c constraints.txt --universal --python-version 3.11 \
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra worker --extra otel -c constraints.txt --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header --upgrade $(addprefix --no-emit-package ,$(UNLOCKED)) -q >> requirements.lock
 
 # Known vulnerabilities; asks the public advisory service.

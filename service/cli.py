@@ -45,10 +45,11 @@ def serve() -> None:
     """Everything on this machine: gateway, worker and, unless REDIS_URL is set, an embedded queue server."""
     from service.logs import configure_logs
     from service.supervisor import serve as run
+    from service.tracing import traced
 
     settings = _settings()
     configure_logs(settings, "gateway")
-    with typed_errors():
+    with typed_errors(), traced("gateway"):
         asyncio.run(run(settings))
 
 
@@ -57,11 +58,12 @@ def gateway() -> None:
     """Only the HTTP and gRPC gateway, against REDIS_URL."""
     from service.gateway.app import serve_gateway
     from service.logs import configure_logs
+    from service.tracing import traced
 
     settings = _settings()
     _redis_url(settings)
     configure_logs(settings, "gateway")
-    with typed_errors():
+    with typed_errors(), traced("gateway"):
         asyncio.run(serve_gateway(settings))
 
 
@@ -69,12 +71,13 @@ def gateway() -> None:
 def worker(parent: Annotated[int | None, typer.Option(hidden=True)] = None) -> None:
     """Only a worker, against REDIS_URL; start as many as there are devices."""
     from service.logs import configure_logs
+    from service.tracing import traced
     from service.worker.main import serve_worker
 
     settings = _settings()
     url = _redis_url(settings)
     configure_logs(settings, "worker")
-    with typed_errors():
+    with typed_errors(), traced("worker"):
         asyncio.run(serve_worker(settings, url, parent))
 
 

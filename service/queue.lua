@@ -172,7 +172,7 @@ end
 local commands = {}
 
 function commands.submit(id, model, priority, request, deadline_seconds, idempotency_key, fingerprint, tenant, pictures,
-                         ...)
+                         trace, ...)
   if idempotency_key ~= '' then
     local first, its_fingerprint = unpack(call('HMGET', idempotency_key, 'job', 'fingerprint'))
     if first and its_fingerprint ~= fingerprint then
@@ -198,6 +198,9 @@ function commands.submit(id, model, priority, request, deadline_seconds, idempot
   call('HSET', JOB .. id, 'id', id, 'model', model, 'request', request, 'created_at', now, 'attempt', 0)
   if tenant ~= '' then
     call('HSET', JOB .. id, 'tenant', tenant)
+  end
+  if trace ~= '' then
+    call('HSET', JOB .. id, 'trace', trace)
   end
   if MAX_IN_FLIGHT > 0 then
     call('SADD', IN_FLIGHT .. tenant, id)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
@@ -102,12 +103,14 @@ class JobQueue(QueueConnection):
         fingerprint: str | None = None,
         tenant: str | None = None,
         source: Source | None = None,
+        trace: Mapping[str, str] | None = None,
     ) -> Job:
         """Accepts a request with every default filled in, or returns the job its key was first used for.
 
         ``fingerprint`` stands for the request as the client sent it; default: the filled-in request. A gateway that
         draws a seed must pass it, or a client's retry would look like another request. ``tenant`` owns the job, and its
-        keys are its own, as are its limits. ``source`` is what the job starts from.
+        keys are its own, as are its limits. ``source`` is what the job starts from, ``trace`` the caller's place in a
+        trace: see ``service.tracing.carrier``.
         Raises QueueFull, RateLimited, TooManyJobs, or IdempotencyConflict if the key was used with another fingerprint.
         ``Unavailable`` leaves open whether the job was accepted: repeating the call is safe with a key, and only then.
         """
@@ -125,6 +128,7 @@ class JobQueue(QueueConnection):
             sha256((fingerprint or body).encode()).hexdigest(),
             tenant or "",
             request.n,
+            json.dumps(dict(trace)) if trace else "",
             *_fields(source),
         )
         if outcome == b"full":

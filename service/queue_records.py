@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,6 +66,7 @@ def job_from(record: Sequence[bytes]) -> Job:
         error=JobError.model_validate_json(fields["error"]) if "error" in fields else None,
         report=SavingsReport.model_validate_json(fields["report"]) if "report" in fields else None,
         tenant=fields["tenant"].decode() if "tenant" in fields else None,
+        trace=json.loads(fields["trace"]) if "trace" in fields else {},
     )
 
 

@@ -291,6 +291,8 @@ class Job(Message):
     report: SavingsReport | None = None
     tenant: SkipJsonSchema[str | None] = Field(None, exclude=True)
     """Name of the API key that submitted it, for the gateway's eyes only; None if it asked for none."""
+    trace: SkipJsonSchema[dict[str, str]] = Field({}, exclude=True)
+    """The W3C trace context of the call that submitted it, for workers' spans; empty if it was not traced."""
 
 
 class Queued(Message):

@@ -58,7 +58,7 @@ def test_the_lock_file_pins_what_was_tested_and_names_no_host() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    asked = [*project["dependencies"], *extras["worker"]]
+    asked = [*project["dependencies"], *extras["worker"], *extras["otel"]]
     names = {_plain(match[0]) for each in asked if (match := re.match(r"[A-Za-z0-9._-]+", each))}
     assert names - locked.keys() == UNLOCKED, "run: make lock"
 

@@ -15,8 +15,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from service import tracing
 from service.errors import Unavailable
-from service.gateway import inference_rest, maps, openai_api, problems, rest, telemetry
+from service.gateway import inference_rest, maps, openai_api, problems, rest, spans, telemetry
 from service.gateway.auth import ApiKeys, Authenticated
 from service.gateway.http_server import HttpServer
 from service.gateway.jobs import JobService
@@ -26,7 +27,7 @@ from service.gateway.telemetry import Measured
 from service.gateway.tls import certificate
 from service.metrics import GatewayMetrics
 from service.queue import JobQueue
-from service.schemas import PRESETS
+from service.schemas import PRESETS, Job
 from service.settings import Settings
 
 PLAYGROUND = Path(__file__).parent / "playground"
@@ -50,6 +51,7 @@ def create_app(settings: Settings, service: JobService, metrics: GatewayMetrics,
         separate_input_output_schemas=False,
         docs_url=None,
         redoc_url=None,
+        telemetry=spans.HTTP,
     )
     app.state.settings, app.state.service, app.state.metrics = settings, service, metrics
     app.state.grpc_port = settings.grpc_port
@@ -109,7 +111,12 @@ class Gateway:
         self.settings = settings
         self.service = JobService(queue)
         metrics = GatewayMetrics(CollectorRegistry(), settings.max_waiting)
-        queue.on_ended = metrics.request_ended_in_queue
+
+        def ended_in_queue(job: Job) -> None:
+            metrics.request_ended_in_queue(job)
+            tracing.ended_in_queue(job)
+
+        queue.on_ended = ended_in_queue
         keys = ApiKeys(settings.api_keys)
         shown = certificate(settings)
         self.app = create_app(settings, self.service, metrics, keys)

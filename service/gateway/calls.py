@@ -1,4 +1,4 @@
-"""Around every gRPC call: the key, the parsing, the errors, the count."""
+"""Around every gRPC call: the key, the parsing, the errors, the count, the span."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from grpc_health.v1 import health
 
 from service.errors import InvalidRequest, PatchforgeError, Unauthenticated
 from service.gateway.auth import ApiKeys
+from service.gateway.spans import rpc_ended, rpc_span
 from service.metrics import GatewayMetrics
 
 log = structlog.get_logger(__name__)
@@ -94,8 +95,13 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 return await context.abort(grpc.StatusCode.INTERNAL, "something went wrong on our side")
             finally:
                 self.metrics.rpc_answered(method, status, time.monotonic() - began)
+                rpc_ended(status)
 
-        return guarded
+        async def traced(raw: bytes, context: Any) -> Any:
+            with rpc_span(method, context.invocation_metadata()):
+                return await guarded(raw, context)
+
+        return traced
 
 
 async def _abort(context: Any, error: PatchforgeError) -> Any:

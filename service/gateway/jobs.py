@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import structlog
+from opentelemetry import trace
 
+from service import tracing
 from service.errors import InvalidRequest, NotFound, PatchforgeError, Unavailable
 from service.gateway.source_pictures import SourcePictures
 from service.queue import JobQueue
@@ -67,9 +69,16 @@ class JobService:
         request, source = await self._pictures.take_in(request)
         # The fingerprint is of what was sent: a retry is the same request, though chance gives it another seed.
         sent = request.model_dump_json()
-        return await self.queue.submit(
-            fill(request, card), idempotency_key=idempotency_key, fingerprint=sent, tenant=tenant, source=source
+        job = await self.queue.submit(
+            fill(request, card),
+            idempotency_key=idempotency_key,
+            fingerprint=sent,
+            tenant=tenant,
+            source=source,
+            trace=tracing.carrier(),
         )
+        trace.get_current_span().set_attribute("patchforge.job", job.id)
+        return job
 
     async def run(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Run:
         """Queues a job that belongs to its caller; to be entered with ``async with``.

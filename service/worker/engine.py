@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
@@ -55,6 +56,8 @@ class Engine:
         self.jobs: dict[str, LiveJob] = {}
         self.last_evaluation = (0, "")
         """Patches packed into the last evaluation, and its model."""
+        self.last_shares: Counter[str] = Counter()
+        """Patches each job had in the last step."""
 
     def admit(self, job: Job, source: Source | None = None) -> LiveJob:
         """Prepare a job's condition, noise and what it starts from, and add it to the live set.
@@ -92,6 +95,7 @@ class Engine:
     def step(self) -> list[Outcome]:
         """Schedule, evaluate, advance. A job that fails ends in `JobBroken` and never disturbs the others."""
         began = time.monotonic()
+        self.last_shares.clear()
         planned = self._schedule()
         if not planned:
             return []
@@ -140,7 +144,9 @@ class Engine:
         """Predictions in order."""
         model = planned[0].live.model
         denoiser = self.pipelines[model].denoiser
-        self.last_evaluation = sum(denoiser.patches(each.plan) for each in planned), model
+        for each in planned:
+            self.last_shares[each.live.job.id] += denoiser.patches(each.plan)
+        self.last_evaluation = self.last_shares.total(), model
         return isolating(denoiser.evaluate, [each.picture.trajectory.evaluation(each.plan) for each in planned])
 
     def _advance(self, chosen: Chosen, prediction: Prediction | Exception) -> None:

@@ -16,6 +16,7 @@ from ulid import ULID
 
 from model.flops import patch_flops
 from model.pipeline import Pipeline
+from service import tracing
 from service.errors import InvalidRequest, NotFound
 from service.metrics import WorkerMetrics
 from service.queue import Claim, Heartbeat, JobQueue
@@ -30,6 +31,7 @@ from service.worker.outages import Outages
 from service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
 from service.worker.previews import PreviewPace
 from service.worker.scheduler import Scheduler
+from service.worker.spans import JobSpans
 from service.worker.trouble import job_error
 
 log = structlog.get_logger()
@@ -61,6 +63,7 @@ class Worker:
         flops = {name: patch_flops(pipeline.manifest) for name, pipeline in pipelines.items()}
         self.metrics = WorkerMetrics(self.registry, patch_budgets, flops)
         register_host(self.registry, {pipeline.device for pipeline in pipelines.values()})
+        self.spans = JobSpans()
         self.claims: dict[str, Claim] = {}
         self.draining = asyncio.Event()
         self.outages = Outages()
@@ -105,10 +108,12 @@ class Worker:
         await self._heed_verdicts()
         if not self.engine.jobs:
             return
-        began = time.monotonic()
+        began, began_ns = time.monotonic(), time.time_ns()
         outcomes = await in_thread(self.engine.step)
         patches, model = self.engine.last_evaluation
         self.metrics.evaluated(model, patches, time.monotonic() - began)
+        broken = {each.job_id: each.error for each in outcomes if isinstance(each, JobBroken)}
+        self.spans.stepped(self.engine.last_shares, began_ns, broken)
         for outcome in outcomes:
             await self._deliver(outcome)
 
@@ -157,6 +162,7 @@ class Worker:
         job = claim.job
         self.claims[job.id] = claim
         self.metrics.request_started(job)
+        self.spans.begin(claim)
         log.info("job started", job=job.id, attempt=claim.attempt, model=job.request.model, n=job.request.n)
         try:
             source = await self.outages.outlast(self.queue.source, job.id) if job.request.image else None
@@ -204,7 +210,7 @@ class Worker:
     async def _fail(self, job_id: str, error: JobError) -> None:
         claim = self.claims[job_id]
         if await self._finish(claim, Failed(error=error)):
-            self._end(claim.job, JobStatus.FAILED, code=error.code)
+            self._end(claim.job, JobStatus.FAILED, error=error)
             log.warning("job failed", job=job_id, code=error.code, reason=error.message)
         else:
             self._lose(job_id)
@@ -233,10 +239,13 @@ class Worker:
                 self._end(claim.job, JobStatus.CANCELLED)
                 log.info("job cancelled", job=job_id)
 
-    def _end(self, job: Job, status: JobStatus, report: SavingsReport | None = None, code: str | None = None) -> None:
+    def _end(
+        self, job: Job, status: JobStatus, report: SavingsReport | None = None, error: JobError | None = None
+    ) -> None:
         self.claims.pop(job.id, None)
         self.engine.drop(job.id)
-        self.metrics.request_finished(job, report, status, code)
+        self.metrics.request_finished(job, report, status, error.code if error else None)
+        self.spans.end(job.id, status.value, report, error)
         self._news.set()
 
     def _lose(self, job_id: str) -> None:
@@ -245,6 +254,7 @@ class Worker:
         self.engine.drop(job_id)
         if claim is not None:
             self.metrics.request_lost(claim.job)
+            self.spans.end(job_id, "lost")
             log.warning("claim lost", job=job_id, attempt=claim.attempt)
 
     async def _give_back(self, claim: Claim) -> None:
@@ -253,10 +263,12 @@ class Worker:
             log.info("job given back", job=claim.job.id, attempt=claim.attempt)
         self.engine.drop(claim.job.id)
         self.metrics.request_released(claim.job)
+        self.spans.end(claim.job.id, "given_back")
 
     def _ended_in_queue(self, job: Job) -> None:
         """A call from here ended a job that no worker holds."""
         self.metrics.request_ended_in_queue(job)
+        tracing.ended_in_queue(job)
         if job.error is not None:
             log.error("job dead-lettered", job=job.id, attempts=job.attempt, reason=job.error.message)
 

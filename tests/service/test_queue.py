@@ -119,7 +119,7 @@ class TestSubmit:
     async def test_a_repeated_call_of_the_script_queues_once(self, queue: JobQueue, redis_client: Redis) -> None:
         body = a_request().model_dump_json()
         for _ in range(2):
-            await queue._run("submit", UNKNOWN, "emoji", Priority.NORMAL.value, body, "", "", "fingerprint", "", 1)
+            await queue._run("submit", UNKNOWN, "emoji", Priority.NORMAL.value, body, "", "", "fingerprint", "", 1, "")
         assert await redis_client.xlen(keys.queue("emoji", Priority.NORMAL)) == 1
         assert await redis_client.xlen(keys.events(UNKNOWN)) == 1
 
@@ -133,6 +133,17 @@ class TestSubmit:
         first = await queue.submit(a_request(seed=1), idempotency_key="k", fingerprint="no seed given")
         again = await queue.submit(a_request(seed=2), idempotency_key="k", fingerprint="no seed given")
         assert again == first
+
+    async def test_the_place_in_a_trace_travels_with_the_job_unseen_and_makes_no_other_request(
+        self, queue: JobQueue
+    ) -> None:
+        here = {"traceparent": f"00-{1:032x}-{2:016x}-01", "tracestate": "vendor=1"}
+        job = await queue.submit(a_request(), idempotency_key="k", trace=here)
+        again = await queue.submit(a_request(), idempotency_key="k", trace={"traceparent": f"00-{3:032x}-{4:016x}-01"})
+        assert (again.id, again.trace) == (job.id, here)
+        assert (await claimed(queue)).job.trace == here
+        assert "trace" not in (await queue.get(job.id)).model_dump_json()
+        assert (await queue.submit(a_request())).trace == {}
 
     async def test_a_key_outlives_the_end_of_its_job(self, queue: JobQueue) -> None:
         job = await queue.submit(a_request(), idempotency_key="k")
