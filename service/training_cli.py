@@ -103,7 +103,7 @@ def train_model_command(
 
     use_threads(threads)
     recipe = Recipe(steps=steps, minutes=minutes, batch=batch, compile=compile_blocks, timesteps=SCHEDULES[timesteps])
-    recipe = replace(recipe, muon_rate=rate * recipe.muon_rate, adam_rate=rate * recipe.adam_rate)
+    recipe = replace(recipe, muon_rate=rate * (recipe.muon_rate or 0.0), adam_rate=rate * recipe.adam_rate)
     size = Size(width, depth)
     with typed_errors():
         begun = open_bundle(start) if start else None

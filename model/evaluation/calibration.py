@@ -83,12 +83,7 @@ class Calibration:
 
 def measure_calibration(pipeline: Pipeline, pictures: Pictures, seed: int = 0) -> dict[str, Calibration]:
     """On ``pictures`` the model was not trained on: ``uniform``, all patches at the same of ten times, and ``ltg``."""
-    clean = pipeline.grid.patchify(
-        torch.cat([pipeline.codec.encode(part) for part in torch.from_numpy(pictures.images).split(64)])
-    )
-    words = words_for(pipeline, pictures)
-    known = {each: pipeline.condition_on(each) for each in dict.fromkeys(words)}
-    conditions = [known[each] for each in words]
+    clean, conditions = _prepared(pipeline, pictures)
     count, patches = clean.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     schedule = LTG(loc=0.7 if isinstance(pipeline.manifest.network, ClassNetwork) else 0.5)
@@ -100,6 +95,24 @@ def measure_calibration(pipeline: Pipeline, pictures: Pictures, seed: int = 0) -
         predicted, measured = _errors(pipeline, clean, conditions, rows, times, generator)
         found[name] = summarise(times, predicted, measured, rows)
     return found
+
+
+def velocity_error(pipeline: Pipeline, pictures: Pictures, seed: int = 0) -> Tensor:
+    """``(n,)``: squared error of the velocity of each picture, the mean over its patches, all at one of ten times."""
+    clean, conditions = _prepared(pipeline, pictures)
+    count, patches = clean.shape[:2]
+    times = torch.tensor(TIMES).repeat_interleave(count)[:, None].expand(-1, patches)
+    rows = torch.arange(count).repeat(len(TIMES))
+    _, measured = _errors(pipeline, clean, conditions, rows, times, torch.Generator().manual_seed(seed))
+    return measured.view(len(TIMES), count, patches).mean((0, 2))
+
+
+def _prepared(pipeline: Pipeline, pictures: Pictures) -> tuple[Tensor, list[Condition]]:
+    """Latents ``(n, P, D)`` of the pictures, and what the model would be asked to get them."""
+    encoded = [pipeline.codec.encode(part) for part in torch.from_numpy(pictures.images).split(64)]
+    words = words_for(pipeline, pictures)
+    known = {each: pipeline.condition_on(each) for each in dict.fromkeys(words)}
+    return pipeline.grid.patchify(torch.cat(encoded)), [known[each] for each in words]
 
 
 @torch.inference_mode()

@@ -53,6 +53,11 @@ class Setting:
 
 
 def train_claims(table: Pictures, latents_of: Path, folder: Path, setting: Setting, schedule: str) -> Path:
+    """`train_paired` with a schedule of `TRAINED`."""
+    return train_paired(table, latents_of, folder, setting, schedule, setting.recipe(schedule))
+
+
+def train_paired(table: Pictures, latents_of: Path, folder: Path, setting: Setting, name: str, recipe: Recipe) -> Path:
     """Train, or go on training, one class-conditional model; returns its bundle. One that is trained is left alone.
 
     ``latents_of`` is a bundle whose autoencoder all share.
@@ -60,7 +65,7 @@ def train_claims(table: Pictures, latents_of: Path, folder: Path, setting: Setti
     Raises:
         DataError: the folder holds a model trained otherwise.
     """
-    done, recipe = bundle_of(folder, schedule), setting.recipe(schedule)
+    done = bundle_of(folder, name)
     if (done / "bundle.json").exists():
         record = open_bundle(done).manifest.training
         if record["recipe"] != asdict(recipe):
@@ -71,9 +76,9 @@ def train_claims(table: Pictures, latents_of: Path, folder: Path, setting: Setti
     autoencoder = unpack_autoencoder(bundle, folder / "autoencoder")
     size = Size(setting.width, setting.depth)
     licence = bundle.manifest.licence
-    return train_model("class", setting.pictures(table), autoencoder, folder / schedule, recipe, size, licence)
+    return train_model("class", setting.pictures(table), autoencoder, folder / name, recipe, size, licence)
 
 
-def bundle_of(folder: Path, schedule: str) -> Path:
-    """Where `train_claims` writes a schedule's bundle."""
-    return folder / schedule / f"{schedule}-bundle"
+def bundle_of(folder: Path, name: str) -> Path:
+    """Where `train_paired` writes a model's bundle."""
+    return folder / name / f"{name}-bundle"

@@ -33,7 +33,8 @@ class Recipe:
     minutes: float | None = None
     """Stop after this much training time, if it comes before ``steps``; the learning rate follows suit."""
     batch: int = 64
-    muon_rate: float = 0.02
+    muon_rate: float | None = 0.02
+    """None: AdamW for the matrices too."""
     adam_rate: float = 1.5e-3
     warm_up: int = 150
     constant_share: float = 0.5
@@ -75,8 +76,8 @@ class Trainer:
         self.conditions = conditions
         self.recipe = recipe
         self.folder = folder
-        matrices, rest = split_parameters(network)
-        self.muon = Muon(matrices, lr=recipe.muon_rate)
+        matrices, rest = split_parameters(network) if recipe.muon_rate is not None else ([], list(network.parameters()))
+        self.muon = Muon(matrices, lr=recipe.muon_rate or 0.0)
         self.adam = torch.optim.AdamW(rest, lr=recipe.adam_rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.average = MovingAverage(network, recipe.average)
         self.step = 0
@@ -150,7 +151,7 @@ class Trainer:
         loss = patch_forcing_loss(output, (clean - noise).flatten(0, 1), known)
         loss.total.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
-        for optimiser, rate in ((self.muon, recipe.muon_rate), (self.adam, recipe.adam_rate)):
+        for optimiser, rate in ((self.muon, recipe.muon_rate or 0.0), (self.adam, recipe.adam_rate)):
             optimiser.param_groups[0]["lr"] = rate * recipe.rate(self.step, self.seconds)
             optimiser.step()
             optimiser.zero_grad()

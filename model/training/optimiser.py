@@ -11,11 +11,11 @@ from model.device import has_fast_bf16
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised by Newton–Schulz iterations (Jordan et al., 2024).
 
-    Takes matrices only. An update has unit spectral norm, times √(rows/cols) for tall matrices.
+    Takes matrices only, or none. An update has unit spectral norm, times √(rows/cols) for tall matrices.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float = 0.02, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+        super().__init__([{"params": params}], {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

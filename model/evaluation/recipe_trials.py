@@ -1,0 +1,116 @@
+"""Short paired trainings behind the recipe: one choice changed at a time, all else the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.evaluation.calibration import velocity_error
+from model.evaluation.claims_training import Setting, train_paired
+from model.evaluation.frechet import Gaussian, Interval, frechet_difference, frechet_interval, mean_interval
+from model.evaluation.judge import Judge
+from model.evaluation.quality import split_pictures
+from model.evaluation.samples import make_pictures, words_for
+from model.pipeline import Pipeline
+from model.training.data import Pictures
+from model.training.loop import Recipe
+from model.training.timesteps import LTG
+
+RECIPE = "recipe"
+STEPS = 10
+"""Of multistep, by which every trained model makes its pictures."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: what it changes in the recipe, and by how much it scales the batch at equal samples."""
+
+    label: str
+    changes: dict[str, Any]
+    batch: float = 1.0
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """Of this trial; the samples drawn stay the same, but for rounding."""
+        batch = max(1, round(base.batch * self.batch))
+        steps = max(1, round(base.steps * base.batch / batch))
+        return replace(base, batch=batch, steps=steps, sample_every=steps, **self.changes)
+
+
+TRIALS = {
+    RECIPE: Trial("the recipe", {}),
+    "adamw": Trial("AdamW for the matrices too", {"muon_rate": None}),
+    "adamw-fast": Trial("the same, at three times the rate", {"muon_rate": None, "adam_rate": 4.5e-3}),
+    "constant": Trial("learning rate constant to the end", {"constant_share": 1.0}),
+    "last": Trial("last weights, not their average", {"average": 0.0}),
+    "long": Trial("average ten times as long", {"average": 0.9995}),
+    "half": Trial("half the batch, twice the steps", {}, batch=0.5),
+    "double": Trial("twice the batch, half the steps", {}, batch=2.0),
+    "ltg": Trial("LTG alone: no shared times, no clean patches", {"timesteps": LTG(loc=0.5)}),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a trial came to."""
+
+    key: str
+    label: str
+    steps: int
+    batch: int
+    seconds: float
+    """Of training."""
+    error: Interval
+    """Squared error of the velocity on held-out concepts, all patches at one time; the mean over ten times."""
+    error_difference: Interval | None
+    """Less the recipe's, in pairs; None for itself."""
+    distance: Interval
+    """Fréchet distance of pictures made."""
+    distance_difference: Interval | None
+
+    def figures(self) -> dict[str, Any]:
+        """For JSON."""
+        spans = {name: value.rounded(5) for name, value in vars(self).items() if isinstance(value, Interval)}
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, str | int | float)}
+        return plain | spans
+
+
+def run_trials(
+    table: Pictures, judge: Judge, latents_of: Path, folder: Path, setting: Setting, names: list[str], count: int
+) -> Iterator[Found]:
+    """Train what is not trained yet, the recipe first, and compare each with it.
+
+    ``count`` pictures are made of each, on the same classes and noise.
+
+    Raises:
+        DataError: the folder holds a model trained otherwise.
+    """
+    pictures = setting.pictures(table)
+    split = split_pictures(pictures, count)
+    held_out = pictures.where(pictures.held_out())
+    gaussian = Gaussian.of(judge.features(split.reference.images), torch.from_numpy(split.reference.weights))
+    of_recipe: tuple[Tensor, Tensor] | None = None
+    for name in [RECIPE, *(name for name in names if name != RECIPE)]:
+        recipe = TRIALS[name].recipe(setting.recipe("mixed"))
+        pipeline = Pipeline.open(train_paired(table, latents_of, folder, setting, name, recipe))
+        errors = velocity_error(pipeline, held_out)
+        sampler = pipeline.sampler("multistep", STEPS, 1.0)
+        made = make_pictures(pipeline, sampler, words_for(pipeline, split.real), range(count), name)
+        features = judge.features(made.pictures)
+        record: Any = pipeline.manifest.training
+        yield Found(
+            key=name,
+            label=TRIALS[name].label,
+            steps=record["steps"],
+            batch=record["recipe"]["batch"],
+            seconds=record["device_seconds"],
+            error=mean_interval(errors),
+            error_difference=None if of_recipe is None else mean_interval(errors - of_recipe[0]),
+            distance=frechet_interval(gaussian, features),
+            distance_difference=None if of_recipe is None else frechet_difference(gaussian, features, of_recipe[1]),
+        )
+        of_recipe = of_recipe or (errors, features)

@@ -1,0 +1,58 @@
+"""Trials of the recipe: one thing changed each, equal samples, and a command that compares and fills the page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from model.evaluation.claims_training import Setting
+from model.evaluation.judge_training import JudgeRecipe, train_judge
+from model.evaluation.recipe_trials import RECIPE, TRIALS
+from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
+from model.training.loop import Recipe
+from model.training.run import Size, train_model
+from service.cli import app
+from tests.model.shapes import shapes
+
+
+@pytest.mark.parametrize("name", sorted(set(TRIALS) - {RECIPE}))
+def test_a_trial_changes_one_thing_and_sees_as_many_samples(name: str) -> None:
+    base = Setting(steps=600).recipe("mixed")
+    recipe = TRIALS[name].recipe(base)
+    assert recipe.steps * recipe.batch == base.steps * base.batch
+    changed = {key for key, value in asdict(recipe).items() if value != asdict(base)[key]}
+    assert changed - {"steps", "batch", "sample_every"} == set(TRIALS[name].changes)
+    assert changed
+
+
+def test_the_command_trains_in_pairs_and_fills_the_page(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    table, data = shapes(), tmp_path / "table.npz"
+    table.save(data)
+    train_judge(table, tmp_path / "judge", JudgeRecipe(steps=5, batch=16), "none")
+    train_autoencoder(table, tmp_path / "autoencoder", AutoencoderRecipe(width=8, steps=3))
+    small, once = Size(32, 1), Recipe(steps=1, batch=4)
+    bundle = train_model("class", table, tmp_path / "autoencoder", tmp_path / "runs" / "first", once, small, "none")
+    page, out = tmp_path / "page.md", tmp_path / "rows.json"
+    page.write_text("before\n<!-- begin: recipe -->\n<!-- end: recipe -->\nafter\n")
+    words = ["bench", "recipe", "--folder", str(tmp_path / "trials"), "--data", str(data), "--latents-of", str(bundle)]
+    words += ["--judge", str(tmp_path / "judge"), "--steps", "40", "--batch", "8", "--width", "32", "--depth", "1"]
+    words += ["--pictures", "20", "--threads", "1", "--out", str(out), "--doc", str(page)]
+    result = CliRunner().invoke(app, [*words, "--trial", "adamw", "--trial", "double"])
+    assert result.exit_code == 0, result.output
+    first, adamw, double = json.loads(out.read_text())
+    assert [row["key"] for row in (first, adamw, double)] == ["recipe", "adamw", "double"]
+    assert "error_difference" not in first
+    assert adamw["error"]["value"] != first["error"]["value"]
+    assert adamw["error_difference"]["value"] == pytest.approx(
+        adamw["error"]["value"] - first["error"]["value"], abs=2e-5
+    )
+    assert (double["steps"], double["batch"]) == (20, 16)
+    assert "| twice the batch, half the steps | 20 × 16 |" in page.read_text()
+    unknown = CliRunner().invoke(app, [*words, "--trial", "magic"])
+    assert "there are recipe" in unknown.output
