@@ -375,6 +375,7 @@ class Stack:
             "bundle_dir": self._bundles,
             "models": ["tiny-class"],
             "threads": 1,
+            "patch_budget": 4096,  # not profiled, which takes seconds and depends on what else the machine does
             "log_json": True,
             **self._settings,
             **settings,
