@@ -22,7 +22,8 @@ FROM base AS gateway-env
 RUN python -m venv /opt/patchforge
 ENV PATH=/opt/patchforge/bin:$PATH
 COPY constraints.txt /tmp/
-RUN --mount=from=wheel,source=/wheels,target=/wheels pip install -c /tmp/constraints.txt /wheels/*.whl
+RUN --mount=from=wheel,source=/wheels,target=/wheels \
+    pip install -c /tmp/constraints.txt "$(echo /wheels/*.whl)[otel]"
 
 FROM base AS worker-env
 RUN python -m venv /opt/patchforge

@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from opentelemetry import environment_variables as api_variables
+from opentelemetry.sdk import environment_variables as sdk_variables
 
 from service.settings import Settings
+from service.tracing import exporters_wanted
 
 ROOT = Path(__file__).parents[2]
 TOOLS = Path(sys.executable).parent
@@ -28,16 +31,21 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    """docker-compose.yml as Compose itself reads it, GPU worker included."""
-    return json.loads(run(TOOLS / "docker-compose", "--profile", "gpu", "config", "--format", "json"))["services"]
+    """docker-compose.yml as Compose itself reads it, with what is started only when asked for."""
+    return composed("--profile", "gpu", "--profile", "tracing")
 
 
-def settings_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """What the service reads of an environment, in which every name has to be a setting's."""
+def composed(*options: str) -> dict[str, Any]:
+    return json.loads(run(TOOLS / "docker-compose", *options, "config", "--format", "json"))["services"]
+
+
+def settings_of(environment: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """What the service reads of an environment, in which every name has to be a setting's, or OpenTelemetry's."""
     known = {f"PATCHFORGE_{name.upper()}" for name in Settings.model_fields}
-    assert {*environment} <= known
+    assert {*environment} <= known | {*vars(api_variables), *vars(sdk_variables)}
     for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+        if value is not None:  # else it is passed on as it is set outside
+            monkeypatch.setenv(name, value)
     return Settings()
 
 
@@ -119,9 +127,31 @@ def test_compose_opens_ports_on_loopback_only(services: dict[str, Any]) -> None:
     assert {port["target"] for port in services["gateway"]["ports"]} == {8000, 50051}
 
 
-def test_compose_starts_gpus_only_when_asked(services: dict[str, Any]) -> None:
-    without = json.loads(run(TOOLS / "docker-compose", "config", "--format", "json"))["services"]
-    assert {*services} - {*without} == {"worker-gpu"}
+def test_compose_starts_gpus_and_a_home_for_traces_only_when_asked(services: dict[str, Any]) -> None:
+    assert {*services} - {*composed()} == {"worker-gpu", "jaeger"}
+
+
+def test_compose_passes_on_where_traces_go_and_without_that_there_are_none(
+    services: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gateway", "worker", "worker-gpu"):
+        set_here = {key: value for key, value in services[name]["environment"].items() if value is not None}
+        assert exporters_wanted(set_here) == []
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://jaeger:4318")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
+    for name in ("gateway", "worker"):
+        environment = composed()[name]["environment"]
+        assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://jaeger:4318"
+        assert environment["OTEL_TRACES_SAMPLER"] == "traceidratio"
+
+
+def test_every_image_can_export_traces() -> None:
+    built = stages()
+    assert "[otel]" in built["gateway-env"]
+    locked = (ROOT / "requirements.lock").read_text("utf-8")
+    assert "\nopentelemetry-exporter-otlp-proto-http==" in locked
+    for name in ("worker-env", "worker-cuda-env"):
+        assert "-r /tmp/requirements.lock" in built[name]
 
 
 def test_the_queue_server_of_compose_is_one_the_service_accepts(services: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from service.settings import Settings
+from service.tracing import exporters_wanted
 from tests.deploy.test_containers import settings_of, stages
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
@@ -37,6 +38,11 @@ def written() -> list[Manifest]:
 
 def one(manifests: list[Manifest], kind: str, name: str) -> Manifest:
     [found] = [each for each in manifests if each["kind"] == kind and each["metadata"]["name"] == name]
+    return found
+
+
+def one_named(things: list[Manifest], name: str) -> Manifest:
+    [found] = [each for each in things if each["name"] == name]
     return found
 
 
@@ -79,6 +85,10 @@ def test_a_deployment(name: str, settings: Settings) -> None:
     assert container["resources"]["limits"]["memory"]
     assert container["image"].removeprefix("patchforge-") in stages()
     assert {*container} >= {"startupProbe", "livenessProbe"}
+    assert {"secretRef": {"name": "patchforge", "optional": True}} in container["envFrom"]
+    [writable] = container["volumeMounts"]  # gateways keep large uploads there, torch what it compiles
+    assert writable["mountPath"] == "/tmp"
+    assert "emptyDir" in one_named(pod["volumes"], writable["name"])
 
 
 def test_ports_and_probes_are_the_services_own(settings: Settings) -> None:
@@ -109,6 +119,23 @@ def test_the_queue_server_is_one_the_service_accepts(settings: Settings) -> None
     assert "--appendonly yes" in arguments
     assert settings.redis_url == "redis://queue:6379/0"
     one(written(), "Service", "queue")
+
+
+def test_only_gateways_and_workers_may_speak_to_the_queue_server() -> None:
+    def labels(kind: str, name: str) -> dict[str, str]:
+        return one(written(), kind, name)["spec"]["template"]["metadata"]["labels"]
+
+    policy = one(written(), "NetworkPolicy", "queue")["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels("StatefulSet", "queue")
+    [rule] = policy["ingress"]
+    welcome = [each["podSelector"]["matchLabels"] for each in rule["from"]]
+    assert welcome == [labels("Deployment", "gateway"), labels("Deployment", "worker")]
+    [valkey] = one(written(), "StatefulSet", "queue")["spec"]["template"]["spec"]["containers"]
+    assert rule["ports"][0]["port"] in {port["name"] for port in valkey["ports"]}
+
+
+def test_traces_go_nowhere_until_someone_says_where() -> None:
+    assert exporters_wanted(one(written(), "ConfigMap", "patchforge")["data"]) == []
 
 
 def test_prometheus_finds_the_pods() -> None:
