@@ -140,6 +140,24 @@ def problem_of(answer: bytes) -> dict[str, Any]:
     return json.loads(answer.partition(b"\r\n\r\n")[2])
 
 
+def refusals(gateway: Gateway) -> float:
+    """Its answers of "no, and it is your doing", over HTTP and gRPC, by its own metrics."""
+    http = gateway.metric("patchforge_http_requests_total", workers=False, status="4xx")
+    codes = ("INVALID_ARGUMENT", "NOT_FOUND", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
+    rpc = (gateway.metric("patchforge_grpc_requests_total", workers=False, status=code) for code in codes)
+    return http + sum(rpc)
+
+
+def faults(gateway: Gateway) -> float:
+    """Its answers of "that was our fault"."""
+    http = gateway.metric("patchforge_http_requests_total", workers=False, status="5xx")
+    rpc = (gateway.metric("patchforge_grpc_requests_total", workers=False, status=code) for code in OUR_FAULT)
+    return http + sum(rpc)
+
+
+OUR_FAULT = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
+
+
 def memory(pid: int, what: str = "VmRSS") -> float:
     """MiB resident now, or (``VmHWM``) at most."""
     status = Path(f"/proc/{pid}/status").read_text()

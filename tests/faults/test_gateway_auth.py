@@ -16,7 +16,17 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from service.api_keys import entry, new_key
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
-from tests.faults.gateway_kit import APPLE, JSON, NO_JOB, Stage, answer_to, flat_memory, openai_client, status_of
+from tests.faults.gateway_kit import (
+    APPLE,
+    JSON,
+    NO_JOB,
+    Stage,
+    answer_to,
+    flat_memory,
+    openai_client,
+    refusals,
+    status_of,
+)
 from tests.faults.harness import PATIENCE, Gateway
 
 GENERATION = pb.Generation(prompt="a red apple", model="tiny-text", seed=7)
@@ -81,7 +91,7 @@ def bad_credentials(locked: Locked) -> list[dict[str, str]]:
 
 def test_row_27_no_way_in_over_rest(locked: Locked) -> None:
     """Every path but the open ones, streams included, whatever the request is otherwise like."""
-    http = locked.gateway.http
+    http, refused = locked.gateway.http, refusals(locked.gateway)
     for headers in bad_credentials(locked):
         for method, path in CLOSED if len(headers) == 0 else CLOSED[2:7]:
             answer = http.request(method, path, headers=headers | JSON, content=b'{"prompt": "x", "stream": true}')
@@ -100,6 +110,7 @@ def test_row_27_no_way_in_over_rest(locked: Locked) -> None:
         assert status_of(answer) in (401, 404), path
     for path in OPEN:
         assert http.get(path).status_code == 200, path
+    assert refusals(locked.gateway) >= refused + len(CLOSED) + len(TWISTED)  # what an operator sees
 
 
 def test_row_27_a_body_without_a_key_is_not_taken(locked: Locked) -> None:

@@ -21,10 +21,12 @@ from tests.faults.gateway_kit import (
     NO_JOB,
     Stage,
     answer_to,
+    faults,
     flat_memory,
     post,
     problem_of,
     raw,
+    refusals,
     status_of,
     until_closed,
 )
@@ -37,15 +39,20 @@ SUBMITS = ("/v1/jobs", "/v1/images/generations")
 
 
 @contextmanager
-def unharmed(stage: Stage, gateway: Gateway | None = None, memory: float = 24) -> Iterator[Gateway]:
-    """Whatever is done to the gateway, it allocates next to nothing, stores nothing, reports no bug, and goes on."""
+def unharmed(stage: Stage, gateway: Gateway | None = None, memory: float = 24, refused: int = 0) -> Iterator[Gateway]:
+    """Whatever is done to the gateway, it allocates next to nothing, stores nothing, reports no bug, and goes on.
+
+    What an operator sees: at least so many answers ``refused``, and none that was our fault.
+    """
     gateway = gateway or stage.gateway
     mark = gateway.mark()
     gateway.ended(gateway.submit(APPLE))  # what it does for the first time may take memory
-    before = stage.stored()
+    before, refused_before, faults_before = stage.stored(), refusals(gateway), faults(gateway)
     with flat_memory(gateway, memory):
         yield gateway
     assert stage.stored() == before
+    assert refusals(gateway) >= refused_before + refused
+    assert faults(gateway) == faults_before
     assert not [line for line in gateway.log[mark:] if line["level"] == "error"]
     assert not [line for line in gateway.stray if "Traceback" in line or "Exception" in line]
     assert gateway.ended(gateway.submit(APPLE))["status"] == "completed"
@@ -56,7 +63,7 @@ def unharmed(stage: Stage, gateway: Gateway | None = None, memory: float = 24) -
 
 def test_row_22_nonsense_in_requests(stage: Stage) -> None:
     """NaN, 1e999, surrogates, NUL, repeated keys, 5,000 digits, 100k nesting, bad UTF-8 …: 4xx, and never 500."""
-    with unharmed(stage) as gateway:
+    with unharmed(stage, refused=len(BAD_BODIES)) as gateway:
         for path in SUBMITS:
             for name, body, _ in BAD_BODIES:
                 if path != SUBMITS[0] and name in ("null", "a prompt for a class model"):
@@ -105,7 +112,11 @@ NO_HTTP = [
 
 
 def test_row_22_nonsense_in_grpc_requests(stage: Stage) -> None:
-    with unharmed(stage) as gateway, gateway.grpc() as stub, grpc.insecure_channel(gateway.grpc_address) as channel:
+    with (
+        unharmed(stage, refused=2 * len(BAD_FIELDS)) as gateway,
+        gateway.grpc() as stub,
+        grpc.insecure_channel(gateway.grpc_address) as channel,
+    ):
         for fields, field in BAD_FIELDS:
             request = generate(**fields)
             calls = (
@@ -138,7 +149,7 @@ def test_row_23_sixty_megabytes(stage: Stage, path: str) -> None:
         for _ in range(60 << 4):
             yield b" " * (1 << 16)
 
-    with unharmed(stage, memory=16) as gateway:
+    with unharmed(stage, memory=16, refused=4) as gateway:
         for content in (b" " * (60 << 20), chunks()):
             assert gateway.http.post(path, content=content, headers=JSON).status_code == 413
         for content in (b" " * (60 << 20), chunks()):
@@ -166,7 +177,7 @@ def test_row_23_slow_requests(stage: Stage) -> None:
     """Each gets its 408, whatever part it dawdles over; a byte now and then buys no time; 300 disturb nobody."""
     with (
         stage.another_gateway(client_timeout_seconds=3) as hasty,
-        unharmed(stage, hasty) as gateway,
+        unharmed(stage, hasty, refused=1) as gateway,
         ThreadPoolExecutor(10) as pool,
         ExitStack() as connections,
     ):
@@ -214,7 +225,7 @@ HUGE_SIZES = ["1000000x1000000", "4096x4096", "99999999999999999999x1", "99999x1
 
 def test_row_24_giant_requests(stage: Stage) -> None:
     """They fail before anything is allocated or queued: 422, or 400 in OpenAI's dialect."""
-    with unharmed(stage, memory=16) as gateway:
+    with unharmed(stage, memory=16, refused=2 * len(HUGE) + len(HUGE_SIZES)) as gateway:
         for fields, field in HUGE:
             answer = gateway.post(APPLE | fields)
             assert (answer.status_code, answer.json()["field"]) == (422, field), field
@@ -253,7 +264,7 @@ def test_row_25_names_that_are_paths(stage: Stage) -> None:
     """Names come from a list, and nothing else is there: not in a path, in a body, nor over gRPC."""
     job = stage.gateway.submit(APPLE)
     stage.gateway.ended(job)
-    with unharmed(stage) as gateway, gateway.grpc() as stub:
+    with unharmed(stage, refused=2 * len(ODD_NAMES)) as gateway, gateway.grpc() as stub:
         for name in ODD_NAMES:
             for path in (
                 f"/v1/models/{name}",

@@ -18,12 +18,13 @@ from service import keys
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
 from tests.faults import http2
-from tests.faults.gateway_kit import APPLE, Stage, flat_memory, openai_client
+from tests.faults.gateway_kit import APPLE, Stage, faults, flat_memory, openai_client
 from tests.faults.harness import PATIENCE, Gateway, eventually
 from tests.faults.tap import tapped
 
 DRAWING = {"prompt": "a red apple", "model": "tiny-text"}
 GENERATION = pb.Generation(prompt="a red apple", model="tiny-text", seed=7)
+SUBMIT_JOB = "/patchforge.v1.ImageService/SubmitJob"
 SUBMIT = b"\r\n$6\r\nsubmit\r\n"  # the queue's command, as redis-py sends it
 
 
@@ -53,7 +54,12 @@ def test_row_10_gateway_killed_between_commit_and_reply(own_stage: Stage) -> Non
             assert submit(own_stage.gateway) == committed
             assert submit(own_stage.gateway) == committed
             assert len(redis.keys(keys.IDEMPOTENCY + "*")) == count
+            assert len(own_stage.jobs()) == 1
         assert own_stage.gateway.ended(committed)["status"] == "completed"
+    # What an operator sees: calls that were answered twice as often as jobs were made.
+    answered = {"method": "POST", "route": "/v1/jobs", "status": "2xx"}
+    assert own_stage.gateway.metric("patchforge_http_requests_total", **answered) == 2
+    own_stage.gateway.await_metric(2, "patchforge_grpc_requests_total", method=SUBMIT_JOB, status="OK")
 
 
 # --- row 11 ---
@@ -76,6 +82,7 @@ def test_row_11_queue_full_under_parallel_submits(stage: Stage) -> None:
         stage.redis as redis,
     ):
         counting = pool.submit(keep_counting)
+        turned_away = faults(stage.gateway) + faults(second)
         with flat_memory(stage.gateway, 32), flat_memory(second, 32):
             calls = [
                 pool.submit(gateway.post, APPLE | {"model": "idle"}, key=f"caller {number} {today}")
@@ -88,6 +95,9 @@ def test_row_11_queue_full_under_parallel_submits(stage: Stage) -> None:
         refused = [answer for answer in answers if answer.status_code != 202]
         assert len(accepted) == len(set(accepted)) == 8
         assert most_waiting == redis.zcard(keys.WAITING) == 8
+        # What an operator sees, at any gateway and at both.
+        assert second.metric("patchforge_requests_waiting", model="idle") == 8
+        assert faults(stage.gateway) + faults(second) - turned_away == 92
         for answer in refused:
             assert (answer.status_code, answer.json()["code"]) == (503, "queue_full")
             assert int(answer.headers["Retry-After"]) > 0
@@ -142,6 +152,7 @@ def test_row_18_sigterm_a_gateway(own_stage: Stage) -> None:
             with pytest.raises(grpc.RpcError) as caught:
                 heard += [reply.event.id for reply in over_grpc]
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            leaving.wait_for("gateway is shutting down")  # what an operator sees
             assert takes_nothing_on(leaving)
             assert not waiting.done()
         assert waiting.result().data[0].b64_json
@@ -164,6 +175,7 @@ def test_row_18_what_outlasts_the_grace_period_is_cancelled(own_stage: Stage) ->
         assert hasty.terminate() == 0
         assert time.monotonic() - began < 1 + 20
         assert own_stage.gateway.ended(job)["status"] == "cancelled"
+        hasty.wait_for("gateway is shutting down")
         with pytest.raises(openai.APIError):
             waiting.result()
 

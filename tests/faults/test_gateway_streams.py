@@ -16,7 +16,7 @@ import pytest
 
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults import http2
-from tests.faults.gateway_kit import APPLE, NO_JOB, Stage, flat_memory, post, raw, until_closed
+from tests.faults.gateway_kit import APPLE, NO_JOB, Stage, flat_memory, post, raw, refusals, until_closed
 from tests.faults.harness import PATIENCE, Gateway, Seen, eventually
 
 WATCH = "/patchforge.v1.ImageService/WatchJob"
@@ -123,6 +123,10 @@ def test_row_16_gateway_dies_mid_stream(own_stage: Stage) -> None:
     assert whole[-1].type == "completed"
     assert seen == heard == [event.id for event in whole]
     assert list(other.follow(job, whole[-1].id)) == [], "after the end there is nothing"
+    # What an operator sees: the streams that moved.
+    streams = {"method": "GET", "route": "/v1/jobs/{job_id}/events", "status": "2xx"}
+    other.await_metric(3, "patchforge_http_requests_total", **streams)
+    other.await_metric(1, "patchforge_grpc_requests_total", method=WATCH, status="OK")
 
 
 def test_row_16_a_trimmed_id_resumes_with_the_present_state(stage: Stage) -> None:
@@ -143,6 +147,7 @@ def test_row_16_a_trimmed_id_resumes_with_the_present_state(stage: Stage) -> Non
 def test_row_16_garbage_ids_are_refused(stage: Stage) -> None:
     gateway = stage.gateway
     job = gateway.submit(APPLE)
+    refused = refusals(gateway)
     garbage = [b"x", b"-1", b"1-", b"1-1-1", b"$", b"(1", b"9" * 400, b"\xff", b"0x1", b"1e3", b"latest", b"1 1"]
     for event_id in garbage:
         answer = gateway.http.get(f"/v1/jobs/{job}/events", headers=[(b"Last-Event-ID", event_id)])
@@ -157,6 +162,7 @@ def test_row_16_garbage_ids_are_refused(stage: Stage) -> None:
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, event_id
             assert caught.value.details().startswith("after_event_id: ")
     assert gateway.http.get(f"/v1/jobs/{NO_JOB}/events", headers={"Last-Event-ID": "1-1"}).status_code == 404
+    eventually(lambda: refusals(gateway) == refused + 2 * len(garbage) + 1, "all to be counted")
 
 
 # --- row 17 ---
@@ -209,6 +215,7 @@ def silences(stage: Stage, gateway: Gateway, beats: int) -> dict[str, list[float
         for thread in threads:
             thread.join()
     assert gaps.keys() == streams.keys(), "each had its heartbeats"
+    assert not gateway.lines(DROPPED, path=f"/v1/jobs/{job}/events"), "an idle reader is not a slow one"
     return gaps
 
 

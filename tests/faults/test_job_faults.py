@@ -41,7 +41,7 @@ def test_row_09_twenty_submits_with_one_key(shared: Shared) -> None:
 
 
 def test_row_09_the_same_over_grpc(shared: Shared) -> None:
-    key = str(uuid4())
+    key, before = str(uuid4()), shared.ended("completed")
     with shared.gateway.grpc() as stub, ThreadPoolExecutor(20) as pool:
         request = pb.SubmitJobRequest(generation=AS_PROTO, idempotency_key=key)
         answers = [pool.submit(stub.SubmitJob, request) for _ in range(20)]
@@ -51,6 +51,7 @@ def test_row_09_the_same_over_grpc(shared: Shared) -> None:
             stub.SubmitJob(request)
         assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
     assert shared.gateway.ended(job_id)["status"] == "completed"
+    shared.await_ended("completed", before + 1)
 
 
 def test_row_12_deadline_passes_while_queued(shared: Shared) -> None:
