@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.denoiser import Condition
 from model.device import serving_dtype
-from model.evaluation.frechet import Gaussian, Interval, frechet_difference, frechet_interval
+from model.evaluation.frechet import Gaussian, Interval, frechet_difference, frechet_interval, mean_interval
 from model.evaluation.judge import Judge
-from model.evaluation.measure import Ranks
+from model.evaluation.measure import Ranks, group_of
 from model.generate import Trajectory, run
 from model.pipeline import Pipeline
 
@@ -74,6 +74,15 @@ class PictureQuality:
     top1: Interval
     """How often the judge finds a prompt's picture first among all of the run."""
     top5: Interval
+    top5_difference: Interval | None
+    """That less the baseline's, paired likewise."""
+
+    @property
+    def not_told(self) -> bool:
+        """Neither farther from real pictures than the baseline's nor less often found, beyond both intervals."""
+        if self.difference is None or self.top5_difference is None:
+            return False
+        return self.difference.low <= 0 <= self.top5_difference.high
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,8 @@ class SamplerBench:
         self.seeds = range(seed, seed + len(self.prompts))
         self.peak = matmul_peak(pipeline.device)
         self.texts = None if gallery is None else gallery.judge.embed(self.prompts)
-        self.baseline: Tensor | None = None
+        self.baseline: tuple[Tensor, Tensor] | None = None
+        """Features, and whether the prompt was among the first five, of the first configuration measured."""
         fine = Configuration("multistep", {"steps": REFERENCE_STEPS})
         self.reference = self._decode(self._sample(fine, 0)[0])
 
@@ -170,10 +180,16 @@ class SamplerBench:
         judge, real = self.gallery.judge, self.gallery.real
         features = judge.features(pictures)
         ranks = Ranks.of(-judge.text_scores(features, self.texts).T, torch.arange(len(pictures)), self.gallery.concepts)
-        difference = None if self.baseline is None else frechet_difference(real, features, self.baseline)
+        among_five = (ranks.ranks < 5).float()
+        difference = found_difference = None
         if self.baseline is None:
-            self.baseline = features
-        return PictureQuality(frechet_interval(real, features), difference, ranks.share(1), ranks.share(5))
+            self.baseline = features, among_five
+        else:
+            difference = frechet_difference(real, features, self.baseline[0])
+            found_difference = mean_interval(among_five - self.baseline[1], group_of(ranks.concepts))
+        return PictureQuality(
+            frechet_interval(real, features), difference, ranks.share(1), ranks.share(5), found_difference
+        )
 
     def _sample(self, configuration: Configuration, start: int, count: int = PACK) -> tuple[list[Trajectory], float]:
         """A pack of pictures, and the share of their patches that had finished by half of the steps."""
@@ -197,16 +213,8 @@ class SamplerBench:
 
 
 def cheapest_equal(rows: Sequence[Row]) -> Row | None:
-    """The row of fewest patch evaluations whose Fréchet distance is not higher than the baseline's, beyond the interval
-    of their difference."""
-
-    def equal(row: Row) -> bool:
-        quality = row.quality
-        if quality is None or quality.difference is None:
-            return False
-        return quality.difference.low <= 0
-
-    able = [row for row in rows if equal(row)]
+    """The row of fewest patch evaluations whose pictures are `PictureQuality.not_told` from the baseline's."""
+    able = [row for row in rows if row.quality is not None and row.quality.not_told]
     return min(able, key=lambda row: row.patch_evaluations, default=None)
 
 

@@ -13,8 +13,8 @@ from model.types import Plan, Prediction
 
 CALIBRATION = 0.5
 """Measured error of a leap to t = 1, over the geometric mean of what the path's bend and the network's own
-uncertainty predict of it: 0.48 to 0.58 at t = 0.2 to 0.7 on the shipped text-to-image model, where either alone is
-off by a factor that changes with t."""
+uncertainty predict of it; either alone is off by a factor that changes with t. `model.evaluation.leap` measures it,
+and docs/samplers.md has what came out."""
 MAX_REACH = 2.0
 """Kept keys and values are not extrapolated further than this, in units of what lay between the last two."""
 
@@ -163,8 +163,8 @@ class Adaptive(Sampler[AdaptiveState]):
         state = replace(state, estimate=seen)
         if self.tolerance == 0 or state.conditional is None:
             return state
-        expected = (1 - time) * state.difficulty.sqrt()
-        error = CALIBRATION * (self._error(state, time, 1.0) * expected).sqrt()
+        bend, expected = self.leap_errors(state, time)
+        error = CALIBRATION * (bend * expected).sqrt()
         leaping = going & (state.conditional.at == time) & (error < self.tolerance)
         leap = torch.zeros_like(state.x) if state.leap is None else state.leap
         return replace(
@@ -173,6 +173,11 @@ class Adaptive(Sampler[AdaptiveState]):
             times=torch.where(leaping, 1.0, state.times),
             leap=torch.where(leaping[:, None], displacement / (1 - time), leap),
         )
+
+    def leap_errors(self, state: AdaptiveState, time: float) -> tuple[Tensor, Tensor]:
+        """``(P,)`` each: the error of leaping from ``time`` to t = 1 that a patch's path, by its bend, and the network,
+        by its variance, let expect; root mean squares."""
+        return self._error(state, time, 1.0), (1 - time) * state.difficulty.sqrt()
 
     def _move(self, state: AdaptiveState) -> AdaptiveState:
         """One step on what is known, for every patch that has not finished."""

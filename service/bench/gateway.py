@@ -47,6 +47,20 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Milliseconds of processor time, which other load on the machine hardly changes."""
+
+    gateway_ms: float
+    queue_server_ms: float
+
+    def less(self, before: Costs, jobs: int) -> Costs:
+        """What each of ``jobs`` took since then."""
+        share = 1 / max(1, jobs)
+        gateway, queue_server = self.gateway_ms - before.gateway_ms, self.queue_server_ms - before.queue_server_ms
+        return Costs(gateway * share, queue_server * share)
+
+
+@dataclass(frozen=True)
 class GatewayFigures:
     """Of one gateway."""
 
@@ -61,9 +75,11 @@ class GatewayFigures:
     """Accepted, claimed and ended within these seconds, from so many clients at once."""
     jobs_per_second: float
     loaded_claimed_ms: Latency
-    processor_ms_per_job: float
-    """The gateway's processor time, which other load on the machine hardly changes."""
+    job_costs: Costs
+    """Of each of these."""
     watchers: int
+    watched_job_costs: Costs
+    """Of a job whose events, ``PREVIEWS`` previews among them, someone reads as they come."""
     idle_mib: float
     watched_mib: float
     """The most memory it held while so many streams were open and each got its previews."""
@@ -80,10 +96,11 @@ async def bench_gateway(folder: Path, submits: int, clients: int, seconds: float
             await rig.one_by_one(10)
         accepted, claimed = await rig.one_by_one(submits)
         idle = resident(rig.pid)
-        before = rig.processor_seconds()
+        before = rig.costs()
         jobs, loaded = await rig.all_at_once(clients, seconds)
-        worked = rig.processor_seconds() - before
+        between = rig.costs()
         watched = await rig.watched(watchers)
+        after = rig.costs()
     return GatewayFigures(
         submits=submits,
         accepted_ms=Latency.of(accepted),
@@ -93,8 +110,9 @@ async def bench_gateway(folder: Path, submits: int, clients: int, seconds: float
         jobs=jobs,
         jobs_per_second=jobs / seconds,
         loaded_claimed_ms=Latency.of(loaded),
-        processor_ms_per_job=1000 * worked / max(1, len(loaded)),
+        job_costs=between.less(before, len(loaded)),
         watchers=watchers,
+        watched_job_costs=after.less(between, watchers),
         idle_mib=idle / 2**20,
         watched_mib=watched / 2**20,
         cpus=os.cpu_count() or 1,
@@ -105,8 +123,8 @@ async def bench_gateway(folder: Path, submits: int, clients: int, seconds: float
 class _Rig:
     """The processes, and what their worker tells."""
 
-    def __init__(self, url: str, redis_url: str, pid: int, worker: asyncio.subprocess.Process) -> None:
-        self.url, self.redis_url, self.pid = url, redis_url, pid
+    def __init__(self, url: str, server: EmbeddedServer, pid: int, worker: asyncio.subprocess.Process) -> None:
+        self.url, self.server, self.pid = url, server, pid
         self._worker = worker
         self._claims: dict[str, float] = {}
         self._news = asyncio.Condition()
@@ -133,18 +151,15 @@ class _Rig:
 
                 gateway = await start("service.cli", "gateway")
                 worker = await start("service.bench.noop_worker")
-                rig = cls(f"http://127.0.0.1:{http}", server.url, gateway.pid, worker)
+                rig = cls(f"http://127.0.0.1:{http}", server, gateway.pid, worker)
                 listening = asyncio.create_task(rig._listen())
                 stack.callback(listening.cancel)
                 await rig._ready()
                 yield rig
 
-    def processor_seconds(self) -> float:
-        """The gateway's own, so far; 0 where there is no ``/proc``."""
-        with suppress(OSError):
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].split()
-            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        return 0.0
+    def costs(self) -> Costs:
+        """So far."""
+        return Costs(_processor_ms(self.pid), _processor_ms(self.server.pid))
 
     async def one_by_one(self, submits: int) -> tuple[list[float], list[float]]:
         """Seconds from each submit to its answer, and to its claim; the next one follows the claim."""
@@ -174,8 +189,7 @@ class _Rig:
 
     async def watched(self, watchers: int) -> int:
         """The most bytes the gateway held while ``watchers`` clients each followed a job of their own to its end."""
-        settings = Settings(redis_url=self.redis_url)
-        queue = JobQueue.connect(self.redis_url, settings)
+        queue = JobQueue.connect(self.server.url, Settings(redis_url=self.server.url))
         most = 0
         async with AsyncExitStack() as stack:
             stack.push_async_callback(queue.close)
@@ -232,6 +246,14 @@ async def _submit(connection: Connection, body: bytes) -> str:
         raise Unavailable(f"a submit was answered with {status}: {answer.decode(errors='replace')[:200]}")
     job: str = json.loads(answer)["id"]
     return job
+
+
+def _processor_ms(pid: int) -> float:
+    """Of a process, so far; 0 where there is no ``/proc``."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        return 1000 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 async def _ended(process: asyncio.subprocess.Process) -> None:

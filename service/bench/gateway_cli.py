@@ -16,7 +16,7 @@ from rich.table import Table
 from service.cli_errors import typed_errors
 
 if TYPE_CHECKING:
-    from service.bench.gateway import Latency
+    from service.bench.gateway import Costs, Latency
 
 
 def gateway(
@@ -27,7 +27,7 @@ def gateway(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """What one gateway adds to a job: submit to claim, jobs a second, memory with many watchers; no model runs."""
-    from service.bench.gateway import bench_gateway
+    from service.bench.gateway import PREVIEWS, bench_gateway
 
     with tempfile.TemporaryDirectory(prefix="patchforge-bench-") as folder, typed_errors():
         figures = asyncio.run(bench_gateway(Path(folder), submits, clients, seconds, watchers))
@@ -37,7 +37,8 @@ def gateway(
         ("submit to claim, p50 / p95", _both(figures.claimed_ms)),
         (f"jobs a second from {clients} clients", f"{figures.jobs_per_second:.0f}"),
         ("submit to claim meanwhile, p50 / p95", _both(figures.loaded_claimed_ms)),
-        ("gateway's processor time a job", f"{figures.processor_ms_per_job:.2f} ms"),
+        ("processor time a job, gateway / queue server", _costs(figures.job_costs)),
+        (f"the same, {PREVIEWS} previews and a watcher", _costs(figures.watched_job_costs)),
         ("memory at rest", f"{figures.idle_mib:.0f} MiB"),
         (f"memory with {watchers} watchers", f"{figures.watched_mib:.0f} MiB"),
     ):
@@ -45,6 +46,10 @@ def gateway(
     Console(width=100).print(table)
     if out is not None:
         out.write_text(json.dumps(asdict(figures), indent=1) + "\n")
+
+
+def _costs(costs: Costs) -> str:
+    return f"{costs.gateway_ms:.1f} / {costs.queue_server_ms:.1f} ms"
 
 
 def _both(latency: Latency) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,11 +14,12 @@ from rich.table import Table
 
 from service.bench_plots import plot_samplers
 from service.cli_errors import typed_errors
+from service.document import replace_between
 from service.errors import InvalidRequest
 from service.schemas import PRESETS, Adaptive, preset
 
 if TYPE_CHECKING:
-    from model.evaluation.sampler_bench import Configuration, Gallery, Row
+    from model.evaluation.sampler_bench import Configuration, Gallery, Row, SamplerBench
     from model.pipeline import Pipeline
 
 PROMPTS = (
@@ -32,6 +34,11 @@ PROMPTS = (
 )
 
 
+COSTS = "sampler", "patch evaluations", "saved", "seconds", "GFLOP", "floor, s", "PSNR, dB", "finished by half"
+QUALITY = "FD", "FD − paper's", "top 1", "top 5", "top 5 − paper's"
+LEAPS = "t", "measured", "÷ both, geometric mean", "÷ bend alone", "÷ variance alone", "rank correlation"
+
+
 def sampler(
     bundle: Annotated[Path, typer.Argument(help="Folder of a model bundle.")] = Path("model/bundles/emoji-text"),
     prompt: Annotated[list[str] | None, typer.Option(help="Prompts or class names; default: a few, or all.")] = None,
@@ -43,6 +50,7 @@ def sampler(
     guidance: Annotated[float | None, typer.Option(help="Default: the bundle's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the rows as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot: .png or .svg.")] = None,
+    doc: Annotated[Path | None, typer.Option(help="Put the tables into this page, between their marks.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: every core.")] = None,
 ) -> None:
     """Samplers on the same prompts and noise: patch evaluations, seconds, FLOPs, PSNR; with --data, quality."""
@@ -68,12 +76,20 @@ def sampler(
             for row in bench.measure([each for each in configurations if not only or each.sampler in only]):
                 rows[family].append(row)
                 console.print(f"{row.sampler} {row.options}: {row.seconds:.2f} s a picture", style="dim")
-        console.print(_table(f"{bundle.name}, {len(wanted)} pictures, guidance {chosen:g}; per picture", rows))
+        columns, lines = table_of(rows)
+        console.print(
+            _shown(f"{bundle.name}, {len(wanted)} pictures, guidance {chosen:g}; per picture", columns, lines)
+        )
         if gallery is not None and all(rows.values()):
             _verdict(console, rows)
+        leaps = leap_lines(bench, pipeline)
+        console.print(_shown("Adaptive's prediction of the error of leaping to t = 1", LEAPS, leaps))
         if out is not None:
             flat = [{"family": family} | asdict(row) for family, some in rows.items() for row in some]
             out.write_text(json.dumps(flat, indent=1) + "\n")
+        if doc is not None:
+            replace_between(doc, "samplers", columns, lines)
+            replace_between(doc, "leaps", LEAPS, leaps)
         if plot is not None:
             plot_samplers(rows, plot)
 
@@ -89,7 +105,8 @@ def _adaptive(pipeline: Pipeline) -> tuple[Configuration, ...]:
         chosen, steps = preset(quality, usual)
         configurations.append(Configuration("adaptive", {"steps": steps} | chosen.model_dump(exclude={"name"})))
     plain = {"steps": 8, "tolerance": 0.0, "skip_tolerance": 0.0}
-    parts = ({"tolerance": 0.15}, {"skip_tolerance": 0.02}, {"guidance_until": 0.5}, {"tolerance": 0.15, "steps": 6})
+    parts: list[dict[str, float]] = [{"tolerance": 0.15}, {"skip_tolerance": 0.01}]
+    parts += [{"guidance_until": 0.6, "steps": steps} for steps in (4, 5, 6, 8)]  # uniform, but for guidance's end
     for part in parts:
         configurations.append(Configuration("adaptive", plain | part))
     return tuple(configurations)
@@ -114,21 +131,46 @@ def _gallery(pipeline: Pipeline, data: Path, count: int) -> tuple[list[str], Gal
     return words_for(pipeline, split.real), Gallery(judge, real, split.real.concepts)
 
 
-def _table(title: str, rows: dict[str, list[Row]]) -> Table:
-    table = Table("sampler", "patch evals", "saved", "seconds", "GFLOP", "floor s", title=title)
-    for name in ("PSNR dB", "done by half", "FD", "FD − paper's best", "top 1", "top 5"):
-        table.add_column(name)
-    for some in rows.values():
-        for row in some:
-            usual = Adaptive().model_dump() if row.sampler == "adaptive" else {}
-            options = " ".join(f"{key}={value}" for key, value in row.options.items() if usual.get(key) != value)
-            figures = [f"{row.patch_evaluations:.0f}", f"{row.saved:.1%}", f"{row.seconds:.3f}", f"{row.gflop:.1f}"]
-            figures += [f"{row.floor_seconds:.3f}", f"{row.psnr:.1f}", f"{row.finished_by_half:.0%}"]
-            if row.quality is not None:
-                figures += [str(row.quality.distance), str(row.quality.difference or "–")]
-                figures += [f"{row.quality.top1.value:.0%}", str(row.quality.top5)]
-            table.add_row(f"{row.sampler} {options}", *figures)
-        table.add_section()
+def table_of(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines; those of quality only where it was measured."""
+    every = [row for some in rows.values() for row in some]
+    measured = any(row.quality for row in every)
+    return [*COSTS, *(QUALITY if measured else ())], [_line(row) for row in every]
+
+
+def _line(row: Row) -> list[str]:
+    usual = Adaptive().model_dump() if row.sampler == "adaptive" else {}
+    options = " ".join(f"{key}={value}" for key, value in row.options.items() if usual.get(key) != value)
+    figures = [f"{row.patch_evaluations:.0f}", f"{row.saved:.1%}", f"{row.seconds:.3f}", f"{row.gflop:.1f}"]
+    figures += [f"{row.floor_seconds:.3f}", f"{row.psnr:.1f}", f"{row.finished_by_half:.0%}"]
+    if row.quality is not None:
+        figures += [str(row.quality.distance), str(row.quality.difference or "–")]
+        figures += [f"{row.quality.top1.value:.0%}", f"{row.quality.top5.value:.0%}"]
+        figures.append("–" if row.quality.top5_difference is None else str(row.quality.top5_difference))
+    return [f"{row.sampler} {options}", *figures]
+
+
+def leap_lines(bench: SamplerBench, pipeline: Pipeline) -> list[list[str]]:
+    """One line a time from which patches might leap, with the bundle's own guidance interval."""
+    from model.evaluation.leap import measure_leaps
+
+    choice = pipeline.manifest.defaults.sampler
+    until = choice.guidance_until if isinstance(choice, Adaptive) else 1.0
+    leaps = measure_leaps(pipeline, bench.conditions, bench.seeds, bench.guidance, until)
+    return [
+        [
+            f"{each.time:.2f}",
+            f"{each.measured:.3f}",
+            *map(str, (each.by_both, each.by_bend, each.by_variance, each.rank)),
+        ]
+        for each in leaps
+    ]
+
+
+def _shown(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(*columns, title=title)
+    for line in lines:
+        table.add_row(*line)
     return table
 
 

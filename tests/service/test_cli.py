@@ -77,9 +77,13 @@ def test_bench_compares_samplers_with_their_dense_form(bundle_dir: Path, tmp_pat
         "--threads",
         "1",
     )
-    code, output = command("bench", "sampler", bundle_dir / "tiny-class", *some, "--out", out)
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in ("samplers", "leaps")))
+    code, output = command("bench", "sampler", bundle_dir / "tiny-class", *some, "--out", out, "--doc", page)
     assert code == 0, output
     assert "PSNR" in output
+    assert "| dual_loop steps=8 quantile=0.4 inner_steps=4 exact=True |" in page.read_text()
+    assert [f"| 0.{tenth}0 |" in page.read_text() for tenth in (1, 2, 8, 9)] == [False, True, True, False]
     rows = json.loads(out.read_text())
     dense, cached = (
         next(row for row in rows if row["options"].get("quantile") == 0.7 and row["options"]["exact"] is exact)
@@ -121,7 +125,7 @@ def test_bench_engine_writes_figures_and_a_plot(bundle_dir: Path, tmp_path: Path
     assert code == 0, output
     assert "request-level batching" in output
     figures = json.loads(out.read_text())
-    assert len(figures["rows"]) == 8
+    assert len(figures["rows"]) == 10
     assert figures["largest_latent_difference_from_running_alone"] < 1e-4
     with Image.open(plot) as picture:
         assert picture.width > 300
