@@ -14,12 +14,18 @@ from rich.table import Table
 
 from service.bench_plots import plot_engine
 from service.cli_errors import typed_errors
+from service.document import replace_between
 from service.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
     from service.worker.engine_bench import EngineRow, Served
 
+COLUMNS = (
+    *("policy", "load", "offered/s", "done/s", "p50 s", "p95 s", "p99 s", "preview p50 s", "preview p95 s"),
+    *("patches an evaluation", "patches a request", "busy"),
+)
+AT_EQUAL_P95 = "against", "p95 s", "theirs, requests/s", "ours, requests/s", "ours ÷ theirs"
 LOADS = (0.5, 0.75, 1.0, 1.25, 1.5)
 
 
@@ -36,6 +42,7 @@ def engine(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot: .png or .svg.")] = None,
+    doc: Annotated[Path | None, typer.Option(help="Put the tables into this page, between their marks.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: every core.")] = None,
 ) -> None:
     """Mixed traffic through the real engine: one at a time, request-level and step-level batching, and ours."""
@@ -67,6 +74,9 @@ def engine(
             "rows": [_finite(asdict(row)) for row in rows],
         }
         _show(rows, figures)
+        if doc is not None:
+            replace_between(doc, "engine", COLUMNS, map(_line, rows))
+            replace_between(doc, "engine at equal p95", AT_EQUAL_P95, map(_equal_line, figures["at_equal_p95"]))
         if out is not None:
             out.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
         if plot is not None:
@@ -107,20 +117,29 @@ def _at_equal_p95(rows: list[EngineRow]) -> list[dict[str, Any]]:
     ]
 
 
+def _line(row: EngineRow) -> list[str]:
+    times = (row.p50, row.p95, row.p99, row.preview_p50, row.preview_p95)
+    load, offered = (f"{value:.2f}" if math.isfinite(value) else "all" for value in (row.load, row.offered))
+    shown = [f"{value:.2f}" for value in (row.completed, *times)]
+    work = f"{row.patches_per_evaluation:.0f}", f"{row.patch_evaluations:.0f}", f"{row.busy:.0%}"
+    return [row.policy, load, offered, *shown, *work]
+
+
+def _equal_line(equal: dict[str, Any]) -> list[str]:
+    theirs, ours = equal["theirs"], equal["ours"]
+    return [equal["policy"], f"{equal['p95']:.2f}", f"{theirs:.2f}", f"{ours:.2f}", f"{ours / theirs:.2f}×"]
+
+
 def _show(rows: list[EngineRow], figures: dict[str, Any]) -> None:
-    console = Console(width=140)
-    heads = "load", "offered/s", "done/s", "p50 s", "p95 s", "p99 s", "preview p50 s", "p95 s", "patches/eval", "busy"
-    table = Table("policy", *heads, title="Open-loop mixed traffic; load 1 is the capacity of request-level batching")
+    console = Console(width=150)
+    table = Table(*COLUMNS, title="Open-loop mixed traffic; load 1 is the capacity of request-level batching")
     for row in rows:
-        times = (row.p50, row.p95, row.p99, row.preview_p50, row.preview_p95)
-        load, offered = (f"{value:.2f}" if math.isfinite(value) else "all" for value in (row.load, row.offered))
-        shown = [f"{value:.2f}" for value in (row.completed, *times)]
-        table.add_row(row.policy, load, offered, *shown, f"{row.patches_per_evaluation:.0f}", f"{row.busy:.0%}")
+        table.add_row(*_line(row))
     console.print(table)
+    table = Table(*AT_EQUAL_P95, title="What is carried within the same p95; 0: not even the lowest load measured")
     for equal in figures["at_equal_p95"]:
-        theirs, ours = equal["theirs"], equal["ours"]
-        rates = f"{equal['policy']} carries {theirs:.2f} requests a second, ours {ours:.2f}: {ours / theirs:.2f}×"
-        console.print(f"within a p95 of {equal['p95']:.2f} s {rates}")
+        table.add_row(*_equal_line(equal))
+    console.print(table)
     console.print(
         f"largest latent difference from running alone {figures['largest_latent_difference_from_running_alone']:.1e}, "
         f"PSNR against dense evaluation {figures['median_psnr_against_dense_evaluation']:.0f} dB (median)"

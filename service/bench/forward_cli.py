@@ -13,11 +13,15 @@ from rich.table import Table
 
 from service.bench_plots import plot_forward
 from service.cli_errors import typed_errors
+from service.document import replace_between
 from service.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from model.evaluation.forward_bench import ForwardRow
     from model.pft import PFTConfig
+
+
+COLUMNS = "size", "evaluation", "seconds", "× paper", "× all", "difference", "GFLOP", "floor s", "of peak"
 
 
 def forward(
@@ -28,6 +32,7 @@ def forward(
     rounds: Annotated[int, typer.Option(min=1, help="Every case runs once a round.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Write the rows as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot: .png or .svg.")] = None,
+    doc: Annotated[Path | None, typer.Option(help="Put the table into this page, between its marks.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: every core.")] = None,
 ) -> None:
     """One network evaluation: dense as the paper against packed active patches; seconds, FLOPs and differences."""
@@ -40,6 +45,8 @@ def forward(
         for name, config in _configurations(size or ["tiny", "PFT-B"], bundle).items():
             rows += (measured := list(bench_forward(name, config, best_device(), rounds)))
             _show(measured, rounds)
+        if doc is not None:
+            replace_between(doc, "forward", COLUMNS, map(_line, rows))
         if out is not None:
             out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         if plot is not None:
@@ -64,12 +71,16 @@ def _configurations(names: list[str], bundle: Path) -> dict[str, PFTConfig]:
     return {name: configurations[name] for name in names}
 
 
+def _line(row: ForwardRow) -> list[str]:
+    ratios = f"{row.ratio:.2f}", f"{row.against_all:.2f}"
+    work = f"{row.gflop:.1f}", f"{row.floor_seconds:.4f}", f"{row.gflops / row.peak_gflops:.0%}"
+    return [row.size, row.case, f"{row.seconds:.4f}", *ratios, f"{row.difference:.1e}", *work]
+
+
 def _show(rows: list[ForwardRow], rounds: int) -> None:
     peak = rows[0].peak_gflops
     title = f"{rows[0].size}, one guided picture, best of {rounds} rounds, matmul peak {peak:.0f} GFLOP/s"
-    table = Table("evaluation", "seconds", "× paper", "× all", "difference", "GFLOP", "floor s", "of peak", title=title)
+    table = Table(*COLUMNS, title=title)
     for row in rows:
-        ratios = f"{row.ratio:.2f}", f"{row.against_all:.2f}"
-        work = f"{row.gflop:.1f}", f"{row.floor_seconds:.4f}", f"{row.gflops / peak:.0%}"
-        table.add_row(row.case, f"{row.seconds:.4f}", *ratios, f"{row.difference:.1e}", *work)
-    Console(width=120).print(table)
+        table.add_row(*_line(row))
+    Console(width=130).print(table)

@@ -20,6 +20,7 @@ from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from uuid import uuid4
 
 import grpc
 import httpx
@@ -200,7 +201,8 @@ class Gateway(Process):
 
     def submit(self, body: dict[str, Any] | None = None, key: str | None = None, **changes: Any) -> str:
         """The id of an accepted job: ``SHORT``, or ``body``, with ``changes``."""
-        answer = self.post((body or SHORT) | changes, key)
+        key = key or str(uuid4())
+        answer = patiently(lambda: self.post((body or SHORT) | changes, key))
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
 
@@ -209,12 +211,12 @@ class Gateway(Process):
         return self.http.post("/v1/jobs", json=body, headers=headers, **options)
 
     def job(self, job_id: str) -> dict[str, Any]:
-        answer = self.http.get(f"/v1/jobs/{job_id}")
+        answer = patiently(lambda: self.http.get(f"/v1/jobs/{job_id}"))
         assert answer.status_code == 200, answer.text
         return answer.json()
 
     def cancel(self, job_id: str) -> dict[str, Any]:
-        answer = self.http.delete(f"/v1/jobs/{job_id}")
+        answer = patiently(lambda: self.http.delete(f"/v1/jobs/{job_id}"))
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -268,7 +270,7 @@ class Gateway(Process):
         return job
 
     def picture(self, job_id: str, index: int = 0) -> np.ndarray:
-        answer = self.http.get(f"/v1/jobs/{job_id}/image", params={"index": index})
+        answer = patiently(lambda: self.http.get(f"/v1/jobs/{job_id}/image", params={"index": index}))
         assert answer.status_code == 200, answer.text
         return np.asarray(Image.open(BytesIO(answer.content)).convert("RGB")).astype(int)
 
@@ -386,6 +388,20 @@ class Stack:
             if value is not None:
                 environment[f"PATCHFORGE_{name.upper()}"] = json.dumps(value) if isinstance(value, list) else str(value)
         return environment | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def patiently(call: Callable[[], httpx.Response]) -> httpx.Response:
+    """The answer to a call that may be repeated; a queue server on a busy machine is not always heard in time."""
+
+    def heard() -> httpx.Response | None:
+        answer = call()
+        away = answer.status_code == 503 and answer.json()["code"] == "unavailable"
+        return None if away else answer
+
+    give_up = time.monotonic() + PATIENCE
+    while (answer := heard()) is None:
+        assert time.monotonic() < give_up, "the queue server is away"
+    return answer
 
 
 def stop(pid: int) -> None:

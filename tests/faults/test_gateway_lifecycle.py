@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from uuid import uuid4
 
 import grpc
@@ -19,7 +20,7 @@ from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
 from tests.faults import http2
 from tests.faults.gateway_kit import APPLE, Stage, faults, flat_memory, openai_client
-from tests.faults.harness import PATIENCE, Gateway, eventually
+from tests.faults.harness import PATIENCE, Gateway, eventually, patiently
 from tests.faults.tap import tapped
 
 DRAWING = {"prompt": "a red apple", "model": "tiny-text"}
@@ -45,7 +46,7 @@ def test_row_10_gateway_killed_between_commit_and_reply(own_stage: Stage) -> Non
         with tapped(own_stage.server.url) as wire, own_stage.redis as redis, own_stage.curtain_down():
             dying = own_stage.start_gateway(redis_url=wire.url)
             dying.await_ready()
-            dying.cancel(dying.submit(APPLE))  # the server now knows the script
+            dying.cancel(patiently(lambda: dying.post(APPLE)).json()["id"])  # the server now knows the script
             redis.delete(*redis.keys(keys.JOB + "*"))
             wire.once_answered(SUBMIT, dying.kill)
             with pytest.raises((httpx.TransportError, grpc.RpcError)):
@@ -75,29 +76,32 @@ def test_row_11_queue_full_under_parallel_submits(stage: Stage) -> None:
             while not over.is_set():
                 most_waiting = max(most_waiting, redis.zcard(keys.WAITING))
 
+    def submit(gateway: Gateway, key: str) -> httpx.Response:
+        return patiently(lambda: gateway.post(APPLE | {"model": "idle"}, key))
+
     with (
         stage.served_by_nobody("idle"),
         stage.another_gateway() as second,
         ThreadPoolExecutor(101) as pool,
         stage.redis as redis,
+        ExitStack() as tidying,
     ):
+        tidying.callback(over.set)
         counting = pool.submit(keep_counting)
         turned_away = faults(stage.gateway) + faults(second)
         with flat_memory(stage.gateway, 32), flat_memory(second, 32):
-            calls = [
-                pool.submit(gateway.post, APPLE | {"model": "idle"}, key=f"caller {number} {today}")
-                for number, gateway in enumerate([stage.gateway, second] * 50)
-            ]
-            answers = [call.result() for call in calls]
+            gateways = [stage.gateway, second] * 50
+            answers = list(pool.map(submit, gateways, [f"caller {number} {today}" for number in range(100)]))
         over.set()
         counting.result()
         accepted = [answer.json()["id"] for answer in answers if answer.status_code == 202]
+        tidying.callback(lambda: [stage.gateway.cancel(job) for job in accepted])
         refused = [answer for answer in answers if answer.status_code != 202]
         assert len(accepted) == len(set(accepted)) == 8
         assert most_waiting == redis.zcard(keys.WAITING) == 8
         # What an operator sees, at any gateway and at both.
         assert second.metric("patchforge_requests_waiting", model="idle") == 8
-        assert faults(stage.gateway) + faults(second) - turned_away == 92
+        assert faults(stage.gateway) + faults(second) - turned_away >= 92
         for answer in refused:
             assert (answer.status_code, answer.json()["code"]) == (503, "queue_full")
             assert int(answer.headers["Retry-After"]) > 0
@@ -110,12 +114,11 @@ def test_row_11_queue_full_under_parallel_submits(stage: Stage) -> None:
         # A refusal leaves nothing behind, and next to no work.
         stored, before = stage.stored(), stage.gateway.processor_seconds()
         for number in range(20):
-            assert stage.gateway.post(APPLE | {"model": "idle"}, key=f"latecomer {number} {today}").status_code == 503
+            assert submit(stage.gateway, f"latecomer {number} {today}").status_code == 503
         assert stage.gateway.processor_seconds() - before < 20 * 0.1
         assert stage.stored() == stored
 
-        for job in accepted:
-            stage.gateway.cancel(job)
+        tidying.close()
         late = stage.gateway.submit(APPLE | {"model": "idle"}, key=f"latecomer 0 {today}")
         stage.gateway.cancel(late)
 

@@ -85,6 +85,12 @@ def test_the_command_trains_compares_resumes_and_fills_the_page(tmp_path: Path) 
     ("page", "mark"),
     [
         ("claims.md", "claims"),
+        ("training.md", "recipe"),
+        ("samplers.md", "samplers"),
+        ("samplers.md", "leaps"),
+        ("engine.md", "forward"),
+        ("engine.md", "engine"),
+        ("engine.md", "engine at equal p95"),
         *(
             ("models.md", f"{bundle} {table}")
             for bundle in ("emoji-text", "emoji-class")

@@ -100,8 +100,11 @@ def test_bench_compares_samplers_with_their_dense_form(bundle_dir: Path, tmp_pat
 def test_bench_forward_writes_rows_and_a_plot(bundle_dir: Path, tmp_path: Path) -> None:
     out, plot = tmp_path / "rows.json", tmp_path / "forward.png"
     where = ("--bundle", bundle_dir / "tiny-class", "--rounds", "1", "--out", out, "--plot", plot)
-    code, output = command("bench", "forward", "--size", "tiny", *where)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin: forward -->\n<!-- end: forward -->")
+    code, output = command("bench", "forward", "--size", "tiny", *where, "--doc", page)
     assert code == 0
+    assert "| tiny | dense as the paper |" in page.read_text()
     assert "30% of the patches" in output
     assert {row["size"] for row in json.loads(out.read_text())} == {"tiny"}
     with Image.open(plot) as picture:
@@ -121,8 +124,13 @@ def test_bench_forward_refuses_what_it_cannot_measure(words: list[str], message:
 def test_bench_engine_writes_figures_and_a_plot(bundle_dir: Path, tmp_path: Path) -> None:
     out, plot = tmp_path / "figures.json", tmp_path / "engine.png"
     where = ("--bundle-dir", bundle_dir, "--requests", "4", "--load", "1", "--patch-budget", "128")
-    code, output = command("bench", "engine", *where, "--out", out, "--plot", plot)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "".join(f"<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in ("engine", "engine at equal p95"))
+    )
+    code, output = command("bench", "engine", *where, "--out", out, "--plot", plot, "--doc", page)
     assert code == 0, output
+    assert page.read_text().count("| request-level batching |") == 3  # all waiting, the load, and at its p95
     assert "request-level batching" in output
     figures = json.loads(out.read_text())
     assert len(figures["rows"]) == 10

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from service.bench.gateway import Latency
+import pytest
+
+from service.bench.gateway import Costs, Latency
 
 ROOT = Path(__file__).parents[3]
 
@@ -22,8 +24,14 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     for name in ("accepted_ms", "claimed_ms", "loaded_claimed_ms"):
         assert 0 < figures[name]["p50"] <= figures[name]["p95"]
     assert figures["jobs_per_second"] == figures["jobs"] / 0.5
+    for name in ("job_costs", "watched_job_costs"):
+        assert all(cost >= 0 for cost in figures[name].values())
     assert 0 < figures["idle_mib"] <= figures["watched_mib"]
     assert "submit to claim" in ran.stdout
+
+
+def test_costs_are_shared_out_among_the_jobs_since() -> None:
+    assert Costs(130.0, 46.0).less(Costs(100.0, 40.0), 3) == Costs(pytest.approx(10.0), pytest.approx(2.0))
 
 
 def test_percentiles() -> None:

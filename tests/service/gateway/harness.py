@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
+import time
 import zlib
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from service.gateway.app import Gateway
-from service.queue import Claim, Heartbeat, JobQueue
+from service.queue import ANNOUNCED, Claim, Heartbeat, JobQueue
 from service.schemas import (
     Cancelled,
     Completed,
@@ -87,8 +89,12 @@ class ScriptedWorker:
         return await asyncio.wait_for(self._jobs.get(), 60)
 
     async def run(self) -> None:
+        announced = -math.inf
         try:
             while True:
+                if time.monotonic() > announced + ANNOUNCED / 3:
+                    announced = time.monotonic()
+                    await self.queue.announce("scripted", CARDS)
                 claim = await self.queue.claim("scripted", [card.name for card in CARDS], block_seconds=0.1)
                 if claim is not None:
                     self._scenes.add(asyncio.create_task(self._play(claim)))
