@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,9 +33,15 @@ def headers(api_key: str | None) -> dict[str, str]:
 
 
 def body(request: GenerationRequest | None, fields: dict[str, Any]) -> dict[str, Any]:
-    """A request as JSON: what was set of ``request``, and ``fields`` over it. The server checks both."""
+    """A request as JSON: what was set of ``request``, and ``fields`` over it, pictures among them as the bytes of their
+    files. The server checks both.
+    """
     chosen = {} if request is None else request.model_dump(mode="json", include=request.model_fields_set)
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = {
+        name: b64encode(value).decode("ascii") if isinstance(value, bytes) else value
+        for name, value in fields.items()
+        if value is not None
+    }
     return chosen | {str(name): value for name, value in to_jsonable_python(given).items()}
 
 

@@ -10,8 +10,9 @@ let asking = null; // one dialog for all requests that wait
 
 // What the server refused, in its own words; `field` is the one at fault, or null.
 export class Refusal extends Error {
-  constructor(status, { detail, error, field, code }) {
-    super(detail ?? error?.message ?? `the server answered ${status}`);
+  constructor(status, { detail, error, field, code }, retryAfter = null) {
+    const words = detail ?? error?.message ?? `the server answered ${status}`;
+    super(retryAfter ? `${words}: try again in ${retryAfter} s` : words);
     this.status = status;
     this.field = field ?? error?.param ?? null;
     this.code = code ?? error?.code ?? null;
@@ -27,7 +28,7 @@ async function send(path, { headers, ...options } = {}) {
     const key = used ? { Authorization: `Bearer ${used}` } : {};
     const reply = await fetch(path, { ...options, headers: { ...headers, ...key } });
     if (reply.ok) return reply;
-    const refusal = new Refusal(reply.status, await reply.json().catch(() => ({})));
+    const refusal = new Refusal(reply.status, await reply.json().catch(() => ({})), reply.headers.get("Retry-After"));
     if (reply.status !== 401) throw refusal;
     if (used !== apiKey) continue; // another request has got a key meanwhile
     asking ??= askForKey(refusal.message).finally(() => { asking = null; });

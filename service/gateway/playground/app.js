@@ -13,6 +13,7 @@ const ENDS = {
   completed: "Done", failed: "Failed", cancelled: "Cancelled", expired: "Expired", lost: "Connection lost",
 };
 const WAIT_MS = 2000; // between looks for a worker
+const STACKED = "(max-width: 56rem)"; // where the stage is below the form
 
 const stage = new Stage($("stage"));
 let form = null;
@@ -63,10 +64,11 @@ async function generate() {
   form.forgiveAll();
   busy(true);
   const card = form.card;
+  const { requests, source } = await form.requests();
   const runs = [];
-  for (const [which, request] of form.requests().entries()) {
+  for (const [which, request] of requests.entries()) {
     try {
-      runs.push(await Run.submit(card, request));
+      runs.push(await Run.submit(card, request, source));
     } catch (error) {
       form.refuse(error, which);
       await cancel(runs); // a comparison needs both
@@ -78,6 +80,7 @@ async function generate() {
   running = runs;
   const titles = form.titles(runs);
   show(runs, titles);
+  if (matchMedia(STACKED).matches) $("stage").scrollIntoView();
   for (const run of runs) run.addEventListener("change", announce);
   await Promise.all(runs.map((run) => run.follow().catch((error) => lost(run, error))));
   running = [];
@@ -91,6 +94,7 @@ function show(runs, titles) {
   $("verdict").textContent = "";
   $("snippets").hidden = false;
   showSnippet();
+  showFiles();
 }
 
 async function conclude(runs, titles) {
@@ -112,7 +116,7 @@ async function recall({ runs: records, titles }) {
   if (running.length > 0) return; // what is being drawn stays on the stage
   const runs = records.map((record) => Run.restore(record));
   form.forgiveAll();
-  form.fill(runs.map(({ request }) => request));
+  await form.fill(runs.map(({ request }) => request), runs[0].source);
   show(runs, titles);
   say("From history");
   $("verdict").textContent = await verdict(runs, titles);
@@ -153,6 +157,23 @@ function showSnippet() {
   $("code").textContent = stage.runs.map(({ request }) => snippets[kind](request, at)).join("\n");
 }
 
+// The files that a snippet reads, to be saved beside it.
+function showFiles() {
+  const source = stage.runs[0].source;
+  $("files").hidden = !source;
+  for (const link of $("files").querySelectorAll("a")) URL.revokeObjectURL(link.href);
+  if (!source) return;
+  const [image, mask] = $("files").querySelectorAll("a");
+  image.href = URL.createObjectURL(source.image);
+  mask.parentElement.hidden = !source.mask;
+  if (source.mask) mask.href = URL.createObjectURL(source.mask);
+}
+
+async function edit(picture) {
+  await form.source.take(picture);
+  $("mask").focus();
+}
+
 async function copy() {
   getSelection().selectAllChildren($("code")); // for a page without a clipboard: Ctrl-C does it then
   try {
@@ -183,6 +204,7 @@ $("prompt").addEventListener("keydown", (event) => {
 });
 $("cancel").addEventListener("click", () => cancel(running).catch((error) => form.refuse(error)));
 addEventListener("keydown", ({ key }) => { if (key === "Escape" && running.length > 0) $("cancel").click(); });
+$("easel").addEventListener("edit", ({ detail }) => edit(detail));
 $("snippets").addEventListener("change", () => { $("copied").textContent = ""; showSnippet(); });
 $("copy").addEventListener("click", copy);
 addEventListener("pagehide", () => cancel(running, { keepalive: true }));

@@ -27,10 +27,11 @@ export class PatchCanvas {
   #moving = false;
   #turn = 0;
 
-  constructor({ grid, width, height }) {
-    [this.rows, this.columns] = grid;
+  // A model's card, and a request, which may be for another shape.
+  constructor(card, request) {
+    [this.rows, this.columns] = card.grid;
     this.element = document.createElement("canvas");
-    this.element.style.aspectRatio = `${width} / ${height}`;
+    this.element.style.aspectRatio = `${request.width ?? card.width} / ${request.height ?? card.height}`;
     this.cursor = null; // the patch pointed at
     new ResizeObserver(() => this.#resize()).observe(this.element);
   }

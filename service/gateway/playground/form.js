@@ -1,6 +1,8 @@
 // The form: what is asked for, with the limits the server states, and its refusals beside the field at fault.
 
 import { SamplerPicker, samplersOf } from "./knobs.js";
+import { SizePicker } from "./size.js";
+import { base64, SourcePicker, STARTERS } from "./source.js";
 
 const MOST_SEED = 2 ** 32;
 
@@ -15,8 +17,11 @@ export class Form {
     this.cards = new Map(cards.map((card) => [card.name, card]));
     this.first = new SamplerPicker($("first"), this.samplers);
     this.second = new SamplerPicker($("second"), this.samplers);
-    this.limits = schemas.GenerationRequest.properties;
-    for (const name of ["steps", "guidance", "n"]) this.#limit(name);
+    this.schema = schemas.GenerationRequest.properties;
+    for (const name of ["steps", "guidance", "n"]) Object.assign($(name), this.#limits(name, "min", "max"));
+    this.size = new SizePicker(this.#limits("width", "minimum", "maximum"));
+    this.source = new SourcePicker(root);
+    this.source.addEventListener("change", () => this.#showSource());
     $("model").replaceChildren(...[...this.cards.keys()].map((name) => new Option(name)));
     $("model").value = (cards.find(({ kind }) => kind === "text") ?? cards[0]).name;
     $("model").addEventListener("change", () => this.#showModel());
@@ -33,26 +38,32 @@ export class Form {
   get card() { return this.cards.get($("model").value); }
   get comparing() { return $("compare").checked; }
 
-  // One request, or two that differ in their sampler alone.
-  requests() {
+  // One request, or two that differ in their sampler alone, and what both start from: see SourcePicker.read.
+  async requests() {
+    const source = await this.source.read();
     const { name: model, kind } = this.card;
     const subject = kind === "class" ? { class_label: $("class").value } : { prompt: $("prompt").value };
     const numbers = Object.fromEntries(["steps", "guidance", "n"].map((name) => [name, Number($(name).value)]));
-    const request = { model, ...subject, ...numbers, sampler: this.first.read() };
+    const request = { model, ...subject, ...numbers, sampler: this.first.read(), ...this.size.read() };
     if ($("seed").value !== "") request.seed = Number($("seed").value);
-    if (!this.comparing) return [request];
+    if (source) Object.assign(request, { image: await base64(source.image), strength: this.source.strength });
+    if (source?.mask) request.mask = await base64(source.mask);
+    if (!this.comparing) return { requests: [request], source };
     const seed = request.seed ?? randomSeed();
-    return [{ ...request, seed }, { ...request, seed, sampler: this.second.read() }];
+    return { requests: [{ ...request, seed }, { ...request, seed, sampler: this.second.read() }], source };
   }
 
   titles(runs) {
     return runs.map(({ request: { sampler: { name } } }) => this.samplers.get(name)?.title ?? name);
   }
 
-  // Shows a past request again, the second sampler of a comparison too.
-  fill([request, other]) {
+  // Shows a past request again, the second sampler of a comparison too, and what they started from.
+  async fill([request, other], source) {
     if (this.cards.has(request.model)) $("model").value = request.model;
     this.#showModel();
+    if (source) await this.source.take(source.image, { marked: source.marked, strength: request.strength });
+    else this.source.clear();
+    this.size.show(request, this.source.size);
     $("prompt").value = request.prompt ?? "";
     $("class").value = request.class_label ?? "";
     for (const name of ["steps", "guidance", "n", "seed"]) $(name).value = request[name];
@@ -92,10 +103,11 @@ export class Form {
     $("problem").textContent = "";
   }
 
-  #limit(name) {
-    const property = this.limits[name];
+  // What the server says of a number, under the names that are wanted.
+  #limits(name, least, most) {
+    const property = this.schema[name];
     const { minimum, maximum } = property.anyOf?.find(({ type }) => type !== "null") ?? property;
-    Object.assign($(name), { min: minimum, max: maximum });
+    return { [least]: minimum, [most]: maximum };
   }
 
   #showModel() {
@@ -110,14 +122,27 @@ export class Form {
     $("steps").value = steps;
     $("guidance").value = guidance;
     this.first.show(sampler);
+    this.source.card = this.card;
+    this.#showSource();
     this.#showPreset();
+  }
+
+  // With a picture to start from, only some samplers will do, and the picture's own size is the usual one.
+  #showSource() {
+    this.size.offer(this.card, this.source.size);
+    const names = this.source.size ? STARTERS : null;
+    for (const picker of [this.first, this.second]) picker.allow(names);
+    if (names && !names.includes(this.first.select.value)) {
+      this.#choose(this.presets.get("standard") ?? { steps: this.card.steps });
+    }
+    if (this.comparing) this.#showCompare();
   }
 
   #showCompare() {
     $("second").hidden = !this.comparing;
     if (!this.comparing) return;
-    const others = [...this.samplers.keys()].filter((name) => name !== this.first.select.value);
-    this.second.show({ name: others[0] });
+    const others = this.second.allowed.filter((name) => name !== this.first.select.value);
+    this.second.show({ name: others[0] ?? this.first.select.value });
   }
 
   #choose({ steps, ...options }) {

@@ -32,7 +32,7 @@ export class History {
     for (const { key, runs } of await this.all()) {
       kept += 1;
       bytes += runs.flatMap(({ pictures }) => pictures.flatMap(({ frames }) => frames))
-        .reduce((total, { blob }) => total + blob.size, 0);
+        .reduce((total, { blob }) => total + blob.size, runs[0].source?.image.size ?? 0);
       if (kept > MOST || (bytes > MOST_BYTES && kept > 1)) await this.remove(key);
     }
   }

@@ -47,6 +47,13 @@ export class SamplerPicker {
     this.select.addEventListener("change", () => this.show({ name: this.select.value }));
   }
 
+  get allowed() { return [...this.select.options].filter(({ disabled }) => !disabled).map(({ value }) => value); }
+
+  // Leaves only these samplers to choose from; null leaves all.
+  allow(names) {
+    for (const option of this.select.options) option.disabled = names !== null && !names.includes(option.value);
+  }
+
   show({ name, ...values }) {
     const { about, knobs } = this.samplers.get(name);
     this.select.value = name;

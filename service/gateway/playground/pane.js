@@ -16,7 +16,7 @@ export class Pane {
   constructor(run, title) {
     this.run = run;
     this.element = document.getElementById("pane").content.firstElementChild.cloneNode(true);
-    this.canvases = run.pictures.map(() => new PatchCanvas(run.card));
+    this.canvases = run.pictures.map(() => new PatchCanvas(run.card, run.request));
     this.figures = this.canvases.map((canvas, index) => this.#figure(canvas, index));
     this.#part("title").textContent = title;
     this.#part("settings").textContent = settings(run.request);
@@ -75,7 +75,7 @@ export class Pane {
 
   #offer(final, index) {
     const figure = this.figures[index];
-    if (!final || figure.querySelector("a")) return;
+    if (!final || figure.querySelector(".offers")) return;
     const seed = this.run.request.seed + index;
     const link = Object.assign(document.createElement("a"), {
       href: URL.createObjectURL(final),
@@ -83,7 +83,12 @@ export class Pane {
       download: `patchforge-${seed}.${this.run.request.output_format}`,
     });
     link.setAttribute("aria-label", `Save picture ${index + 1}`);
-    figure.append(link);
+    const edit = Object.assign(document.createElement("button"), { type: "button", textContent: "Edit" });
+    edit.setAttribute("aria-label", `Edit picture ${index + 1}`);
+    edit.addEventListener("click", () => edit.dispatchEvent(new CustomEvent("edit", { detail: final, bubbles: true })));
+    const offers = Object.assign(document.createElement("div"), { className: "offers" });
+    offers.append(edit, link);
+    figure.append(offers);
   }
 
   // The page forgets the pictures it no longer shows.
@@ -95,9 +100,11 @@ export class Pane {
 
 const seconds = (value) => (value === null || value === undefined ? "–" : `${value.toFixed(value < 10 ? 2 : 1)} s`);
 
-function settings({ seed, n, steps, guidance, sampler: { name, ...knobs } }) {
+function settings({ seed, n, steps, guidance, strength, width, height, sampler: { name, ...knobs } }) {
   const seeds = n > 1 ? `seeds ${seed} to ${seed + n - 1}` : `seed ${seed}`;
   const words = Object.entries(knobs).filter(([, value]) => value !== false && value !== null)
     .map(([knob, value]) => `${knob.replaceAll("_", " ")}${value === true ? "" : ` ${value}`}`);
+  if (strength != null) words.push(`strength ${strength}`);
+  if (width != null) words.push(`${width} × ${height} pixels`);
   return [seeds, `${steps} steps`, `guidance ${guidance}`, ...words].join(" · ");
 }

@@ -4,19 +4,20 @@ import * as api from "./api.js";
 
 // A frame: {evaluation, evaluations, times, difficulty, finishedAt, done, dense, blob}; the last is the picture.
 export class Run extends EventTarget {
-  constructor(card, request) {
+  constructor(card, request, source = null) {
     super();
     this.card = card;
     this.request = request;
+    this.source = source; // what it started from: {image, mask, marked}
     this.id = null;
     this.state = "waiting"; // then running, completed, failed, cancelled or expired
     this.report = null;
     this.pictures = Array.from({ length: request.n }, () => ({ frames: [], final: null, finishedAt: this.#nowhere() }));
   }
 
-  static async submit(card, request) {
+  static async submit(card, request, source) {
     const job = await api.submit(request);
-    const run = new Run(card, job.request);
+    const run = new Run(card, job.request, source);
     run.id = job.id;
     run.began = performance.now();
     return run;
@@ -57,8 +58,8 @@ export class Run extends EventTarget {
 
   // What history keeps, and back.
   record() {
-    const { id, card, request, state, report, pictures } = this;
-    return { id, card, request, state, report, pictures };
+    const { id, card, request, source, state, report, pictures } = this;
+    return { id, card, request, source, state, report, pictures };
   }
 
   static restore({ card, request, ...rest }) { return Object.assign(new Run(card, request), rest); }

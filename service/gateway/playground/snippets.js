@@ -1,11 +1,20 @@
 // The generation on show, as commands that make it again elsewhere.
 
 const PICTURE = { png: "png", webp: "webp", jpeg: "jpg" };
+const FILES = { image: "source.png", mask: "mask.png" };
 
 // What is worth repeating of a request: what the person chose, not what every request carries.
 function chosen(request) {
-  const { model, prompt, class_label: label, n, seed, sampler, steps, guidance } = request;
-  return { model, ...(prompt == null ? { class_label: label } : { prompt }), n, seed, sampler, steps, guidance };
+  const { model, prompt, class_label: label, n, seed, sampler, steps, guidance, width, height, strength } = request;
+  return {
+    model, ...(prompt == null ? { class_label: label } : { prompt }), n, seed, sampler, steps, guidance,
+    ...(width == null ? {} : { width, height }), ...(strength == null ? {} : { strength }),
+  };
+}
+
+// What a request started from, by field, under the names the page offers it to be saved by.
+function files(request) {
+  return ["image", "mask"].filter((field) => request[field]).map((field) => [field, FILES[field]]);
 }
 
 const shell = (text) => `'${text.replaceAll("'", String.raw`'\''`)}'`;
@@ -14,9 +23,9 @@ export function curl(request, { http, key }) {
   const auth = key ? ` \\\n  -H "Authorization: Bearer $PATCHFORGE_API_KEY"` : "";
   const file = PICTURE[request.output_format ?? "png"];
   const pictures = request.n > 1 ? `$(seq 0 ${request.n - 1})` : "0";
-  return `job=$(curl -sSf ${http}/v1/jobs${auth} \\
+  return `${body(request)}job=$(curl -sSf ${http}/v1/jobs${auth} \\
   -H 'Content-Type: application/json' \\
-  -d ${shell(JSON.stringify(chosen(request)))} \\
+  -d ${files(request).length > 0 ? "@request.json" : shell(JSON.stringify(chosen(request)))} \\
   | sed -E 's/^\\{"id":"([^"]+)".*/\\1/')
 curl -sSfN ${http}/v1/jobs/$job/events${auth} > events.txt  # follows the job to its end
 for index in ${pictures}; do
@@ -25,9 +34,27 @@ done
 `;
 }
 
+// A request with files is put together in one; a command line could not hold them.
+function body(request) {
+  const parts = files(request);
+  if (parts.length === 0) return "";
+  const fields = parts.map(([field]) => `,"${field}":"%s"`).join("");
+  const contents = parts.map(([, file]) => ` "$(text ${file})"`).join("");
+  return `text() { base64 < "$1" | tr -d '\\n'; }
+printf '%s${fields}}' \\
+  ${shell(JSON.stringify(chosen(request)).slice(0, -1))} \\
+ ${contents} > request.json
+`;
+}
+
+const opened = (file) => `open(${literal(file)}, "rb").read()`;
+
 export function python(request, { http, key }) {
   const auth = key ? `, api_key=os.environ["PATCHFORGE_API_KEY"]` : "";
-  const fields = Object.entries(chosen(request)).map(([name, value]) => `        ${name}=${literal(value)},\n`);
+  const fields = [
+    ...Object.entries(chosen(request)).map(([name, value]) => `        ${name}=${literal(value)},\n`),
+    ...files(request).map(([name, file]) => `        ${name}=${opened(file)},\n`),
+  ];
   return `${key ? "import os\n\n" : ""}from service.client import Client
 
 with Client(${literal(http)}${auth}) as client:
@@ -41,9 +68,12 @@ print(f"saved {made.report.savings_ratio:.0%} of a dense run's work")
 
 export function grpc(request, { grpc: target, key, secure }) {
   const { sampler: { name, ...knobs }, ...fields } = chosen(request);
-  const lines = Object.entries(fields).map(([field, value]) => `    ${field}=${literal(value)},\n`);
+  const lines = [
+    ...Object.entries(fields).map(([field, value]) => `    ${field}=${literal(value)},\n`),
+    ...files(request).map(([field, file]) => `    ${field}=${opened(file)},\n`),
+  ];
   const options = Object.entries(knobs).map(([knob, value]) => `${knob}=${literal(value)}`).join(", ");
-  const opened = secure
+  const channel = secure
     ? `grpc.secure_channel(${literal(target)}, grpc.ssl_channel_credentials())`
     : `grpc.insecure_channel(${literal(target)})`;
   const metadata = key ? `, metadata=[("authorization", f"Bearer {os.environ['PATCHFORGE_API_KEY']}")]` : "";
@@ -54,7 +84,7 @@ from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
 generation = pb.Generation(
 ${lines.join("")}    ${name}=pb.${message(name)}(${options}),
 )
-with ${opened} as channel:
+with ${channel} as channel:
     request = pb.GenerateImageRequest(generation=generation)
     for answer in ImageServiceStub(channel).GenerateImage(request${metadata}):
         event = answer.event

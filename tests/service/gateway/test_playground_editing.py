@@ -1,0 +1,229 @@
+"""The playground in a real browser: pictures to start from, patches marked on them, and sizes."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.async_api import Page, expect
+
+from service.queue import JobQueue
+from service.schemas import Adaptive, Job
+from tests.service.gateway.browser import BROWSER, draw, playground
+from tests.service.gateway.harness import CARDS, COLUMNS, PATCHES, ROWS, ScriptedWorker, png
+from tests.service.gateway.pictures import decoded, encoded, gradient
+from tests.service.gateway.test_playground_manners import REFUSED, run
+
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+WIDTH, HEIGHT = 100, 70  # of the picture sent: no whole number of pixels to a patch
+
+
+@pytest.fixture
+async def page(url: str, worker: ScriptedWorker) -> AsyncIterator[Page]:
+    async with playground(url, forgive=REFUSED, reduced_motion="reduce") as opened:
+        yield opened
+
+
+async def choose(page: Page, picture: bytes | None = None, kind: str = "png") -> None:
+    """Hands the page a picture to start from."""
+    data = picture if picture is not None else encoded(gradient(WIDTH, HEIGHT), kind)
+    await page.locator("#file").set_input_files(
+        {"name": f"mine.{kind}", "mimeType": f"image/{kind}", "buffer": data}  # type: ignore[arg-type]
+    )
+
+
+async def mark(page: Page, *patches: tuple[int, int]) -> None:
+    """Marks patches, each by row and column, with a click."""
+    canvas = page.locator("#mask")
+    box = await canvas.bounding_box()
+    assert box is not None
+    for row, column in patches:
+        middle = (column + 0.5) * box["width"] / COLUMNS, (row + 0.5) * box["height"] / ROWS
+        await canvas.click(position={"x": middle[0], "y": middle[1]})
+
+
+async def job_on_stage(page: Page, queue: JobQueue) -> Job:
+    """The one that was drawn last."""
+    script = """async () => {
+        const { History } = await import("/playground/history.js");
+        const [newest] = await (await History.open()).all();
+        return newest.runs[0].id;
+    }"""
+    return await queue.get(await page.evaluate(script))
+
+
+async def test_marked_patches_may_change_and_no_pixel_of_the_others(page: Page, queue: JobQueue) -> None:
+    await choose(page)
+    await mark(page, (0, 1), (1, 2), (0, 0))
+    await mark(page, (0, 0))  # taken back
+    await expect(page.locator("#marked")).to_contain_text("2 of 6 patches marked")
+    await expect(page.locator("#strength")).to_have_value("1")
+    await draw(page)
+    job = await job_on_stage(page, queue)
+    assert (job.request.width, job.request.height, job.request.strength) == (WIDTH, HEIGHT, 1)
+    source = await queue.source(job.id)
+    assert decoded(source.image).tobytes() == gradient(WIDTH, HEIGHT).tobytes()
+    changes = decoded(source.mask or b"")
+    pixels = [(x, y) for y in range(HEIGHT) for x in range(WIDTH) if changes.getpixel((x, y))]
+    touched = {(y * ROWS // HEIGHT, x * COLUMNS // WIDTH) for x, y in pixels}
+    assert touched == {(0, 1), (1, 2)}
+    assert len(pixels) > 0.9 * 2 * WIDTH * HEIGHT / PATCHES, "and nearly all of them"
+
+
+async def test_patches_are_marked_by_keyboard_too(page: Page, queue: JobQueue) -> None:
+    await choose(page)
+    canvas = page.locator("#mask")
+    await canvas.focus()
+    for key in ("ArrowRight", " ", "Shift+ArrowDown"):
+        await canvas.press(key)
+    await expect(page.locator("#marked")).to_have_text("Row 2, column 2 may change · 2 of 6 patches marked.")
+    await page.get_by_role("button", name="Invert").press("Enter")
+    await expect(page.locator("#marked")).to_contain_text("4 of 6 patches marked")
+    await page.get_by_role("button", name="All", exact=True).press("Enter")
+    await expect(page.locator("#marked")).to_contain_text("6 of 6")
+    await page.get_by_role("button", name="None").press("Enter")
+    await expect(page.locator("#strength")).to_have_value("0.6")
+    await draw(page)
+    job = await job_on_stage(page, queue)
+    assert (job.request.mask, job.request.strength) == (None, 0.6)
+
+
+async def test_only_the_sampler_that_can_start_from_a_picture_is_offered(page: Page, queue: JobQueue) -> None:
+    await expect(page.locator("#sampler")).to_have_value("dual_loop")
+    await choose(page, kind="jpeg")
+    await expect(page.locator("#sampler")).to_have_value("adaptive")
+    await expect(page.get_by_role("radio", name="Standard")).to_be_checked()
+    await expect(page.locator('#sampler option[value="euler"]')).to_be_disabled()
+    await page.check("#compare")
+    await page.locator("#second").get_by_label("Exact").check()
+    await page.fill("#strength", "0.3")
+    await draw(page)
+    job = await job_on_stage(page, queue)
+    assert isinstance(job.request.sampler, Adaptive)
+    assert job.request.strength == 0.3
+    await expect(page.locator("[data-part=settings]").nth(1)).to_contain_text("exact · strength 0.3 · 100 × 70 pixels")
+    await page.get_by_role("button", name="Remove", exact=True).click()
+    await expect(page.locator('#sampler option[value="euler"]')).to_be_enabled()
+    await expect(page.locator("#file")).to_be_focused()
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [("curl", ["bash", "-ec"]), ("Python", [sys.executable, "-c"]), ("gRPC", [sys.executable, "-c"])],
+)
+async def test_the_commands_start_from_the_same_files(
+    page: Page, queue: JobQueue, worker: ScriptedWorker, tmp_path: Path, kind: str, command: list[str]
+) -> None:
+    await choose(page)
+    await mark(page, (1, 1))
+    await draw(page, "it's an apple", 44)
+    drawn = await job_on_stage(page, queue)
+    await page.get_by_role("radio", name=kind).check(force=True)
+    for name in ("source.png", "mask.png"):
+        async with page.expect_download() as download:
+            await page.get_by_role("link", name=name).click()
+        await (await download.value).save_as(tmp_path / name)
+    assert await worker.next_job() == drawn.id
+    await run(command, await page.locator("#code").inner_text(), tmp_path)
+    again = await queue.get(await worker.next_job())
+    assert (tmp_path / "picture-0.png").read_bytes() == png(44)
+    wanted = drawn.request.model_dump(exclude={"previews"})
+    assert again.request.model_dump(exclude={"previews"}) == wanted, "digests of both files among it"
+
+
+async def test_a_finished_picture_can_be_edited_and_history_knows_what_it_came_from(
+    page: Page, queue: JobQueue
+) -> None:
+    await draw(page, seed=77)
+    await page.locator("figure").hover()
+    await page.get_by_role("button", name="Edit picture 1").click()
+    await expect(page.locator("#mask")).to_be_focused()
+    await mark(page, (0, 2))
+    await page.select_option("#size", "96 × 64")
+    await draw(page, "a pear", 78)
+    job = await job_on_stage(page, queue)
+    assert (job.request.width, job.request.height) == (96, 64)
+    await page.get_by_role("button", name="a red apple").first.click()
+    await expect(page.locator("#editor")).to_be_hidden()
+    await expect(page.locator("#files")).to_be_hidden()
+    await expect(page.locator("#size")).to_have_value("")
+    await page.reload()
+    await page.get_by_role("button", name="a pear, Adaptive").click()
+    await expect(page.locator("#marked")).to_contain_text("1 of 6 patches marked")
+    await expect(page.locator("#size")).to_have_value("96 × 64")
+    await expect(page.locator("#strength")).to_have_value("1")
+    await expect(page.locator("#files")).to_contain_text("source.png and mask.png")
+
+
+async def test_a_picture_is_dropped_or_pasted_and_other_files_are_not_taken(page: Page) -> None:
+    script = """async ([kind, type, bytes]) => {
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([new Uint8Array(bytes)], "x", { type }));
+        const options = { bubbles: true, cancelable: true };
+        const target = kind === "drop" ? document.getElementById("seed") : document.body;
+        target.dispatchEvent(kind === "drop" ? new DragEvent("drop", { ...options, dataTransfer: transfer })
+            : new ClipboardEvent("paste", { ...options, clipboardData: transfer }));
+    }"""
+    picture = list(encoded(gradient(20, 20)))
+    for kind, words in (("application/pdf", "PNG, WebP and JPEG"), ("image/png", "cannot be read as a picture")):
+        await page.evaluate(script, ["drop", kind, [1, 2, 3]])
+        await expect(page.locator("#source-problem")).to_contain_text(words)
+        await expect(page.locator("#editor")).to_be_hidden()
+    for kind in ("drop", "paste"):
+        await page.evaluate(script, [kind, "image/png", picture])
+        await expect(page.locator("#editor")).to_be_visible()
+        await expect(page.locator("#source-problem")).to_be_empty()
+        await page.get_by_role("button", name="Remove", exact=True).click()
+
+
+async def test_a_large_picture_is_scaled_down_before_it_is_sent(page: Page, queue: JobQueue) -> None:
+    await choose(page, encoded(gradient(2400, 1200), "jpeg"), "jpeg")
+    await draw(page)
+    source = decoded((await queue.source((await job_on_stage(page, queue)).id)).image)
+    assert source.size == (1448, 724)
+
+
+async def test_sizes(page: Page, queue: JobQueue, http: httpx.AsyncClient) -> None:
+    offered = await page.locator("#size option").all_inner_texts()
+    assert offered == ["48 × 32", "96 × 64", "192 × 128", "384 × 256", "Other…"]
+    await page.select_option("#size", "other")
+    await page.fill("#width", "2048")
+    await page.fill("#height", "2048")
+    await page.fill("#prompt", "a red apple")
+    await page.press("#prompt", "Enter")
+    await expect(page.get_by_role("alert")).to_contain_text("Height: width times height must be at most 2097152")
+    await expect(page.locator("#height")).to_be_focused()
+    await page.fill("#height", "64")
+    await draw(page)
+    job = await job_on_stage(page, queue)
+    assert (job.request.width, job.request.height) == (2048, 64)
+    ratio = await page.locator("#easel canvas").evaluate("canvas => canvas.style.aspectRatio")
+    assert ratio == "2048 / 64"
+    await page.get_by_role("radio", name="Python").check(force=True)
+    await expect(page.locator("#code")).to_contain_text("width=2048")
+    await page.select_option("#model", "tiny-class")
+    assert (await page.locator("#size option").all_inner_texts())[0] == "16 × 16"
+
+
+async def test_a_full_queue_and_workers_that_left_are_said(url: str, http: httpx.AsyncClient, queue: JobQueue) -> None:
+    await queue.announce("by hand", CARDS)
+    async with playground(url, forgive=REFUSED) as page:
+        await page.fill("#prompt", "a red apple")
+        waiting = [await http.post("/v1/jobs", json={"prompt": "x", "model": "tiny-text"}) for _ in range(8)]
+        await page.press("#prompt", "Enter")
+        await expect(page.get_by_role("alert")).to_have_text("too many jobs are waiting: try again in 5 s")
+        await expect(page.locator("#generate")).to_be_enabled()
+        await asyncio.gather(*(queue.cancel(job.json()["id"]) for job in waiting))
+        await queue.retire("by hand")
+        await page.press("#prompt", "Enter")
+        await expect(page.get_by_role("alert")).to_have_text("no worker is serving a model: try again in 5 s")
+        await queue.announce("by hand", CARDS)
+        await page.press("#prompt", "Enter")
+        await expect(page.locator("#status")).to_have_text("Waiting for a worker…")
+        await expect(page.get_by_role("alert")).to_be_empty()
+        await page.click("#cancel")
+        await expect(page.locator("#status")).to_have_text("Cancelled")
