@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.cli_errors import typed_errors
+from service.errors import Unavailable
 
 if TYPE_CHECKING:
     from service.bench.gateway import Costs, Latency
@@ -30,7 +31,10 @@ def gateway(
     from service.bench.gateway import PREVIEWS, bench_gateway
 
     with tempfile.TemporaryDirectory(prefix="patchforge-bench-") as folder, typed_errors():
-        figures = asyncio.run(bench_gateway(Path(folder), submits, clients, seconds, watchers))
+        try:
+            figures = asyncio.run(bench_gateway(Path(folder), submits, clients, seconds, watchers))
+        except EOFError as error:  # which typer would take for the user's own end
+            raise Unavailable("the gateway hung up on a client; is the machine too busy for so many?") from error
     table = Table("figure", "measured", title=f"one gateway, {figures.cpus} CPUs, load before {figures.load:.1f}")
     for name, value in (
         ("submit to answer, p50 / p95", _both(figures.accepted_ms)),
