@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 from playwright.async_api import expect
 
 from tests.e2e.conftest import ROOT, Served
@@ -43,6 +43,38 @@ async def test_a_real_picture_settles_and_can_be_made_again(served: Served, tmp_
     process = await asyncio.create_subprocess_exec("bash", "-ec", text, cwd=tmp_path)
     assert await asyncio.wait_for(process.wait(), 90) == 0
     assert (tmp_path / "picture-0.png").read_bytes() == (tmp_path / "saved.png").read_bytes()
+
+
+async def test_marked_patches_are_drawn_anew_and_the_others_kept_to_the_pixel(served: Served, tmp_path: Path) -> None:
+    """By pointer, on a picture just made; the rest of the work is saved."""
+
+    async def saved(name: str) -> Image.Image:
+        async with page.expect_download() as download:
+            await page.get_by_role("link", name="Save picture 1").click()
+        await (await download.value).save_as(tmp_path / name)
+        return Image.open(tmp_path / name).convert("RGB")
+
+    async with playground(served.http) as page:
+        await draw(page, "grinning face", 3)
+        before = await saved("before.png")
+        await page.get_by_role("button", name="Edit picture 1").click()
+        canvas = page.locator("#mask")
+        await expect(canvas).to_be_focused()
+        await canvas.hover(position={"x": 5, "y": 5})
+        box = await canvas.bounding_box()
+        assert box is not None
+        await page.mouse.down()  # at the upper left, and on through three more patches of eight in the row
+        await page.mouse.move(box["x"] + box["width"] * 3.5 / 8, box["y"] + 5, steps=20)
+        await page.mouse.up()
+        await expect(page.locator("#marked")).to_contain_text("4 of 64 patches marked")
+        await draw(page, "red heart", 4)
+        after = await saved("after.png")
+        share = int((await page.locator("[data-part=saved]").inner_text()).removesuffix(" %"))
+    assert share > 70, "60 of 64 patches were known"
+    differing = ImageChops.difference(before, after).getbbox()
+    assert differing is not None
+    assert differing[2] <= 32
+    assert differing[3] <= 8
 
 
 async def test_two_samplers_differ_in_work_and_pixels(served: Served) -> None:

@@ -18,6 +18,7 @@ from service.queue import JobQueue
 from service.settings import Settings
 from tests.service.gateway.conftest import gateway, settings, url, worker
 from tests.service.gateway.harness import ScriptedWorker, ended, png, running
+from tests.service.gateway.pictures import encoded, gradient, mask
 
 __all__ = ["gateway", "settings", "url", "worker"]
 
@@ -59,6 +60,32 @@ async def test_a_class_of_a_named_model(url: str, worker: ScriptedWorker, tmp_pa
     assert "pictures/00-grinning-face-0.png" in output
 
 
+async def test_what_only_a_server_can_do(url: str, worker: ScriptedWorker, queue: JobQueue, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(encoded(gradient()))
+    (tmp_path / "mask.png").write_bytes(encoded(mask()))
+    words = ["--quality", "draft", "--size", "96x64", "--image", "photo.png", "--mask", "mask.png", "--strength", "0.8"]
+    code, _, errors = await generate(tmp_path, "pear", *words, "--server", url)
+    assert code == 0, errors
+    job = await queue.get(await worker.next_job())
+    assert (job.request.steps, job.request.width, job.request.height, job.request.strength) == (5, 96, 64, 0.8)
+    assert (await queue.source(job.id)).mask is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "tiny-text"], "--model goes with --server"),
+        (["--size", "96x64"], "--size goes with --server"),
+        ([], "go to the repository, or give --bundle or --server"),
+        (["--server", "localhost:8000"], "begins with http:// or https://"),
+    ],
+)
+async def test_what_is_missing_is_said(tmp_path: Path, words: list[str], message: str) -> None:
+    code, _, errors = await generate(tmp_path, "pear", *words)
+    assert code == 1
+    assert message in errors
+
+
 async def test_nothing_of_it_loads_torch(url: str, worker: ScriptedWorker, tmp_path: Path) -> None:
     code = f"""
 import sys
@@ -81,6 +108,10 @@ assert not heavy, heavy
         (["pear", "--sampler", "warp"], "sampler: expected one of"),
         (["pear", "--bundle", "model/bundles/emoji-text"], "--bundle draws without a server"),
         (["pear", "fail"], "the picture is too big"),
+        (["pear", "--size", "large"], "--size is WIDTHxHEIGHT"),
+        (["pear", "--size", "9x9"], "width: Input should be greater than or equal to 16"),
+        (["pear", "--quality", "best"], "quality: "),
+        (["pear", "--strength", "0.5"], "strength: is of use only with image"),
     ],
 )
 async def test_errors_are_one_clear_line(
