@@ -61,7 +61,9 @@ lock: $(TOOLS)
 
 # Known vulnerabilities; asks the public advisory service.
 audit: $(TOOLS)
-	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off || { \
+	  echo 'make audit: if vulnerabilities are listed above, they are real. "Not found on PyPI", or a failed connection:' \
+	  'https://pypi.org could not be asked for its advisories, and nothing was checked.' >&2; exit 1; }
 
 $(TOOLS):
 	$(PYTHON) -m venv $@

@@ -46,7 +46,7 @@ def test_row_10_gateway_killed_between_commit_and_reply(own_stage: Stage) -> Non
         with tapped(own_stage.server.url) as wire, own_stage.redis as redis, own_stage.curtain_down():
             dying = own_stage.start_gateway(redis_url=wire.url)
             dying.await_ready()
-            dying.cancel(patiently(lambda: dying.post(APPLE)).json()["id"])  # the server now knows the script
+            dying.cancel(dying.post(APPLE).json()["id"])  # the server now knows the script
             redis.delete(*redis.keys(keys.JOB + "*"))
             wire.once_answered(SUBMIT, dying.kill)
             with pytest.raises((httpx.TransportError, grpc.RpcError)):
