@@ -58,6 +58,11 @@ def traced(process: str) -> Iterator[None]:
                 log.warning("the last traces were not taken in time")
 
 
+def is_on() -> bool:
+    """Whether spans go anywhere."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
 def exporters_wanted(environment: Mapping[str, str]) -> list[str]:
     """Names of exporters, as their packages register them; none if traces are off."""
 

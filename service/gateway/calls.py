@@ -14,6 +14,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 
+from service import tracing
 from service.errors import InvalidRequest, PatchforgeError, Unauthenticated
 from service.gateway.auth import ApiKeys
 from service.gateway.spans import rpc_ended, rpc_span
@@ -101,7 +102,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             with rpc_span(method, context.invocation_metadata()):
                 return await guarded(raw, context)
 
-        return traced
+        return traced if tracing.is_on() else guarded
 
 
 async def _abort(context: Any, error: PatchforgeError) -> Any:

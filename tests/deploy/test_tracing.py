@@ -199,6 +199,13 @@ def test_who_is_not_sampled_leaves_nothing_and_who_does_not_say_is(traced: Trace
     assert unsampled not in {span.trace for span in traced.collector.spans}
 
 
+def test_a_callers_nonsense_is_passed_over(traced: Traced) -> None:
+    for nonsense in ("", "00-zz-zz-01", f"00-{0:032x}-{CALLER}-01", "x" * 5000):
+        assert traced.gateway.ended(traced.submit(nonsense))["status"] == "completed"
+        with traced.gateway.grpc() as stub:
+            stub.ListModels(pb.ListModelsRequest(), metadata=(("traceparent", nonsense), ("tracestate", nonsense)))
+
+
 def test_probes_and_scrapes_are_not_traced(traced: Traced) -> None:
     for path in ("/healthz", "/readyz", "/metrics", "/"):
         assert traced.gateway.http.get(path).status_code == 200
@@ -210,6 +217,7 @@ def test_probes_and_scrapes_are_not_traced(traced: Traced) -> None:
         "DELETE /v1/jobs/{job_id}",
         "patchforge.v1.ImageService/GenerateImage",
         "patchforge.v1.ImageService/GetJob",
+        "patchforge.v1.ImageService/ListModels",
     }
 
 
@@ -220,17 +228,24 @@ def test_operation_md_names_every_attribute_of_ours(traced: Traced) -> None:
     assert {name for name in seen if f"`{name}`" not in text} == set()
 
 
-def test_a_graceful_stop_sends_what_is_left(tmp_path: Path, bundle_dir: Path) -> None:
-    with Collector() as collector, Stack(tmp_path, bundle_dir, **SOON) as stack, traced_to(collector.url, 3_600_000):
-        gateway, worker = stack.start_pair()
+def test_a_graceful_stop_sends_what_is_left_and_tells_what_was_given_back(tmp_path: Path, bundle_dir: Path) -> None:
+    with (
+        Collector() as collector,
+        Stack(tmp_path, bundle_dir, **SOON | {"drain_seconds": 1}) as stack,
+        traced_to(collector.url, 3_600_000),
+        stack.device_held(),
+    ):
+        gateway, worker = stack.start_pair("held_device")
         job = gateway.submit()
-        gateway.ended(job)
+        gateway.until(job, "preview")
         assert not collector.spans
         for process in (gateway, worker):
             assert process.terminate() == 0
             assert not process.lines("the last traces were not taken in time")
         [trace] = {span.trace for span in collector.spans if span.attributes.get("patchforge.job") == job}
-        assert len([span for span in collector.spans if span.trace == trace]) == 3 + SHORT["steps"]
+        spans = [span for span in collector.spans if span.trace == trace]
+        assert {span.name for span in spans} == {"POST /v1/jobs", "queue wait", "job", "step"}
+        assert named(spans, "job")[0].attributes["patchforge.outcome"] == "given_back"
 
 
 def test_a_collector_that_is_away_or_silent_harms_nothing(tmp_path: Path, bundle_dir: Path) -> None:

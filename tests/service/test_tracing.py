@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,26 @@ def test_the_console_exporter_prints_what_the_body_traced() -> None:
     assert '"service.name": "ours"' in named
     assert '"team": "art"' in named
     assert not run(program, OTEL_TRACES_EXPORTER="console", OTEL_TRACES_SAMPLER="always_off").stdout.count('"work"')
+
+
+def test_a_dead_letter_has_the_span_its_workers_took_with_them() -> None:
+    program = (
+        "from service.schemas import GenerationRequest, Job, JobError, JobStatus\n"
+        "from service.tracing import ended_in_queue, traced\n"
+        "request = GenerationRequest(model='emoji', prompt='a secret')\n"
+        "error = JobError(code='dead_letter', message='given up after 3 attempts')\n"
+        "times = {'created_at': 1000.0, 'started_at': 1001.0, 'finished_at': 1061.5}\n"
+        "with traced('gateway'):\n"
+        "    ended_in_queue(Job(id='J', status=JobStatus.FAILED, request=request, attempt=3, error=error, **times))\n"
+    )
+    printed = run(program, OTEL_TRACES_EXPORTER="console").stdout  # after the log, which is not set up here
+    span = json.loads(printed[printed.index("{\n") :])
+    assert span["name"] == "job"
+    assert (span["start_time"], span["end_time"]) == ("1970-01-01T00:16:41.000000Z", "1970-01-01T00:17:41.500000Z")
+    assert span["status"] == {"status_code": "ERROR", "description": "given up after 3 attempts"}
+    assert span["attributes"]["error.type"] == "dead_letter"
+    assert span["attributes"]["patchforge.attempt"] == 3
+    assert "secret" not in json.dumps(span)
 
 
 def in_a_span(state: list[tuple[str, str]]) -> dict[str, str]:
