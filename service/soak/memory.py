@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 SAMPLES = 10  # that each median is of
 MARKS = 5  # medians shown, evenly from start to end
+PARTS = 10  # of the last two thirds, for the trend
 LEAST = MARKS * SAMPLES  # samples, for anything to be said
 ALLOWED_SHARE, ALLOWED_BYTES = 0.05, 16 << 20  # rise to be put down to caches and fragmentation
 
@@ -28,13 +29,13 @@ class Memory:
 
     def course(self) -> dict[str, list[float]]:
         """Bytes from start to end, of each process with samples enough."""
-        return {name: _marks(sizes, MARKS) for name, sizes in self._long().items()}
+        return {name: _marks(sizes) for name, sizes in self._long().items()}
 
     def trend(self) -> dict[str, float]:
-        """Bytes by which each rises over the last two thirds of its samples.
+        """Bytes by which each rises over the last two thirds of its samples, steps aside.
 
-        That is the slope of Theil and Sen, the median of the slopes between any two of the samples (here, of medians
-        of a few): a leak climbs all the while, but a peak, or one step to a new high-water mark, hardly moves it.
+        Of ten parts the least each went down to, and of these the median step from one to the next, nine times: a leak
+        raises them all, a peak none, and a step to a new high-water mark one or two.
         """
         return {name: _rise(sizes[len(sizes) // 3 :]) for name, sizes in self._long().items()}
 
@@ -49,14 +50,13 @@ class Memory:
 
 
 def _rise(sizes: Sequence[int]) -> float:
-    marks = _marks(sizes, max(2, len(sizes) // SAMPLES))
-    slopes = [(later - earlier) / (j - i) for (i, earlier), (j, later) in combinations(enumerate(marks), 2)]
-    return median(slopes) * (len(marks) - 1)
+    bounds = [round(part * len(sizes) / PARTS) for part in range(PARTS + 1)]
+    floors = [min(sizes[start:end]) for start, end in pairwise(bounds)]
+    return median(later - earlier for earlier, later in pairwise(floors)) * (PARTS - 1)
 
 
-def _marks(sizes: Sequence[int], number: int) -> list[float]:
-    """Medians of ``SAMPLES`` samples each, evenly from the first to the last."""
-    starts = (round(mark * (len(sizes) - SAMPLES) / (number - 1)) for mark in range(number))
+def _marks(sizes: Sequence[int]) -> list[float]:
+    starts = (round(mark * (len(sizes) - SAMPLES) / (MARKS - 1)) for mark in range(MARKS))
     return [median(sizes[start : start + SAMPLES]) for start in starts]
 
 

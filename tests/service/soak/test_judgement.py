@@ -134,11 +134,17 @@ class TestMemory:
         assert memory.course().keys() == memory.trend().keys() == {"flat", "growing"}
         assert abs(memory.trend()["flat"]) < ALLOWED_BYTES
 
-    @pytest.mark.parametrize("at", [0.2, 0.6, 0.9])
-    def test_a_step_to_a_new_high_water_mark_is_no_leak(self, at: float) -> None:
+    @pytest.mark.parametrize("at", [[0.2], [0.6], [0.9], [0.5, 0.7], [0.4, 0.45, 0.8]])
+    def test_steps_to_a_new_high_water_mark_are_no_leak(self, at: list[float]) -> None:
         memory = Memory()
         for number in range(10 * LEAST):
-            memory.sample({"x": LARGE + (3 * ALLOWED_BYTES if number >= at * 10 * LEAST else 0)})
+            memory.sample({"x": LARGE + sum(9 * ALLOWED_BYTES for step in at if number >= step * 10 * LEAST)})
+        assert memory.grown() == []
+
+    def test_peaks_are_none_either(self) -> None:
+        memory, chance = Memory(), Random(0)
+        for number in range(10 * LEAST):
+            memory.sample({"x": LARGE + (number << 20 if chance.random() < 0.5 else 0)})
         assert memory.grown() == []
 
     def test_a_rise_by_many_small_steps_is(self) -> None:
