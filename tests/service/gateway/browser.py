@@ -66,6 +66,15 @@ async def grey(page: Page, pane: int = 0) -> int:
     return red
 
 
+async def nameless(page: Page) -> list[str]:
+    """The controls in sight that a screen reader could not tell apart."""
+    script = """all => all.filter((each) => each.checkVisibility() && !each.ariaLabel && !each.textContent.trim()
+        && !(each.labels?.length)).map((each) => each.outerHTML)"""
+    selector = "button, input, select, textarea, canvas, progress, a, pre"
+    found: list[str] = await page.locator(selector).evaluate_all(script)
+    return found
+
+
 async def turns(page: Page, wanted: int) -> None:
     """Waits until the first picture has that grey: a frame is decoded before it is drawn."""
     async with asyncio.timeout(PATIENCE_MS / 1000):

@@ -13,7 +13,7 @@ from playwright.async_api import Page, expect
 
 from service.queue import JobQueue
 from service.schemas import Adaptive, Job
-from tests.service.gateway.browser import BROWSER, draw, playground
+from tests.service.gateway.browser import BROWSER, draw, nameless, playground
 from tests.service.gateway.harness import CARDS, COLUMNS, PATCHES, ROWS, ScriptedWorker, png
 from tests.service.gateway.pictures import decoded, encoded, gradient
 from tests.service.gateway.test_playground_manners import REFUSED, run
@@ -185,6 +185,15 @@ async def test_a_large_picture_is_scaled_down_before_it_is_sent(page: Page, queu
     await draw(page)
     source = decoded((await queue.source((await job_on_stage(page, queue)).id)).image)
     assert source.size == (1448, 724)
+
+
+async def test_the_editor_s_controls_have_names_and_fit_a_narrow_screen(url: str, worker: ScriptedWorker) -> None:
+    async with playground(url, viewport={"width": 360, "height": 740}) as page:
+        await choose(page)
+        await page.select_option("#size", "other")
+        await expect(page.locator("#editor")).to_be_visible()
+        assert await nameless(page) == []
+        assert await page.locator("html").evaluate("html => html.scrollWidth") <= 360
 
 
 async def test_sizes(page: Page, queue: JobQueue, http: httpx.AsyncClient) -> None:

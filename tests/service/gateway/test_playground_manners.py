@@ -17,7 +17,7 @@ from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.queue import JobQueue
 from service.schemas import SAMPLERS
 from service.settings import Settings
-from tests.service.gateway.browser import BROWSER, draw, playground
+from tests.service.gateway.browser import BROWSER, draw, nameless, playground
 from tests.service.gateway.harness import ScriptedWorker, png, running
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
@@ -101,11 +101,7 @@ async def test_a_whole_run_by_keyboard_alone(page: Page) -> None:
 async def test_every_control_has_a_name(page: Page) -> None:
     await page.check("#compare")
     await draw(page)
-    nameless = await page.locator("button, input, select, textarea, canvas, progress, a, pre").evaluate_all(
-        """all => all.filter((each) => each.checkVisibility() && !each.ariaLabel && !each.textContent.trim()
-             && !(each.labels?.length)).map((each) => each.outerHTML)"""
-    )
-    assert nameless == []
+    assert await nameless(page) == []
 
 
 async def test_light_and_dark_follow_the_system_until_someone_chooses(url: str, worker: ScriptedWorker) -> None:
