@@ -32,7 +32,7 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-FEW, MANY = 12, 300
+FEW, MANY = 12, 150
 UNLIKELY = ("class_label", "image", "mask", "strength", "deadline_seconds")  # to be sound beside the others, or in time
 
 
