@@ -21,7 +21,7 @@ from tests.faults.gateway_kit import openai_client, post, raw
 from tests.faults.harness import PATIENCE, ROOT, SHORT, Gateway, Process, Stack, eventually
 from tests.model.model_files import Calls, config_tree, save, tiny_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # --- row 13 ---
 
@@ -131,7 +131,7 @@ DAMAGE: dict[Callable[[Path], None], str] = {
 }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_row_21_broken_models(stack: Stack, tmp_path: Path, bundle_dir: Path) -> None:
     """Malicious, truncated, oversized, NaN: each is refused with its reason, and the old model still serves."""
     serving = tmp_path / "serving"

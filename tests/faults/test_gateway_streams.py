@@ -175,7 +175,7 @@ def test_row_17_idle_streams_have_heartbeats(stage: Stage) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_row_17_idle_for_a_minute(stage: Stage) -> None:
     """With the default settings, no stream is silent for 15 seconds."""
     with stage.another_gateway(sse_ping_seconds=10) as gateway:

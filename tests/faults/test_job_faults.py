@@ -14,7 +14,7 @@ from service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults.harness import IDLE, LONG, MEDIUM, SHORT, Gateway, Seen, Stack, eventually
 from tests.faults.shared import MAX_RUNNING, Shared
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 AS_PROTO = pb.Generation(
     class_label="cat", seed=7, euler=pb.EulerSampler(), steps=MEDIUM["steps"], n=MEDIUM["n"], guidance=2.0
 )

@@ -9,7 +9,7 @@ from tests.faults.harness import MEDIUM
 from tests.faults.saboteur import GREEDY, RAISES, ROOM, TOO_GREEDY, TURNS_NAN, UNCERTAIN
 from tests.faults.shared import Shared
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_row_04_out_of_memory_together_is_retried_smaller(shared: Shared) -> None:

@@ -19,7 +19,7 @@ from service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults.harness import IDLE, LONG, MEDIUM, PATIENCE, SHORT, Gateway, Stack, eventually, stop
 from tests.faults.tap import tapped
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 AWAY = "the queue server is away"
 

@@ -11,7 +11,7 @@ from service import keys
 from tests.faults.harness import IDLE, MEDIUM, SHORT, Gateway, Process, Stack, eventually, stopped
 from tests.faults.saboteur import KILLS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def started_attempts(gateway: Gateway, job_id: str) -> list[int]:
