@@ -101,7 +101,7 @@ class Quality(StrEnum):
 PRESETS: dict[Quality, tuple[int, float]] = {
     # steps, tolerance
     Quality.DRAFT: (5, 0.25),
-    Quality.STANDARD: (8, 0.15),
+    Quality.STANDARD: (8, 0.2),
     Quality.HIGH: (16, 0.05),
 }
 

@@ -31,7 +31,7 @@ MAX_TOKENS = 24
 PATCH_SIZE = 2
 GRID_SAMPLES = 24
 DEFAULTS: dict[str, Any] = {
-    "sampler": {"name": "adaptive", "tolerance": 0.15, "guidance_until": 0.6},
+    "sampler": {"name": "adaptive", "tolerance": 0.2, "guidance_until": 0.6},
     "steps": 8,
     "guidance": 3.0,
 }

@@ -105,7 +105,7 @@ def _adaptive(pipeline: Pipeline) -> tuple[Configuration, ...]:
         chosen, steps = preset(quality, usual)
         configurations.append(Configuration("adaptive", {"steps": steps} | chosen.model_dump(exclude={"name"})))
     plain = {"steps": 8, "tolerance": 0.0, "skip_tolerance": 0.0}
-    parts: list[dict[str, float]] = [{"tolerance": 0.15}, {"skip_tolerance": 0.01}]
+    parts: list[dict[str, float]] = [{"tolerance": 0.2}, {"skip_tolerance": 0.01}]
     parts += [{"guidance_until": 0.6, "steps": steps} for steps in (4, 5, 6, 8)]  # uniform, but for guidance's end
     for part in parts:
         configurations.append(Configuration("adaptive", plain | part))

@@ -23,6 +23,8 @@ from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
 from tests.e2e.conftest import Served, start
 
 PROMPT = {"model": "emoji-text", "prompt": "red apple, 3d", "seed": 7}
+PLAIN = ("red apple", "red heart", "blue circle", "crescent moon", "key", "egg", "lemon", "cookie")
+"""One thing of one colour on white."""
 
 
 def picture(data: bytes) -> np.ndarray:
@@ -68,6 +70,23 @@ def test_a_native_job_from_submit_to_picture(http: httpx.Client) -> None:
     assert 0.1 < report["savings_ratio"] < 0.9
     evaluations = report["images"][0]["finished_at"]
     assert 0 < min(evaluations) < max(evaluations), "easy patches finish before hard ones"
+
+
+def test_plain_pictures_are_largely_finished_by_half_of_the_run(http: httpx.Client) -> None:
+    """As the stream tells it: patches that are never evaluated again."""
+    shares = []
+    for prompt in PLAIN:
+        job = http.post("/v1/jobs", json={"model": "emoji-text", "prompt": prompt, "seed": 1, "n": 2}).json()
+        with http.stream("GET", f"/v1/jobs/{job['id']}/events") as stream:
+            events = [json.loads(line[5:]) for line in stream.iter_lines() if line.startswith("data:")]
+        assert events[-1]["type"] == "completed"
+        for index in range(2):
+            told = [event for event in events if event["type"] == "patches" and event["index"] == index]
+            early = [event["finished_share"] for event in told if event["evaluation"] <= event["evaluations"] / 2]
+            shares.append(max(early, default=0.0))
+            finished = [patch for event in told for patch in event["patches"]]
+            assert len(finished) == len(set(finished)), "a finished patch was evaluated again"
+    assert sum(shares) / len(shares) >= 0.3
 
 
 def test_the_same_picture_over_every_protocol_and_offline(
