@@ -47,7 +47,6 @@ TRIALS = {
     "adamw-fast": Trial("the same, at three times the rate", {"muon_rate": None, "adam_rate": 4.5e-3}),
     "constant": Trial("learning rate constant to the end", {"constant_share": 1.0}),
     "last": Trial("last weights, not their average", {"average": 0.0}),
-    "long": Trial("average ten times as long", {"average": 0.9995}),
     "half": Trial("half the batch, twice the steps", {}, batch=0.5),
     "double": Trial("twice the batch, half the steps", {}, batch=2.0),
     "ltg": Trial("LTG alone: no shared times, no clean patches", {"timesteps": LTG(loc=0.5)}),
