@@ -45,7 +45,13 @@ class Traced:
         trace = uuid4().hex
         submit(f"00-{trace}-{CALLER}-01")
         done = {f"patchforge.{name}": value for name, value in (outcome or {"outcome": "completed"}).items()}
-        return self.collector.until(lambda spans: any(done.items() <= span.attributes.items() for span in spans), trace)
+
+        def complete(spans: list[Sent]) -> bool:
+            # Gateway and worker send theirs in an order of their own.
+            ended = any(done.items() <= span.attributes.items() for span in spans)
+            return ended and any(span.kind == Span.SPAN_KIND_SERVER for span in spans)
+
+        return self.collector.until(complete, trace)
 
 
 @contextmanager

@@ -36,6 +36,12 @@ async def choose(page: Page, picture: bytes | None = None, kind: str = "png") ->
     )
 
 
+async def edit(page: Page) -> None:
+    """Hands it one it can read, and waits until the page has."""
+    await choose(page)
+    await expect(page.locator("#mask")).to_be_visible()
+
+
 async def mark(page: Page, *patches: tuple[int, int]) -> None:
     """Marks patches, each by row and column, with a click."""
     canvas = page.locator("#mask")
@@ -57,7 +63,7 @@ async def job_on_stage(page: Page, queue: JobQueue) -> Job:
 
 
 async def test_marked_patches_may_change_and_no_pixel_of_the_others(page: Page, queue: JobQueue) -> None:
-    await choose(page)
+    await edit(page)
     await mark(page, (0, 1), (1, 2), (0, 0))
     await mark(page, (0, 0))  # taken back
     await expect(page.locator("#marked")).to_contain_text("2 of 6 patches marked")
@@ -75,7 +81,7 @@ async def test_marked_patches_may_change_and_no_pixel_of_the_others(page: Page, 
 
 
 async def test_patches_are_marked_by_keyboard_too(page: Page, queue: JobQueue) -> None:
-    await choose(page)
+    await edit(page)
     canvas = page.locator("#mask")
     await canvas.focus()
     for key in ("ArrowRight", " ", "Shift+ArrowDown"):
@@ -118,7 +124,7 @@ async def test_only_the_sampler_that_can_start_from_a_picture_is_offered(page: P
 async def test_the_commands_start_from_the_same_files(
     page: Page, queue: JobQueue, worker: ScriptedWorker, tmp_path: Path, kind: str, command: list[str]
 ) -> None:
-    await choose(page)
+    await edit(page)
     await mark(page, (1, 1))
     await draw(page, "it's an apple", 44)
     drawn = await job_on_stage(page, queue)
