@@ -206,7 +206,8 @@ def test_who_is_not_sampled_leaves_nothing_and_who_does_not_say_is(traced: Trace
 
 
 def test_a_callers_nonsense_is_passed_over(traced: Traced) -> None:
-    for nonsense in ("", "00-zz-zz-01", f"00-{0:032x}-{CALLER}-01", "x" * 5000):
+    # Two of these stay below the 8 KiB above which gRPC turns calls away by chance.
+    for nonsense in ("", "00-zz-zz-01", f"00-{0:032x}-{CALLER}-01", "x" * 2000):
         assert traced.gateway.ended(traced.submit(nonsense))["status"] == "completed"
         with traced.gateway.grpc() as stub:
             stub.ListModels(pb.ListModelsRequest(), metadata=(("traceparent", nonsense), ("tracestate", nonsense)))
