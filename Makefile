@@ -63,7 +63,7 @@ lock: $(TOOLS)
 audit: $(TOOLS)
 	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off || { \
 	  echo 'make audit: if vulnerabilities are listed above, they are real. "Not found on PyPI", or a failed connection:' \
-	  'https://pypi.org could not be asked for its advisories, and nothing was checked.' >&2; exit 1; }
+	  'the advisory service could not be asked, and nothing was checked.' >&2; exit 1; }
 
 $(TOOLS):
 	$(PYTHON) -m venv $@

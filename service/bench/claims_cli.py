@@ -10,6 +10,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.bench.trial_options import (
+    LATENTS,
+    TABLE,
+    DocOption,
+    JudgeOption,
+    LatentsOption,
+    OutOption,
+    StepsOption,
+    StyleOption,
+    TableOption,
+    ThreadsOption,
+)
 from service.cli_errors import typed_errors
 from service.document import replace_between
 from service.errors import InvalidRequest
@@ -24,22 +36,20 @@ def claims(
     folder: Annotated[Path, typer.Option(help="Models, logs and features; go on where they stopped.")] = Path(
         "runs/claims"
     ),
-    data: Annotated[Path, typer.Option(help="A picture table made by `patchforge data`.")] = Path("data/emoji-64.npz"),
-    latents_of: Annotated[Path, typer.Option(help="Bundle whose autoencoder all models share.")] = Path(
-        "model/bundles/emoji-class"
-    ),
-    judge: Annotated[Path | None, typer.Option(help="Default: the shipped judge of emoji.")] = None,
+    data: TableOption = TABLE,
+    latents_of: LatentsOption = LATENTS,
+    judge: JudgeOption = None,
     schedule: Annotated[list[str] | None, typer.Option(help="ltg, sit, uniform, mean, mixed; default: all.")] = None,
-    style: Annotated[str, typer.Option(help="Pictures of this style only; empty for all.")] = "flat",
-    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 2000,
+    style: StyleOption = "flat",
+    steps: StepsOption = 2000,
     batch: int = 32,
     width: int = 128,
     depth: int = 4,
     pictures: Annotated[int, typer.Option(min=10, help="Made in each way, on the same conditions and noise.")] = 500,
     evaluations: Annotated[int, typer.Option(min=4, help="Of the network a picture; a multiple of four.")] = 32,
-    out: Annotated[Path | None, typer.Option(help="Write the rows as JSON.")] = None,
-    doc: Annotated[Path | None, typer.Option(help="Put the table into this page, between its marks.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: every core.")] = None,
+    out: OutOption = None,
+    doc: DocOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """The paper's claims: train small models that differ in timesteps alone, then sample at equal evaluations."""
     from model.device import use_threads

@@ -179,9 +179,11 @@ def _verdict(console: Console, rows: dict[str, list[Row]]) -> None:
     from model.evaluation.sampler_bench import cheapest_equal
 
     paper = min(rows["paper"], key=lambda row: row.quality.distance.value if row.quality else 0.0)
+    baseline = rows["paper"][0]
     ours, uniform = cheapest_equal(rows["adaptive"]), cheapest_equal(rows["uniform"])
     console.print(
-        f"the paper's best at 100 network evaluations is {paper.sampler}: {paper.patch_evaluations:.0f} of patches"
+        f"the paper's best at 100 network evaluations is {paper.sampler}: {paper.patch_evaluations:.0f} of patches; "
+        f"differences, and what is equal, are against {baseline.sampler}"
     )
     if ours is None or uniform is None:
         console.print("no configuration, or no uniform one, makes pictures that are not told from those")

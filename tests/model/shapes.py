@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import colorsys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from model.evaluation.judge_training import JudgeRecipe, train_judge
+from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from model.training.data import Pictures
+from model.training.loop import Recipe
+from model.training.run import Size, train_model
 
 COLOURS = (
     "red",
@@ -57,3 +62,13 @@ def _draw(hue: float, size: str, form: str, style: str) -> np.ndarray:
     outline = {"outline": "black", "width": 2} if style == "3d" else {}
     (draw.ellipse if form == "cat" else draw.rectangle)(box, fill=colour, **outline)
     return np.asarray(picture)
+
+
+def trained_in_a_moment(folder: Path) -> tuple[Path, Path]:
+    """A saved table of them and a bundle hardly trained on it; the judge is in ``folder / "judge"``."""
+    table, data = shapes(), folder / "table.npz"
+    table.save(data)
+    train_judge(table, folder / "judge", JudgeRecipe(steps=5, batch=16), "none")
+    train_autoencoder(table, folder / "autoencoder", AutoencoderRecipe(width=8, steps=3))
+    small, once = Size(32, 1), Recipe(steps=1, batch=4)
+    return data, train_model("class", table, folder / "autoencoder", folder / "runs" / "first", once, small, "none")

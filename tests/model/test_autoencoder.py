@@ -6,7 +6,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import pytest
@@ -59,7 +59,7 @@ def test_attention_under_its_older_names_is_read(folder: Path) -> None:
 
 @pytest.mark.parametrize("config", [KLConfig, TinyConfig])
 def test_every_argument_of_the_library_is_known_with_its_default(config: type[KLConfig | TinyConfig]) -> None:
-    class_name = config.model_fields["class_name"].annotation.__args__[0]  # type: ignore[union-attr]
+    [class_name] = get_args(config.model_fields["class_name"].annotation)
     parameters = dict(inspect.signature(getattr(diffusers, class_name).__init__).parameters)
     del parameters["self"]
     fields = set(config.model_fields) - {"class_name", "diffusers_version", "name_or_path", "force_upcast"}

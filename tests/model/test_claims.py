@@ -11,16 +11,12 @@ from typer.testing import CliRunner
 
 from model.bundle import open_bundle
 from model.evaluation.claims import BASELINE, cases
-from model.evaluation.judge_training import JudgeRecipe, train_judge
 from model.samplers import make_sampler
-from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from model.training.loop import Recipe
-from model.training.run import Size, train_model
 from model.types import Grid
 from service.cli import app
 from service.document import replace_between
 from service.errors import InvalidRequest
-from tests.model.shapes import shapes
+from tests.model.shapes import trained_in_a_moment
 
 GRID = Grid(4, 4, 2, 4)
 
@@ -43,12 +39,7 @@ def test_schedules_are_compared_by_the_same_sampler_and_samplers_on_the_same_mod
 
 def test_the_command_trains_compares_resumes_and_fills_the_page(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    table, data = shapes(), tmp_path / "table.npz"
-    table.save(data)
-    train_judge(table, tmp_path / "judge", JudgeRecipe(steps=5, batch=16), "none")
-    train_autoencoder(table, tmp_path / "autoencoder", AutoencoderRecipe(width=8, steps=3))
-    small, once = Size(32, 1), Recipe(steps=1, batch=4)
-    bundle = train_model("class", table, tmp_path / "autoencoder", tmp_path / "runs" / "first", once, small, "none")
+    data, bundle = trained_in_a_moment(tmp_path)
     page, out, folder = tmp_path / "page.md", tmp_path / "rows.json", tmp_path / "claims"
     page.write_text("before\n<!-- begin: claims -->\n<!-- end: claims -->\nafter\n")
     words = ["bench", "claims", "--folder", str(folder), "--data", str(data), "--judge", str(tmp_path / "judge")]

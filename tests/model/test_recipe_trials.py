@@ -11,13 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from model.evaluation.claims_training import Setting
-from model.evaluation.judge_training import JudgeRecipe, train_judge
 from model.evaluation.recipe_trials import RECIPE, TRIALS
-from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from model.training.loop import Recipe
-from model.training.run import Size, train_model
 from service.cli import app
-from tests.model.shapes import shapes
+from tests.model.shapes import trained_in_a_moment
 
 
 @pytest.mark.parametrize("name", sorted(set(TRIALS) - {RECIPE}))
@@ -32,12 +28,7 @@ def test_a_trial_changes_one_thing_and_sees_as_many_samples(name: str) -> None:
 
 def test_the_command_trains_in_pairs_and_fills_the_page(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    table, data = shapes(), tmp_path / "table.npz"
-    table.save(data)
-    train_judge(table, tmp_path / "judge", JudgeRecipe(steps=5, batch=16), "none")
-    train_autoencoder(table, tmp_path / "autoencoder", AutoencoderRecipe(width=8, steps=3))
-    small, once = Size(32, 1), Recipe(steps=1, batch=4)
-    bundle = train_model("class", table, tmp_path / "autoencoder", tmp_path / "runs" / "first", once, small, "none")
+    data, bundle = trained_in_a_moment(tmp_path)
     page, out = tmp_path / "page.md", tmp_path / "rows.json"
     page.write_text("before\n<!-- begin: recipe -->\n<!-- end: recipe -->\nafter\n")
     words = ["bench", "recipe", "--folder", str(tmp_path / "trials"), "--data", str(data), "--latents-of", str(bundle)]

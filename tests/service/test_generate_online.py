@@ -32,7 +32,14 @@ async def start(
     environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM_PROGRAM")}
     environment |= {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "100"} | variables
     command = [sys.executable, "-m", "service.cli", "generate", *words]
-    return await asyncio.create_subprocess_exec(*command, cwd=folder, env=environment, stdout=stdout, stderr=stderr)
+    return await asyncio.create_subprocess_exec(
+        *command, cwd=folder, env=environment, stdout=stdout, stderr=stderr, preexec_fn=hear_ctrl_c
+    )
+
+
+def hear_ctrl_c() -> None:
+    """A shell that runs these tests in the background has them ignore it, and what they start would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 async def generate(folder: Path, *words: str, **variables: str) -> tuple[int, str, str]:

@@ -1,6 +1,6 @@
 // The knobs of a sampler, made from the server's own description of it: a new sampler appears here by itself.
 
-const CROWDED = 50; // a range whose ends differ by more than this factor is moved along logarithmically
+const CROWDED = 20; // a range whose ends differ by more than this factor is moved along logarithmically
 const PAPER = / \(paper: [^)]*\)/; // a remark for readers of the code
 const STOPS = 100; // of a slider over real numbers
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import FilePayload, Page, expect
 
 from service.queue import JobQueue
 from service.schemas import Adaptive, Job
@@ -31,9 +31,7 @@ async def page(url: str, worker: ScriptedWorker) -> AsyncIterator[Page]:
 async def choose(page: Page, picture: bytes | None = None, kind: str = "png") -> None:
     """Hands the page a picture to start from."""
     data = picture if picture is not None else encoded(gradient(WIDTH, HEIGHT), kind)
-    await page.locator("#file").set_input_files(
-        {"name": f"mine.{kind}", "mimeType": f"image/{kind}", "buffer": data}  # type: ignore[arg-type]
-    )
+    await page.locator("#file").set_input_files(FilePayload(name=f"mine.{kind}", mimeType=f"image/{kind}", buffer=data))
 
 
 async def edit(page: Page) -> None:
