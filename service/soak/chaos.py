@@ -76,7 +76,7 @@ class Chaos:
         member.send(signal.SIGCONT)
 
     async def kill_server(self) -> None:
-        os.kill(self.fleet.server.pid, signal.SIGKILL)
+        await asyncio.to_thread(self.fleet.server.kill)
         await self._outage()
         self.fleet.server.stop()
         self.fleet.server.start()

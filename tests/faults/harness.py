@@ -327,7 +327,7 @@ class Stack:
 
     def kill_server(self) -> None:
         """SIGKILL; ``server.start()`` brings it back on the same port with what its log holds."""
-        os.kill(self.server.pid, signal.SIGKILL)
+        self.server.kill()
         self.server.stop()
 
     def start_gateway(self, script: str | None = None, **settings: Any) -> Gateway:

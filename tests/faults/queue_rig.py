@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -72,7 +70,7 @@ class Rig:
         self.client.xclaim(claim.stream, keys.GROUP, keys.CONSUMER, 0, entry, idle=IDLE_MS + 1, justid=True)
 
     def kill_server(self) -> None:
-        os.kill(self.server.pid, signal.SIGKILL)
+        self.server.kill()
         self.server.stop()
 
     def start_server(self) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -55,7 +54,7 @@ async def test_jobs_survive_kill_9_and_a_restart(server: EmbeddedServer) -> None
     running = await queue.claim("w", ["emoji"], block_seconds=0)
     assert running is not None
     url = server.url
-    os.kill(server.pid, signal.SIGKILL)
+    server.kill()
     server.stop()
     assert not server.running
     server.start()
