@@ -20,7 +20,7 @@ SAMPLERS: list[tuple[float, dict[str, Any], tuple[int, ...]]] = [
     (1, {"name": "heun"}, (4, 6, 8)),
     (1, {"name": "euler"}, (12, 16, 24)),
 ]
-"""Weight, sampler and the steps asked for; adaptive is half of all, for it is what is used if nothing is said."""
+"""Weight, sampler with its own defaults, and the steps asked for; half of all is adaptive, the product's default."""
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 PICTURES = (1, 1, 1, 2)
 PROMPTS = ("red apple", "grinning face", "dog face", "blue heart", "automobile", "one oclock", "tulip", "pizza")

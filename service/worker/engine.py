@@ -56,6 +56,8 @@ class Engine:
         self.jobs: dict[str, LiveJob] = {}
         self.last_evaluation = (0, "")
         """Patches packed into the last evaluation, and its model."""
+        self.evaluated = 0
+        """Patches in all evaluations so far."""
         self.last_shares: Counter[str] = Counter()
         """Patches each job had in the last step."""
 
@@ -82,7 +84,8 @@ class Engine:
                 pictures.append(LivePicture.begin(index, seed, Trajectory(sampler, condition, start)))
         except ParameterError as error:
             raise InvalidRequest(str(error).removeprefix(f"{error.field}: "), field=error.field) from error
-        live = LiveJob(job, request.model or "", pictures, truncated, pipeline.prompt_tokens(request.prompt), image)
+        tokens = pipeline.prompt_tokens(request.prompt)
+        live = LiveJob(job, request.model or "", pictures, truncated, tokens, image, came_at=self.evaluated)
         self.jobs[job.id] = live
         return live
 
@@ -121,7 +124,7 @@ class Engine:
         wanting: dict[tuple[str, int], Chosen] = {}
         candidates = []
         for job_id, live in self.jobs.items():
-            remaining, deadline = live.remaining, live.deadline
+            remaining, waited, deadline = live.remaining, live.waited(self.evaluated), live.deadline
             for picture in live.pictures:
                 if picture.plan is None or not self._may_keep(live, picture):
                     continue
@@ -129,7 +132,7 @@ class Engine:
                 wanting[key] = Chosen(live, picture, picture.plan)
                 cost = self.pipelines[live.model].denoiser.patches(picture.plan)
                 alone = live.job.request.deterministic
-                candidates.append(Candidate(key, live.model, cost, live.weight, remaining, deadline, alone))
+                candidates.append(Candidate(key, live.model, cost, live.weight, remaining, waited, deadline, alone))
         return [wanting[each.key] for each in self.scheduler.choose(candidates)]
 
     def _may_keep(self, live: LiveJob, picture: LivePicture) -> bool:
@@ -147,6 +150,7 @@ class Engine:
         for each in planned:
             self.last_shares[each.live.job.id] += denoiser.patches(each.plan)
         self.last_evaluation = self.last_shares.total(), model
+        self.evaluated += self.last_shares.total()
         return isolating(denoiser.evaluate, [each.picture.trajectory.evaluation(each.plan) for each in planned])
 
     def _advance(self, chosen: Chosen, prediction: Prediction | Exception) -> None:

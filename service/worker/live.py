@@ -108,6 +108,8 @@ class LiveJob:
     prompt_tokens: int = 0
     source: SourceImage | None = None
     """What its pictures start from, if not from noise alone."""
+    came_at: int = 0
+    """Patches the engine had evaluated when it was admitted."""
     begun: float = field(default_factory=time.monotonic)
     first_preview: float | None = None
 
@@ -129,6 +131,10 @@ class LiveJob:
     def remaining(self) -> float:
         """Work to come, in patch evaluations divided by the job's weight."""
         return sum(picture.remaining for picture in self.pictures) / WEIGHTS[self.job.request.priority]
+
+    def waited(self, evaluated: int) -> float:
+        """Patches evaluated since this job came, times its weight; ``evaluated``: what the engine has in all."""
+        return (evaluated - self.came_at) * WEIGHTS[self.job.request.priority]
 
     @property
     def deadline(self) -> float | None:

@@ -1,12 +1,13 @@
 """Which pictures take part in the next evaluation; counts patches, touches no tensor.
 
-Two halves. **A guaranteed one**: in every step each waiting picture is credited its weight's share of half a step.
-Once its credit pays for the patches it wants, it is *owed* them, and those owed are served first, longest owed
+Two parts. **A guaranteed one**: in every step each waiting picture is credited its weight's share of a quarter of a
+step. Once its credit pays for the patches it wants, it is *owed* them, and those owed are served first, longest owed
 first. **An urgent one**: what is left of the budget goes by the nearest deadline, then by the least work left in the
-job divided by its weight, which is what keeps the mean wait short.
+job, less what its waiting has earned it. Least work alone keeps the mean wait short, but lets a long job wait for
+every short one that comes; with age it outranks them, which keeps the longest waits short.
 
 A picture of weight w that wants a share s of its model's budget is therefore served at least once every
-``⌈s·W / (½·w)⌉ + N`` steps, where W is the weight of all N pictures in flight: whatever arrives meanwhile, however
+``⌈s·W / (¼·w)⌉ + N`` steps, where W is the weight of all N pictures in flight: whatever arrives meanwhile, however
 short and urgent, cannot hold it back for longer. Shares are of the model's own budget, so that a step of one model
 counts as much as a step of another.
 """
@@ -17,8 +18,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-GUARANTEED = 0.5
-"""Part of each step that is handed out by weight alone."""
+GUARANTEED = 0.25
+"""Part of each step that is handed out by weight alone: more of it makes all jobs late together."""
+AGEING = 0.3
+"""What a patch evaluated while a job waits earns it, in patches of work. At 0 the longest waits grow under load; from
+0.1 to 1 little changes, and beyond that the mean wait grows towards that of first come, first served."""
 ROUNDING = 1e-9
 
 Key = tuple[str, int]
@@ -36,6 +40,8 @@ class Candidate:
     """Of the picture: its job's, divided by how many pictures that still has."""
     remaining: float = 0.0
     """Work its job still needs, in patches divided by the job's weight; at most, for it may finish early."""
+    waited: float = 0.0
+    """Patches evaluated, whosever they were, since its job came, times the job's weight."""
     deadline: float | None = None
     """Seconds left until the job's deadline; None without one, or once it has passed."""
     alone: bool = False
@@ -88,7 +94,8 @@ class Scheduler:
         since = self._accounts[candidate.key].owed_since
         if since is not None:
             return 0, since
-        return 1, math.inf if candidate.deadline is None else candidate.deadline, candidate.remaining
+        urgency = candidate.remaining - AGEING * candidate.waited
+        return 1, math.inf if candidate.deadline is None else candidate.deadline, urgency
 
     def _pack(self, ranked: list[Candidate]) -> list[Candidate]:
         """The first, and of its model whoever else fits, in order."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.worker.scheduler import GUARANTEED, Candidate, Key, Scheduler
+from service.worker.scheduler import AGEING, GUARANTEED, Candidate, Key, Scheduler
 
 BUDGETS = {"a": 100, "b": 40}
 
@@ -52,8 +52,8 @@ def test_models_never_mix_and_share_the_steps() -> None:
     waiting = candidates(("x", 50), ("y", 50)) + candidates(("z", 40), model="b")
     steps = [served(scheduler.choose(waiting)) for _ in range(60)]
     assert all("z" not in step or step == ["z"] for step in steps)
-    # A third of the guaranteed half is z's, and as much again may come of being urgent.
-    assert 10 <= sum(step == ["z"] for step in steps) <= 50
+    # A third of the guaranteed part is z's, and more may come of being urgent.
+    assert 60 * GUARANTEED / 3 <= sum(step == ["z"] for step in steps) <= 50
 
 
 def test_the_job_with_least_left_comes_first() -> None:
@@ -70,14 +70,23 @@ def test_the_nearest_deadline_comes_before_the_least_work() -> None:
     assert served(Scheduler(BUDGETS).choose(waiting)) == ["soon"]
 
 
-def test_a_long_one_keeps_half_its_share_beside_endless_short_ones() -> None:
+def test_waiting_makes_a_long_one_more_urgent_than_a_newcomer() -> None:
+    newcomer = candidates(("short", 60), remaining=100)
+    assert served(Scheduler(BUDGETS).choose([*candidates(("long", 60), remaining=900, waited=800), *newcomer])) == [
+        "short"
+    ]
+    long = candidates(("long", 60), remaining=900, waited=801 / AGEING)
+    assert served(Scheduler(BUDGETS).choose([*newcomer, *long])) == ["long"]
+
+
+def test_a_long_one_keeps_its_guaranteed_share_beside_endless_short_ones() -> None:
     scheduler = Scheduler(BUDGETS)
     steps, count = 400, 0
     long = candidates(("long", 50), remaining=10_000)
     for step in range(steps):
         newcomers = candidates(*((f"{step}-{i}", 50) for i in range(3)), remaining=50)  # each needs one evaluation
         count += "long" in served(scheduler.choose(long + newcomers))
-    # Four of equal weight: an eighth of all steps, of which each evaluation takes half.
+    # Four of equal weight: a fourth each of the guaranteed part, of which each evaluation takes half a step.
     assert count >= steps * GUARANTEED / 4 / 0.5 - 1
 
 
@@ -103,6 +112,7 @@ pictures = st.builds(
     cost=st.integers(1, 150),
     weight=st.sampled_from([0.25, 1.0, 4.0, 0.4]),
     remaining=st.floats(0, 1e6),
+    waited=st.floats(0, 1e6),
     deadline=st.none() | st.floats(0, 1e3),
     alone=st.sampled_from([False, False, False, True]),
 )
