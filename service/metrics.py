@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from service.expositions import merge_expositions
-from service.schemas import SAMPLERS, Job, JobStatus, SavingsReport
+from service.sampler_options import SAMPLERS
+from service.schemas import Job, JobStatus, SavingsReport
 
 _BY_REQUEST = ("model", "sampler")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)

@@ -11,8 +11,9 @@ from rich.progress import Progress, TaskID
 
 from service.client import AsyncClient, Result
 from service.errors import NotFound
+from service.events import Event, PatchesFinished, Preview, Started
 from service.progress import OnPreview, add_line, show_share
-from service.schemas import Event, ModelCard, PatchesFinished, Preview, Started
+from service.schemas import ModelCard
 
 AT_ONCE = 8  # jobs of one command in the server's queue
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from service.errors import JobCancelled, JobExpired, JobFailed
-from service.schemas import Cancelled, Event, Expired, Failed
+from service.events import Cancelled, Event, Expired, Failed
 
 
 def raise_if_lost(event: Event) -> None:

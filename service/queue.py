@@ -34,21 +34,10 @@ from service.errors import (
     Unavailable,
 )
 from service.event_hub import EventHub
+from service.events import TERMINAL_EVENTS, Cancelled, Completed, Event, Expired, Failed, ImageReady
 from service.queue_records import CARDS, EVENT, Source, cards_from, fields_of, job_from, terminal_event
 from service.queue_redis import EVENTS_KEPT, LONGEST_BLOCK, QueueConnection, redis_call
-from service.schemas import (
-    TERMINAL_EVENTS,
-    Cancelled,
-    Completed,
-    Event,
-    Expired,
-    Failed,
-    GenerationRequest,
-    ImageReady,
-    Job,
-    ModelCard,
-    Priority,
-)
+from service.schemas import GenerationRequest, Job, ModelCard, Priority
 from service.settings import Settings
 
 ANNOUNCED = 15  # seconds a worker's announcement lasts

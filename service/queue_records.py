@@ -9,19 +9,8 @@ from functools import lru_cache
 
 from pydantic import TypeAdapter
 
-from service.schemas import (
-    Cancelled,
-    Completed,
-    Event,
-    Expired,
-    Failed,
-    GenerationRequest,
-    Job,
-    JobError,
-    JobStatus,
-    ModelCard,
-    SavingsReport,
-)
+from service.events import Cancelled, Completed, Event, Expired, Failed
+from service.schemas import GenerationRequest, Job, JobError, JobStatus, ModelCard, SavingsReport
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 CARDS: TypeAdapter[list[ModelCard]] = TypeAdapter(list[ModelCard])

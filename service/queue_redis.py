@@ -17,8 +17,9 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from service import keys
 from service.errors import Unavailable
+from service.events import Cancelled, Expired, Failed, Queued
 from service.queue_records import job_from
-from service.schemas import Cancelled, Expired, Failed, Job, JobError, Queued
+from service.schemas import Job, JobError
 from service.settings import Settings
 
 COMMAND_TIMEOUT = 3.0  # seconds until a silent Redis is given up

@@ -1,13 +1,15 @@
-"""What travels between clients, gateway, queue and worker; free of torch and of Redis."""
+"""Requests, jobs and reports: what travels between clients, gateway, queue and worker; free of torch and of Redis."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import PydanticCustomError
+
+from service.messages import Message, field_error
+from service.sampler_options import Quality, Sampler
 
 MAX_IMAGES = 10
 MAX_STEPS = 200
@@ -15,102 +17,6 @@ MAX_PROMPT = 2000
 MAX_SEED = 2**63 - 1
 MIN_SIDE, MAX_SIDE = 16, 2048
 MAX_PIXELS = 1 << 21
-
-
-class Message(BaseModel):
-    """Base of all messages: strict types, no unknown fields, no NaN, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-
-def field_error(field: str, message: str) -> PydanticCustomError:
-    """What a rule over several fields raises, to name the one at fault."""
-    return PydanticCustomError("fields", "{reason}", {"reason": message, "field": field})
-
-
-class Adaptive(Message):
-    """Each patch is evaluated when its own path bends too much to be extrapolated, and finishes when it can.
-
-    Tolerances are in units of the latents' standard deviation; with both at 0 this is `multistep`.
-    """
-
-    name: Literal["adaptive"] = "adaptive"
-    exponent: float = Field(1.0, ge=0.25, le=4, description="Above 1, steps are finer near noise.")
-    tolerance: float = Field(0.1, ge=0, le=10, description="A patch finishes when its predicted error is below this.")
-    skip_tolerance: float = Field(
-        0.01, ge=0, le=10, description="A patch is not evaluated in a step whose predicted error is below this."
-    )
-    guidance_from: float = Field(0.0, ge=0, le=1, description="Timestep from which guidance acts.")
-    guidance_until: float = Field(1.0, ge=0, le=1, description="Timestep from which it no longer does.")
-    refresh: int = Field(0, ge=0, le=200, description="Evaluate every patch every so many steps; 0: never again.")
-    exact: bool = Field(False, description="Evaluate every patch in every step, for comparison.")
-
-
-class Euler(Message):
-    """Every patch, one uniform step at a time."""
-
-    name: Literal["euler"] = "euler"
-
-
-class DualLoop(Message):
-    """Easy patches take whole steps, hard ones ``inner_steps`` small ones (paper: dual-loop).
-
-    ``exact`` evaluates every patch in every inner step, as the paper's reference does; otherwise inner steps
-    evaluate only the hard patches, against cached keys and values of the easy ones.
-    """
-
-    name: Literal["dual_loop"] = "dual_loop"
-    quantile: float = Field(0.4, ge=0, le=1, description="Share of patches counted as easy.")
-    inner_steps: int = Field(4, ge=1, le=16)
-    exact: bool = False
-
-
-class Heun(Message):
-    """All patches together, two evaluations a step: second order."""
-
-    name: Literal["heun"] = "heun"
-
-
-class LookAhead(Message):
-    """Hard patches are predicted with easy ones moved ahead as cleaner context (paper: look-ahead)."""
-
-    name: Literal["look_ahead"] = "look_ahead"
-    quantile: float = Field(0.4, ge=0, le=1, description="Share of patches counted as easy.")
-    ratio: float = Field(1.4, ge=1, le=4, description="How far ahead the easy context is moved.")
-
-
-class Multistep(Message):
-    """All patches together, of second order: the uniform baseline; 8 to 12 steps are plenty."""
-
-    name: Literal["multistep"] = "multistep"
-    exponent: float = Field(1.5, ge=0.25, le=4, description="Above 1, steps are finer near noise.")
-
-
-Sampler = Annotated[Adaptive | Euler | DualLoop | Heun | LookAhead | Multistep, Field(discriminator="name")]
-SAMPLERS: tuple[str, ...] = ("adaptive", "euler", "dual_loop", "heun", "look_ahead", "multistep")
-
-
-class Quality(StrEnum):
-    """Presets of the adaptive sampler."""
-
-    DRAFT = "draft"
-    STANDARD = "standard"
-    HIGH = "high"
-
-
-PRESETS: dict[Quality, tuple[int, float]] = {
-    # steps, tolerance
-    Quality.DRAFT: (5, 0.25),
-    Quality.STANDARD: (8, 0.2),
-    Quality.HIGH: (16, 0.05),
-}
-
-
-def preset(quality: Quality, usual: Sampler) -> tuple[Adaptive, int]:
-    """The sampler and steps of a preset, for a model whose own choice is ``usual``: what is tuned there is kept."""
-    steps, tolerance = PRESETS[quality]
-    chosen = usual if isinstance(usual, Adaptive) else Adaptive()
-    return chosen.model_copy(update={"tolerance": tolerance}), steps
 
 
 class OutputFormat(StrEnum):
@@ -214,7 +120,7 @@ class ModelCard(Message):
     width: int
     height: int
     grid: tuple[int, int] = Field(description="Patch rows and columns.")
-    classes: list[str] = []
+    classes: list[str] = Field([])
     sampler: Sampler
     steps: int = Field(ge=1, le=MAX_STEPS)
     guidance: float = Field(ge=0, le=30)
@@ -293,83 +199,3 @@ class Job(Message):
     """Name of the API key that submitted it, for the gateway's eyes only; None if it asked for none."""
     trace: SkipJsonSchema[dict[str, str]] = Field({}, exclude=True)
     """The W3C trace context of the call that submitted it, for workers' spans; empty if it was not traced."""
-
-
-class Queued(Message):
-    """First event of every job."""
-
-    type: Literal["queued"] = "queued"
-
-
-class Started(Message):
-    """A worker took the job; repeated with a higher ``attempt`` if an earlier worker died."""
-
-    type: Literal["started"] = "started"
-    attempt: int
-    steps: int = Field(description="Network evaluations a dense run makes, guidance branches not counted.")
-
-
-class Preview(Message):
-    """A one-step estimate of picture ``index``: ``x_t + (1 − t)·v``, decoded."""
-
-    type: Literal["preview"] = "preview"
-    index: int
-    evaluation: int = Field(description="Network evaluations this picture has had so far.")
-    evaluations: int = Field(description="Network evaluations it will need in all.")
-    times: list[float] = Field(description="Timestep of each patch, row-major; 1 is finished.")
-    finished_share: float
-    patch_evaluations: int
-    dense_patch_evaluations: int = Field(description="What a dense run would have done by now.")
-    b64_png: str
-
-
-class PatchesFinished(Message):
-    """Patches of picture ``index`` that reached t = 1 with its latest evaluation: they will not change again."""
-
-    type: Literal["patches"] = "patches"
-    index: int
-    evaluation: int = Field(description="Network evaluations this picture has had so far.")
-    evaluations: int = Field(description="Network evaluations it will need in all.")
-    patches: list[int] = Field(description="Row-major over the model's grid.")
-    times: list[float] = Field(description="Timestep each of them stood at before.")
-    finished_share: float = Field(description="Of all patches of the picture.")
-
-
-class ImageReady(Message):
-    """Picture ``index`` is finished and can be fetched."""
-
-    type: Literal["image"] = "image"
-    index: int
-
-
-class Completed(Message):
-    """Terminal: all pictures are there."""
-
-    type: Literal["completed"] = "completed"
-    report: SavingsReport
-
-
-class Failed(Message):
-    """Terminal: the job failed, or was given up after too many attempts."""
-
-    type: Literal["failed"] = "failed"
-    error: JobError
-
-
-class Cancelled(Message):
-    """Terminal: a caller cancelled the job, or left a call that was waiting on it."""
-
-    type: Literal["cancelled"] = "cancelled"
-
-
-class Expired(Message):
-    """Terminal: the deadline passed before a worker could start."""
-
-    type: Literal["expired"] = "expired"
-
-
-Event = Annotated[
-    Queued | Started | PatchesFinished | Preview | ImageReady | Completed | Failed | Cancelled | Expired,
-    Field(discriminator="type"),
-]
-TERMINAL_EVENTS = (Completed, Failed, Cancelled, Expired)

@@ -21,8 +21,8 @@ from service.bench.noop_worker import CARD, DONE
 from service.bench.raw_http import Connection
 from service.embedded import EmbeddedServer, free_port, tied_to_us
 from service.errors import Unavailable
+from service.events import Preview
 from service.queue import JobQueue
-from service.schemas import Preview
 from service.settings import Settings
 from service.soak.memory import resident
 

@@ -8,8 +8,10 @@ import signal
 import sys
 import time
 
+from service.events import Completed
 from service.queue import JobQueue
-from service.schemas import Completed, Euler, ModelCard, SavingsReport
+from service.sampler_options import Euler
+from service.schemas import ModelCard, SavingsReport
 from service.settings import Settings
 
 CARD = ModelCard(

@@ -16,7 +16,7 @@ from service.bench_plots import plot_samplers
 from service.cli_errors import typed_errors
 from service.document import replace_between
 from service.errors import InvalidRequest
-from service.schemas import PRESETS, Adaptive, preset
+from service.sampler_options import PRESETS, Adaptive, preset
 
 if TYPE_CHECKING:
     from model.evaluation.sampler_bench import Configuration, Gallery, Row, SamplerBench

@@ -16,8 +16,9 @@ from service.client import wire
 from service.client.errors import UnexpectedAnswer, Unreachable, raise_for, unreachable
 from service.client.results import Picture, Result
 from service.errors import PatchforgeError, Unavailable
+from service.events import TERMINAL_EVENTS, Completed, Event
 from service.outcomes import raise_if_lost
-from service.schemas import TERMINAL_EVENTS, Completed, Event, GenerationRequest, Job, ModelCard
+from service.schemas import GenerationRequest, Job, ModelCard
 
 
 class AsyncClient:

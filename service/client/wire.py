@@ -15,7 +15,8 @@ from pydantic_core import to_jsonable_python
 from service.client.errors import UnexpectedAnswer, raise_for, unreachable
 from service.client.results import Picture
 from service.errors import PatchforgeError
-from service.schemas import Event, GenerationRequest, Job, ModelCard
+from service.events import Event
+from service.schemas import GenerationRequest, Job, ModelCard
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -27,7 +27,8 @@ from service.gateway.telemetry import Measured
 from service.gateway.tls import certificate
 from service.metrics import GatewayMetrics
 from service.queue import JobQueue
-from service.schemas import PRESETS, Job
+from service.sampler_options import PRESETS
+from service.schemas import Job
 from service.settings import Settings
 
 PLAYGROUND = Path(__file__).parent / "playground"

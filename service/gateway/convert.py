@@ -6,26 +6,11 @@ from base64 import b64decode, b64encode
 from typing import Any
 
 from service.errors import InvalidRequest
+from service.events import Completed, Event, Failed, ImageReady, PatchesFinished, Preview, Started
 from service.gateway.validation import validated
 from service.pb.patchforge.v1 import image_service_pb2 as pb
-from service.schemas import (
-    Adaptive,
-    Completed,
-    DualLoop,
-    Event,
-    Failed,
-    GenerationRequest,
-    Heun,
-    ImageReady,
-    Job,
-    LookAhead,
-    ModelCard,
-    Multistep,
-    PatchesFinished,
-    Preview,
-    Sampler,
-    Started,
-)
+from service.sampler_options import Adaptive, DualLoop, Heun, LookAhead, Multistep, Sampler
+from service.schemas import GenerationRequest, Job, ModelCard
 
 PICTURES = {"image", "mask"}
 ENUM_FIELDS = {"output_format": pb.OutputFormat, "priority": pb.Priority, "quality": pb.Quality}

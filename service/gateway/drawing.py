@@ -12,11 +12,13 @@ from typing import Any
 from sse_starlette import ServerSentEvent
 
 from service.errors import PatchforgeError, Unavailable
+from service.events import Completed, Preview
 from service.gateway.images_request import OpenAIRequest
 from service.gateway.jobs import JobService, Run
 from service.gateway.problems import Problem
 from service.outcomes import raise_if_lost
-from service.schemas import Completed, ModelCard, Preview, Quality, SavingsReport
+from service.sampler_options import Quality
+from service.schemas import ModelCard, SavingsReport
 
 LEVELS = {Quality.DRAFT: "low", Quality.STANDARD: "medium", Quality.HIGH: "high"}
 """What OpenAI calls our presets."""

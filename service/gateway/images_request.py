@@ -9,7 +9,9 @@ from pydantic import Field, WithJsonSchema, model_validator
 from service.errors import InvalidRequest
 from service.gateway.jobs import check
 from service.gateway.validation import validated
-from service.schemas import GenerationRequest, ModelCard, OutputFormat, Quality, field_error
+from service.messages import field_error
+from service.sampler_options import Quality
+from service.schemas import GenerationRequest, ModelCard, OutputFormat
 
 ELSEWHERE = "is not something these models can do"
 PICTURES = ("image", "mask", "strength")

@@ -13,11 +13,12 @@ from typing import Any
 from PIL import Image
 
 from service.errors import InvalidRequest, NotFound, Unavailable
+from service.events import Completed
 from service.gateway.jobs import JobService
 from service.gateway.tensors import BYTES, Given, Made, made
 from service.gateway.validation import parse_json, printable, validated
 from service.outcomes import raise_if_lost
-from service.schemas import Completed, GenerationRequest, ModelCard, SavingsReport
+from service.schemas import GenerationRequest, ModelCard, SavingsReport
 from service.threads import in_thread
 
 SERVER = "patchforge"

@@ -19,7 +19,7 @@ from service.gateway.inference import Meta
 from service.gateway.streams import unless_gone
 from service.gateway.tensors import Given, Made, from_list, from_raw
 from service.gateway.validation import parse_json, validated
-from service.schemas import Message
+from service.messages import Message
 
 router = APIRouter(tags=["open inference"], responses=inference_errors(401, 413, 500, 503))
 uploads = APIRouter(tags=["open inference"], responses=inference_errors(401, 413, 500, 503))

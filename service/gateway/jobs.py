@@ -14,9 +14,11 @@ from opentelemetry import trace
 
 from service import tracing
 from service.errors import InvalidRequest, NotFound, PatchforgeError, Unavailable
+from service.events import TERMINAL_EVENTS, Event
 from service.gateway.source_pictures import SourcePictures
 from service.queue import JobQueue
-from service.schemas import TERMINAL_EVENTS, Adaptive, Event, GenerationRequest, Job, ModelCard, Quality, preset
+from service.sampler_options import Adaptive, Quality, preset
+from service.schemas import GenerationRequest, Job, ModelCard
 
 MAX_IDEMPOTENCY_KEY = 255
 RETRY_SECONDS = 0.5  # between attempts to cancel a job while the queue server is away

@@ -8,11 +8,12 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Response
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
+from service.events import Event
 from service.gateway.answers import BODY, SERVER_SENT_EVENT, Answers, problems, success
 from service.gateway.body import json_body, json_body_schema
 from service.gateway.dependencies import Knobs, Service, Tenant
 from service.gateway.streams import EventStream
-from service.schemas import MAX_IMAGES, Event, GenerationRequest, Job, OutputFormat
+from service.schemas import MAX_IMAGES, GenerationRequest, Job, OutputFormat
 
 router = APIRouter()
 jobs = APIRouter(tags=["jobs"], responses=problems(401, 404, 413, 422, 500, 503))

@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service.errors import InvalidRequest
+from service.events import ImageReady
 from service.gateway import inference_rpc
 from service.gateway.auth import ApiKeys
 from service.gateway.calls import Boundary, Call, TooSlow
@@ -22,7 +23,6 @@ from service.metrics import GatewayMetrics
 from service.pb.inference import grpc_inference_service_pb2_grpc as inference_pb_grpc
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
-from service.schemas import ImageReady
 from service.settings import Settings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ImageService"].full_name

@@ -15,8 +15,9 @@ from model.generate import Trajectory
 from model.pipeline import Pipeline
 from model.types import Plan, Prediction
 from service.errors import InvalidRequest
+from service.events import Preview
 from service.queue_records import Source
-from service.schemas import Job, Preview
+from service.schemas import Job
 from service.worker.caches import CacheBudget
 from service.worker.live import LiveJob, LivePicture
 from service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade

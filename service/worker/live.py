@@ -10,7 +10,8 @@ import torch
 from model.denoiser import Memory
 from model.generate import Trajectory
 from model.types import Plan, Prediction
-from service.schemas import ImageReport, Job, PatchesFinished, Priority, SavingsReport
+from service.events import PatchesFinished
+from service.schemas import ImageReport, Job, Priority, SavingsReport
 from service.worker.source_images import SourceImage
 
 WEIGHTS = {Priority.HIGH: 4.0, Priority.NORMAL: 1.0, Priority.LOW: 0.25}

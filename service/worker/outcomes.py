@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.schemas import JobError, PatchesFinished, Preview, SavingsReport
+from service.events import PatchesFinished, Preview
+from service.schemas import JobError, SavingsReport
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from model.flops import patch_flops
 from model.pipeline import Pipeline
 from service import tracing
 from service.errors import InvalidRequest, NotFound
+from service.events import Cancelled, Completed, Failed, Started
 from service.metrics import WorkerMetrics
 from service.queue import Claim, Heartbeat, JobQueue
 from service.queue_records import terminal_event
-from service.schemas import Cancelled, Completed, Failed, Job, JobError, JobStatus, ModelCard, SavingsReport, Started
+from service.schemas import Job, JobError, JobStatus, ModelCard, SavingsReport
 from service.settings import Settings
 from service.threads import in_thread
 from service.worker.cards import model_card

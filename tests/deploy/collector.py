@@ -15,7 +15,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from tests.faults.harness import PATIENCE
+from tests.faults.processes import PATIENCE
 
 
 @dataclass(frozen=True)

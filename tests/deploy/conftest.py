@@ -15,8 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.embedded import free_port
 from service.pb.patchforge.v1 import image_service_pb2 as pb
-from service.schemas import SAMPLERS
-from tests.faults.harness import Gateway, Stack
+from service.sampler_options import SAMPLERS
+from tests.faults.gateways import Gateway
+from tests.faults.harness import Stack
 
 collect_ignore = [] if sys.platform == "linux" else ["test_queries.py", "test_tracing.py"]  # processes watched by /proc
 ADDED_BY_PROMETHEUS = {"job", "instance"}

@@ -19,7 +19,7 @@ from service.metrics import FAILURE_CODES
 from service.schemas import JobStatus
 from tests.deploy.conftest import Live
 from tests.deploy.queries import RULES, Query, every_query, labels_relied_on, of_panels, of_variables, selectors
-from tests.faults.harness import eventually
+from tests.faults.processes import eventually
 
 QUERIES = every_query()
 CLOSED = {

@@ -18,7 +18,9 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from service.embedded import free_port
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.deploy.collector import Collector, Sent
-from tests.faults.harness import LONG, MEDIUM, SHORT, Gateway, Process, Stack
+from tests.faults.gateways import LONG, MEDIUM, SHORT, Gateway
+from tests.faults.harness import Stack
+from tests.faults.processes import Process
 from tests.faults.saboteur import RAISES
 
 pytestmark = pytest.mark.timeout(300)

@@ -12,7 +12,9 @@ from typing import Any, Self
 import openai
 
 from service import keys
-from tests.faults.harness import PATIENCE, Gateway, Process, Seen, Stack
+from tests.faults.gateways import Gateway, Seen
+from tests.faults.harness import Stack
+from tests.faults.processes import PATIENCE, Process
 from tests.faults.scripted_worker import CURTAIN, READ
 from tests.service.gateway.harness import CARDS
 

@@ -21,10 +21,11 @@ from hypothesis.stateful import (
 
 from service import keys
 from service.errors import IdempotencyConflict, NotFound, NotReady, QueueFull, Unavailable
+from service.events import TERMINAL_EVENTS, Cancelled, Failed, Started
 from service.queue import Claim, Heartbeat
 from service.queue_records import EVENT
-from service.schemas import TERMINAL_EVENTS, Cancelled, Failed, JobError, Priority, Started
 from service.schemas import Job as RealJob
+from service.schemas import JobError, Priority
 from tests.faults.queue_model import Job, Model, require
 from tests.faults.queue_rig import CAP, MAX_ATTEMPTS, Rig
 from tests.service.queue_kit import DONE, a_request, watched

@@ -16,9 +16,9 @@ from typing import Any
 import structlog
 
 from service.errors import Unavailable
+from service.events import Completed, Preview, Started
 from service.logs import configure_logs
 from service.queue import Claim, Heartbeat, JobQueue
-from service.schemas import Completed, Preview, Started
 from service.settings import Settings
 from tests.service.gateway.harness import CARDS, ScriptedWorker, png, report
 

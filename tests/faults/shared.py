@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.faults.harness import Gateway, Process, Stack, eventually
+from tests.faults.gateways import Gateway
+from tests.faults.harness import Stack
+from tests.faults.processes import Process, eventually
 
 MAX_RUNNING = 5
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from service.errors import InvalidEventId, InvalidRequest
+from service.events import Failed, ImageReady, Started
 from service.gateway.convert import event_to_proto, generation_from_proto, generation_to_proto
 from service.gateway.images_request import ImagesRequest
 from service.gateway.jobs import check, fill
@@ -22,7 +23,7 @@ from service.gateway.validation import parse_json, validated
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.queue import JobQueue
 from service.queue_records import EVENT
-from service.schemas import Failed, GenerationRequest, ImageReady, JobError, Started
+from service.schemas import GenerationRequest, JobError
 from service.settings import Settings
 from tests.faults.fuzzing import ANYTHING, ODD_NUMBERS, ODD_TEXT, amounts, as_json, damaged, fuzz, little_memory
 from tests.service.gateway.harness import CARDS

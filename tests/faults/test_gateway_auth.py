@@ -27,7 +27,8 @@ from tests.faults.gateway_kit import (
     refusals,
     status_of,
 )
-from tests.faults.harness import PATIENCE, Gateway
+from tests.faults.gateways import Gateway
+from tests.faults.processes import PATIENCE
 
 GENERATION = pb.Generation(prompt="a red apple", model="tiny-text", seed=7)
 OPEN = ("/", "/healthz", "/readyz", "/metrics", "/playground/app.js", "/playground/style.css")

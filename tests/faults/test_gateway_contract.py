@@ -23,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.faults.gateway_kit import APPLE, NO_JOB, Stage
-from tests.faults.harness import PATIENCE
+from tests.faults.processes import PATIENCE
 
 CHECKS = [
     not_a_server_error,

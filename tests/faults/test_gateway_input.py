@@ -30,7 +30,8 @@ from tests.faults.gateway_kit import (
     status_of,
     until_closed,
 )
-from tests.faults.harness import PATIENCE, Gateway, eventually
+from tests.faults.gateways import Gateway
+from tests.faults.processes import PATIENCE, eventually
 from tests.service.gateway.test_rpc import BAD_FIELDS, generate
 from tests.service.gateway.test_validation import BAD_BODIES
 

@@ -20,7 +20,8 @@ from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
 from tests.faults import http2
 from tests.faults.gateway_kit import APPLE, Stage, faults, flat_memory, openai_client
-from tests.faults.harness import PATIENCE, Gateway, eventually, patiently
+from tests.faults.gateways import Gateway, patiently
+from tests.faults.processes import PATIENCE, eventually
 from tests.faults.tap import tapped
 
 DRAWING = {"prompt": "a red apple", "model": "tiny-text"}

@@ -11,7 +11,7 @@ import pytest
 
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults.gateway_kit import APPLE, Stage, raw
-from tests.faults.harness import Gateway
+from tests.faults.gateways import Gateway
 
 BATCH = 200
 

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from service import keys
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults.gateway_kit import openai_client, post, raw
-from tests.faults.harness import PATIENCE, ROOT, SHORT, Gateway, Process, Stack, eventually
+from tests.faults.gateways import SHORT, Gateway
+from tests.faults.harness import Stack
+from tests.faults.processes import PATIENCE, ROOT, Process, eventually
 from tests.model.model_files import Calls, config_tree, save, tiny_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

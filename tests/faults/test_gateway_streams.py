@@ -17,7 +17,8 @@ import pytest
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults import http2
 from tests.faults.gateway_kit import APPLE, NO_JOB, Stage, flat_memory, post, raw, refusals, until_closed
-from tests.faults.harness import PATIENCE, Gateway, Seen, eventually
+from tests.faults.gateways import Gateway, Seen
+from tests.faults.processes import PATIENCE, eventually
 
 WATCH = "/patchforge.v1.ImageService/WatchJob"
 DROPPED = "dropped a client too slow to read its answer"

@@ -11,7 +11,9 @@ import pytest
 
 from service import keys
 from service.pb.patchforge.v1 import image_service_pb2 as pb
-from tests.faults.harness import IDLE, LONG, MEDIUM, SHORT, Gateway, Seen, Stack, eventually
+from tests.faults.gateways import LONG, MEDIUM, SHORT, Gateway, Seen
+from tests.faults.harness import IDLE, Stack
+from tests.faults.processes import eventually
 from tests.faults.shared import MAX_RUNNING, Shared
 
 pytestmark = pytest.mark.timeout(900)

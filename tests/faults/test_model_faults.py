@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.faults.harness import MEDIUM
+from tests.faults.gateways import MEDIUM
 from tests.faults.saboteur import GREEDY, RAISES, ROOM, TOO_GREEDY, TURNS_NAN, UNCERTAIN
 from tests.faults.shared import Shared
 

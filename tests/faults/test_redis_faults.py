@@ -16,7 +16,9 @@ import pytest
 
 from service import keys
 from service.pb.patchforge.v1 import image_service_pb2 as pb
-from tests.faults.harness import IDLE, LONG, MEDIUM, PATIENCE, SHORT, Gateway, Stack, eventually, stop
+from tests.faults.gateways import LONG, MEDIUM, SHORT, Gateway
+from tests.faults.harness import IDLE, Stack
+from tests.faults.processes import PATIENCE, eventually, stop
 from tests.faults.tap import tapped
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

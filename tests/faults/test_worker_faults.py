@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from service import keys
-from tests.faults.harness import IDLE, MEDIUM, SHORT, Gateway, Process, Stack, eventually, stopped
+from tests.faults.gateways import MEDIUM, SHORT, Gateway
+from tests.faults.harness import IDLE, Stack
+from tests.faults.processes import Process, eventually, stopped
 from tests.faults.saboteur import KILLS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

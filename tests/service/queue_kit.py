@@ -7,16 +7,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from service import keys
+from service.events import Completed, Event, Preview
 from service.queue import Claim, JobQueue
-from service.schemas import (
-    Completed,
-    Euler,
-    Event,
-    GenerationRequest,
-    ModelCard,
-    Preview,
-    SavingsReport,
-)
+from service.sampler_options import Euler
+from service.schemas import GenerationRequest, ModelCard, SavingsReport
 
 T = TypeVar("T")
 

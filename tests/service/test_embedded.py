@@ -20,7 +20,8 @@ from service import embedded
 from service.embedded import EmbeddedServer, EmbeddedServerError
 from service.errors import Unavailable
 from service.queue import JobQueue
-from service.schemas import Euler, GenerationRequest, JobStatus
+from service.sampler_options import Euler
+from service.schemas import GenerationRequest, JobStatus
 from service.settings import Settings
 
 REQUEST = GenerationRequest(model="emoji", prompt="a cat", sampler=Euler(), seed=1, steps=4, guidance=2.0)

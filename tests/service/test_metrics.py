@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.errors import InvalidRequest
 from service.expositions import merge_expositions
 from service.metrics import FAILURE_CODES, GatewayMetrics, QueueState, WorkerMetrics
-from service.schemas import DualLoop, GenerationRequest, Job, JobError, JobStatus, SavingsReport
+from service.sampler_options import DualLoop
+from service.schemas import GenerationRequest, Job, JobError, JobStatus, SavingsReport
 
 REPORT = SavingsReport(
     patches=64,

@@ -14,18 +14,9 @@ from service import keys
 from service import queue as queue_module
 from service.embedded import EmbeddedServer
 from service.errors import IdempotencyConflict, NotFound, NotReady, QueueFull, Unavailable
+from service.events import Cancelled, Failed, ImageReady, Queued, Started
 from service.queue import Heartbeat, JobQueue
-from service.schemas import (
-    Cancelled,
-    Failed,
-    ImageReady,
-    Job,
-    JobError,
-    JobStatus,
-    Priority,
-    Queued,
-    Started,
-)
+from service.schemas import Job, JobError, JobStatus, Priority
 from service.settings import Settings
 from tests.service.queue_kit import (
     DONE,

@@ -12,14 +12,8 @@ from service import keys
 from service import queue as queue_module
 from service.embedded import EmbeddedServer
 from service.errors import InvalidRequest, NotFound
+from service.events import Event, ImageReady, Preview, Queued, Started
 from service.queue import BATCH, Claim, JobQueue
-from service.schemas import (
-    Event,
-    ImageReady,
-    Preview,
-    Queued,
-    Started,
-)
 from service.settings import Settings
 from tests.service.queue_kit import (
     DONE,

@@ -12,14 +12,9 @@ from redis.asyncio import Redis
 from service import keys, queue_redis
 from service import queue as queue_module
 from service.embedded import EmbeddedServer
+from service.events import TERMINAL_EVENTS, Failed
 from service.queue import Claim, Heartbeat, JobQueue
-from service.schemas import (
-    TERMINAL_EVENTS,
-    Failed,
-    Job,
-    JobStatus,
-    Priority,
-)
+from service.schemas import Job, JobStatus, Priority
 from service.settings import Settings
 from tests.service.queue_kit import (
     DONE,

@@ -21,9 +21,11 @@ from service.errors import (
     PatchforgeError,
     Unauthenticated,
 )
+from service.events import Event
 from service.gateway.app import Gateway
 from service.queue import JobQueue
-from service.schemas import DualLoop, Event, GenerationRequest, JobStatus
+from service.sampler_options import DualLoop
+from service.schemas import GenerationRequest, JobStatus
 from service.settings import Settings
 from tests.service.client.conftest import Wire
 from tests.service.gateway.harness import CARDS, ScriptedWorker, ended, png, running

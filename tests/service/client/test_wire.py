@@ -11,7 +11,8 @@ from httpx_sse import ServerSentEvent
 from service.client import UnexpectedAnswer, Unreachable
 from service.client.wire import RETRY_SECONDS, Place, parsed
 from service.errors import QueueFull, Unavailable
-from service.schemas import GenerationRequest, Job, Queued
+from service.events import Queued
+from service.schemas import GenerationRequest, Job
 
 URL = httpx.URL("http://127.0.0.1:8000/v1/jobs/x/events")
 

@@ -11,21 +11,11 @@ from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from service.events import Cancelled, Completed, Failed, Preview, Started
 from service.gateway.app import Gateway
 from service.queue import ANNOUNCED, Claim, Heartbeat, JobQueue
-from service.schemas import (
-    Cancelled,
-    Completed,
-    DualLoop,
-    Euler,
-    Failed,
-    ImageReport,
-    JobError,
-    ModelCard,
-    Preview,
-    SavingsReport,
-    Started,
-)
+from service.sampler_options import DualLoop, Euler
+from service.schemas import ImageReport, JobError, ModelCard, SavingsReport
 
 ROWS, COLUMNS = 2, 3
 PATCHES = ROWS * COLUMNS

@@ -1,8 +1,9 @@
 """Between the messages of both protocols: what is worth checking beside the calls that use it."""
 
+from service.events import PatchesFinished
 from service.gateway.convert import event_to_proto, generation_from_proto, generation_to_proto
 from service.pb.patchforge.v1 import image_service_pb2 as pb
-from service.schemas import GenerationRequest, PatchesFinished
+from service.schemas import GenerationRequest
 
 
 def test_finished_patches_keep_their_order_and_times() -> None:

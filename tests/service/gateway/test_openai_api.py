@@ -11,9 +11,10 @@ import httpx
 import openai
 import pytest
 
+from service.events import Preview
 from service.gateway.drawing import Partials
 from service.queue import JobQueue
-from service.schemas import Adaptive, Preview
+from service.sampler_options import Adaptive
 from tests.service.gateway.harness import CARDS, ScriptedWorker, ended, png
 from tests.service.gateway.pictures import encoded, gradient
 

@@ -15,7 +15,7 @@ from PIL import Image
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
 from service.queue import JobQueue
-from service.schemas import Adaptive
+from service.sampler_options import Adaptive
 from tests.service.gateway.harness import PATCHES, ScriptedWorker, png
 from tests.service.gateway.pictures import base64, decoded, encoded, gradient, mask
 

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 import pytest
 from playwright.async_api import Page, expect
 
+from service.events import PatchesFinished, Preview, Started
 from service.queue import JobQueue
-from service.schemas import PRESETS, SAMPLERS, PatchesFinished, Preview, Quality, Started
+from service.sampler_options import PRESETS, SAMPLERS, Quality
 from tests.service.gateway.browser import BROWSER, draw, grey, playground, turns
 from tests.service.gateway.harness import CARDS, ScriptedWorker, png
 

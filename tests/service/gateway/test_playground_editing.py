@@ -12,7 +12,8 @@ import pytest
 from playwright.async_api import FilePayload, Page, expect
 
 from service.queue import JobQueue
-from service.schemas import Adaptive, Job
+from service.sampler_options import Adaptive
+from service.schemas import Job
 from tests.service.gateway.browser import BROWSER, draw, nameless, playground
 from tests.service.gateway.harness import CARDS, COLUMNS, PATCHES, ROWS, ScriptedWorker, png
 from tests.service.gateway.pictures import decoded, encoded, gradient

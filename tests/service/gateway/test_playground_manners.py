@@ -15,7 +15,7 @@ from playwright.async_api import Page, expect
 from service.gateway.app import Gateway
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.queue import JobQueue
-from service.schemas import SAMPLERS
+from service.sampler_options import SAMPLERS
 from service.settings import Settings
 from tests.service.gateway.browser import BROWSER, draw, nameless, playground
 from tests.service.gateway.harness import ScriptedWorker, png, running

@@ -15,7 +15,8 @@ from service.gateway.convert import generation_from_proto, generation_to_proto
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
 from service.queue import JobQueue
-from service.schemas import DualLoop, Euler, GenerationRequest, LookAhead, OutputFormat, Priority
+from service.sampler_options import DualLoop, Euler, LookAhead
+from service.schemas import GenerationRequest, OutputFormat, Priority
 from tests.service.gateway.harness import CARDS, ScriptedWorker, ended, png
 
 APPLE = pb.Generation(prompt="a red apple", model="tiny-text", seed=7)

@@ -10,8 +10,8 @@ from redis import Redis
 
 from service import keys
 from service.embedded import EmbeddedServer
+from service.events import Cancelled, Completed
 from service.queue import JobQueue
-from service.schemas import Cancelled, Completed
 from service.soak.audit import Audit
 from service.soak.ledger import Ledger, Watch
 from service.soak.memory import ALLOWED_BYTES, LEAST, Memory

@@ -10,19 +10,9 @@ import pytest
 from redis.exceptions import ResponseError
 
 from model.pipeline import Pipeline
+from service.events import TERMINAL_EVENTS, Cancelled, Completed, Event, Failed, ImageReady, Preview, Queued, Started
 from service.queue import Claim, Heartbeat, JobQueue
-from service.schemas import (
-    TERMINAL_EVENTS,
-    Cancelled,
-    Completed,
-    Event,
-    Failed,
-    ImageReady,
-    JobStatus,
-    Preview,
-    Queued,
-    Started,
-)
+from service.schemas import JobStatus
 from service.settings import Settings
 from service.worker.outages import Outages
 from service.worker.outcomes import Outcome

@@ -11,14 +11,14 @@ from pydantic import BaseModel
 from model.samplers import SAMPLERS as ENGINE
 from model.samplers import make_sampler
 from model.types import Grid
-from service import schemas
+from service import sampler_options
 
-SERVED: tuple[type[BaseModel], ...] = get_args(get_args(schemas.Sampler)[0])
+SERVED: tuple[type[BaseModel], ...] = get_args(get_args(sampler_options.Sampler)[0])
 COMMON = {"grid", "steps", "guidance"}
 
 
 def test_the_names_agree() -> None:
-    assert set(schemas.SAMPLERS) == set(ENGINE) == {served.model_fields["name"].default for served in SERVED}
+    assert set(sampler_options.SAMPLERS) == set(ENGINE) == {served.model_fields["name"].default for served in SERVED}
 
 
 @pytest.mark.parametrize("served", SERVED, ids=lambda served: served.__name__)
