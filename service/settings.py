@@ -16,8 +16,11 @@ ApiKey = Annotated[str, Field(pattern=f"^{KEY_NAME}:[0-9a-f]{{64}}$")]
 class Settings(BaseSettings):
     """Every knob of gateway and worker; defaults suit one laptop, bound to loopback."""
 
-    # Errors do not repeat what was set: it may be a key in the wrong place, or a URL with a password.
-    model_config = SettingsConfigDict(env_prefix="PATCHFORGE_", extra="ignore", hide_input_in_errors=True)
+    # Errors do not repeat what was set: it may be a key in the wrong place, or a URL with a password. What is empty
+    # counts as not set: Compose, for one, can hardly pass a variable on only if it is.
+    model_config = SettingsConfigDict(
+        env_prefix="PATCHFORGE_", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
+    )
 
     host: str = Field("127.0.0.1", description="Address the HTTP and gRPC servers bind to.")
     http_port: int = Field(8000, ge=0, le=65535, description="REST, OpenAI API and playground; 0 = any free one.")
@@ -25,7 +28,9 @@ class Settings(BaseSettings):
     worker_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of a worker; 0 = off.")
     data_dir: Path = Field(Path(".patchforge"), description="Where the embedded queue server keeps its data.")
     bundle_dir: Path = Field(Path("model/bundles"), description="Folder whose subfolders are model bundles.")
-    models: list[str] = Field([], description="Bundles to serve, by name; empty = all found.")
+    models: Annotated[list[str], NoDecode] = Field(
+        [], description="Bundles to serve, by name, with commas between; empty = all found."
+    )
     redis_url: str | None = Field(
         None,
         validation_alias=AliasChoices("PATCHFORGE_REDIS_URL", "REDIS_URL"),
@@ -81,7 +86,7 @@ class Settings(BaseSettings):
         """How long a gateway or worker may take from SIGTERM to its end, before whoever waits sends SIGKILL."""
         return self.drain_seconds + 10
 
-    @field_validator("api_keys", "cors_origins", mode="before")
+    @field_validator("models", "api_keys", "cors_origins", mode="before")
     @classmethod
     def _list_from_text(cls, value: Any) -> Any:
         if not isinstance(value, str):

@@ -29,9 +29,10 @@ def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
         InvalidRequest: a model asked for is not there, or there is none at all.
     """
     bundles = {bundle.name: bundle for bundle in list_bundles(settings.bundle_dir)}
-    missing = [name for name in settings.models if name not in bundles]
-    if missing or not bundles:
-        there = ", ".join(bundles) or "none"
+    if not bundles:
+        raise InvalidRequest(f"there is no model bundle in {settings.bundle_dir}", field="bundle_dir")
+    if missing := [name for name in settings.models if name not in bundles]:
+        there = ", ".join(bundles)
         raise InvalidRequest(
             f"no bundle named {', '.join(missing)} in {settings.bundle_dir}; there: {there}", field="models"
         )
