@@ -1,13 +1,15 @@
 """Packing: any mix of plans in one evaluation equals each evaluated alone."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from model.denoiser import Denoiser, Evaluation, Memory
 from model.generate import Trajectory, run
 from model.guidance import Branch
-from model.samplers import make_sampler
-from model.types import Grid, Plan
+from model.samplers import SAMPLERS, make_sampler
+from model.types import Grid, Plan, Prediction
 from tests.model.networks import class_network, denoisers, text_network
 
 MIX = [
@@ -17,6 +19,9 @@ MIX = [
     ("dual_loop", {"steps": 3, "guidance": 1.0, "quantile": 0.7, "inner_steps": 4}),
     ("euler", {"steps": 5, "guidance": 3.0}),
     ("dual_loop", {"steps": 2, "guidance": 2.0, "quantile": 0.4, "inner_steps": 4, "exact": True}),
+    ("adaptive", {"steps": 8, "guidance": 2.0, "tolerance": 0.05, "skip_tolerance": 0.005}),
+    ("multistep", {"steps": 5, "guidance": 1.5}),
+    ("heun", {"steps": 3, "guidance": 2.0}),
 ]
 
 
@@ -67,7 +72,7 @@ def test_memory_is_made_only_when_a_plan_asks_for_it() -> None:
     runs = trajectories(denoiser, conditions)
     run(denoiser, runs)
     kept = [bool(each.memory.slots) for each in runs]
-    assert kept == [False, True, False, True, False, False]
+    assert kept == [False, True, False, True, False, False, True, False, False]
 
 
 def test_conditioning_runs_once_per_distinct_time_and_condition() -> None:
@@ -134,10 +139,19 @@ def test_every_sampler_runs_in_bf16_as_on_a_gpu(kind: int, monkeypatch: pytest.M
     """The casts of the CUDA path, on the CPU; how close a GPU comes is for a GPU to tell."""
     for module in ("model.denoiser.serving_dtype", "model.device.serving_dtype"):
         monkeypatch.setattr(module, lambda device: torch.bfloat16)
+    assert {name for name, _ in MIX} == set(SAMPLERS)
     denoiser, conditions = denoisers()[kind]
+    evaluate, drifts = denoiser.evaluate, []
+
+    def watched(evaluations: Sequence[Evaluation]) -> list[Prediction]:
+        drifts.extend(each.plan.drift for each in evaluations if each.plan.drift is not None)
+        return evaluate(evaluations)
+
+    monkeypatch.setattr(denoiser, "evaluate", watched)
     runs = trajectories(denoiser, conditions)
     run(denoiser, runs)
     assert denoiser.pool.dtype == torch.bfloat16
+    assert any(drift.any() for drift in drifts), "no kept keys and values were extrapolated"
     monkeypatch.undo()
     exact = trajectories(denoiser, conditions)
     run(Denoiser(denoiser.network), exact)
