@@ -73,7 +73,7 @@ def test_a_native_job_from_submit_to_picture(http: httpx.Client) -> None:
 
 
 def test_plain_pictures_are_largely_finished_by_half_of_the_run(http: httpx.Client) -> None:
-    """As the stream tells it: patches that are never evaluated again."""
+    """As the stream tells it."""
     shares = []
     for prompt in PLAIN:
         job = http.post("/v1/jobs", json={"model": "emoji-text", "prompt": prompt, "seed": 1, "n": 2}).json()
@@ -84,9 +84,28 @@ def test_plain_pictures_are_largely_finished_by_half_of_the_run(http: httpx.Clie
             told = [event for event in events if event["type"] == "patches" and event["index"] == index]
             early = [event["finished_share"] for event in told if event["evaluation"] <= event["evaluations"] / 2]
             shares.append(max(early, default=0.0))
-            finished = [patch for event in told for patch in event["patches"]]
-            assert len(finished) == len(set(finished)), "a finished patch was evaluated again"
     assert sum(shares) / len(shares) >= 0.3
+
+
+def test_a_finished_patch_is_never_evaluated_again(http: httpx.Client) -> None:
+    """One branch, no skipping: then a patch costs one evaluation for each up to that with which it is told finished."""
+
+    def drawn(**options: float | bool) -> tuple[int, dict]:
+        """What the stream's finishing allows a picture to have cost, and what the report says of it."""
+        sampler = {"name": "adaptive", "tolerance": 0.2, "skip_tolerance": 0, **options}
+        body = PROMPT | {"guidance": 1, "steps": 12, "sampler": sampler}
+        job = http.post("/v1/jobs", json=body).json()
+        with http.stream("GET", f"/v1/jobs/{job['id']}/events") as stream:
+            events = [json.loads(line[5:]) for line in stream.iter_lines() if line.startswith("data:")]
+        told = [(patch, e["evaluation"]) for e in events if e["type"] == "patches" for patch in e["patches"]]
+        [report] = events[-1]["report"]["images"]
+        assert sorted(told) == list(enumerate(report["finished_at"])), "each patch is told of once, and as reported"
+        return sum(evaluation for _, evaluation in told), report
+
+    allowed, report = drawn()
+    assert report["patch_evaluations"] == allowed < report["dense_patch_evaluations"]
+    allowed, report = drawn(exact=True)  # which does evaluate them again, and shows that this could be seen
+    assert allowed < report["patch_evaluations"] == report["dense_patch_evaluations"]
 
 
 def test_the_same_picture_over_every_protocol_and_offline(
