@@ -135,12 +135,17 @@ def outputs_of(card: ModelCard) -> list[Meta]:
     return [Meta(name, datatype, shapes.get(name, (-1,))) for name, (datatype, _) in OUTPUTS.items()]
 
 
+def known(name: str) -> str:
+    """``name``, if an input has it. Raises :class:`InvalidRequest`; from then on the name may be repeated as it is."""
+    if name not in INPUTS:
+        raise InvalidRequest("no such input", field=printable(name))
+    return name
+
+
 def generation_from(card: ModelCard, inputs: Sequence[Given]) -> GenerationRequest:
-    """Raises :class:`InvalidRequest` naming the input at fault."""
+    """Of inputs that are known. Raises :class:`InvalidRequest` naming the one at fault."""
     fields: dict[str, Any] = {"model": card.name, "previews": False}
     for given in inputs:
-        if given.name not in INPUTS:
-            raise InvalidRequest("no such input", field=printable(given.name))
         if given.name in fields:
             raise InvalidRequest("is given twice", field=given.name)
         fields[given.name] = _value(given)

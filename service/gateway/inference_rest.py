@@ -90,15 +90,15 @@ async def infer_body(request: Request) -> tuple[InferRequest, list[Given]]:
 def _inputs(tensors: list[InputTensor], rest: bytes) -> list[Given]:
     found = []
     for tensor in tensors:
-        shape, size = tuple(tensor.shape), tensor.parameters.binary_data_size
+        name, shape, size = inference.known(tensor.name), tuple(tensor.shape), tensor.parameters.binary_data_size
         if (size is None) == (tensor.data is None):
-            raise InvalidRequest("must come either as data or with a binary_data_size", field=tensor.name)
+            raise InvalidRequest("must come either as data or with a binary_data_size", field=name)
         if size is None:
-            found.append(from_list(tensor.name, tensor.datatype, shape, tensor.data or []))
+            found.append(from_list(name, tensor.datatype, shape, tensor.data or []))
             continue
         if size > len(rest):
-            raise InvalidRequest("has a binary_data_size of more than was sent", field=tensor.name)
-        found.append(from_raw(tensor.name, tensor.datatype, shape, rest[:size]))
+            raise InvalidRequest("has a binary_data_size of more than was sent", field=name)
+        found.append(from_raw(name, tensor.datatype, shape, rest[:size]))
         rest = rest[size:]
     if rest:
         raise InvalidRequest("more binary data were sent than the inputs account for", field="inputs")

@@ -58,6 +58,7 @@ class InferenceService:
 
     async def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
         card = await inference.find(self.service, request.model_name, request.model_version)
+        _refuse_crowds(request)
         _refuse_parameters(request)
         names = inference.wanted([output.name for output in request.outputs])
         made = await inference.draw(self.service, call.tenant, card, _inputs(request), names)
@@ -80,17 +81,28 @@ def _inputs(request: pb.ModelInferRequest) -> list[Given]:
         raise InvalidRequest("must be as many as there are inputs", field="raw_input_contents")
     if raw:
         return [
-            from_raw(each.name, each.datatype, tuple(each.shape), content)
+            from_raw(inference.known(each.name), each.datatype, tuple(each.shape), content)
             for each, content in zip(request.inputs, raw, strict=True)
         ]
     return [_from_contents(each) for each in request.inputs]
 
 
 def _from_contents(tensor: Any) -> Given:
+    name = inference.known(tensor.name)
     if tensor.datatype not in CONTENTS and tensor.datatype in CODES:
-        raise InvalidRequest("comes as raw_input_contents only", field=tensor.name)
+        raise InvalidRequest("comes as raw_input_contents only", field=name)
     elements = list(getattr(tensor.contents, CONTENTS.get(tensor.datatype, "bytes_contents")))
-    return from_list(tensor.name, tensor.datatype, tuple(tensor.shape), elements)
+    return from_list(name, tensor.datatype, tuple(tensor.shape), elements)
+
+
+def _refuse_crowds(request: pb.ModelInferRequest) -> None:
+    """A message has room for a million tensors: none is looked at if there are more than can be meant."""
+    for name, sent, most in (
+        ("inputs", request.inputs, len(inference.INPUTS)),
+        ("outputs", request.outputs, len(inference.OUTPUTS)),
+    ):
+        if len(sent) > most:
+            raise InvalidRequest(f"must be at most {most}", field=name)
 
 
 def _refuse_parameters(request: pb.ModelInferRequest) -> None:

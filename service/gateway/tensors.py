@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ class Given:
     @property
     def only(self) -> Any:
         """The element of a tensor that has one."""
-        if len(self.elements) != 1 or math.prod(self.shape) != 1:
+        if len(self.elements) != 1 or any(size != 1 for size in self.shape):
             raise InvalidRequest("must have exactly one element", field=self.name)
         return self.elements[0]
 
@@ -96,8 +95,11 @@ def from_list(name: str, datatype: str, shape: tuple[int, ...], data: Sequence[A
 
 
 def _texts(name: str, raw: bytes) -> Iterator[bytes]:
-    at = 0
+    at = count = 0
     while at < len(raw):
+        count += 1
+        if count > MAX_ELEMENTS:
+            raise InvalidRequest("has too many elements", field=name)
         end = at + LENGTH.size
         if end > len(raw):
             raise InvalidRequest("ends within the length of an element", field=name)

@@ -59,9 +59,11 @@ def _message(error: Any) -> str:
 
 
 def printable(name: str) -> str:
-    """A field name fit for any encoder: callers may send lone surrogates, control characters, or megabytes."""
+    """A field name fit for any encoder and for gRPC's metadata, in ASCII: callers may send lone surrogates, control
+    characters, or megabytes.
+    """
     escaped = name[:MAX_FIELD_NAME].encode("unicode_escape").decode("ascii")
-    return escaped if len(name) <= MAX_FIELD_NAME else f"{escaped}…"
+    return escaped if len(name) <= MAX_FIELD_NAME else f"{escaped}..."
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

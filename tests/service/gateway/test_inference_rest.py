@@ -91,6 +91,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a huge shape": (without(shape=[10**30]), "inputs.0.shape.0"),
     "another type": (without(datatype="INT32"), "prompt"),
     "no type": (without(datatype="TEXT"), "prompt"),
+    "a name of odd letters": (without(name="ü\n", data=None), "\\xfc\\n"),
     "a number": (without(data=[1]), "prompt"),
     "an object": (without(data=[{}]), "prompt"),
     "a surrogate": (without(data=["\ud800"]), "prompt"),

@@ -122,6 +122,19 @@ BAD: dict[str, tuple[Any, str]] = {
     "too few raw inputs": (request(APPLE, number("seed", 1), raw_input_contents=[b""]), "raw_input_contents"),
     "FP16 in contents": (request(APPLE, Input(name="guidance", datatype="FP16", shape=[1])), "guidance"),
     "a parameter": (request(APPLE, parameters={"priority": pb.InferParameter(int64_param=1)}), "parameters"),
+    "a name of odd letters": (request(APPLE, Input(name="ü\n", datatype="FP16", shape=[1])), "\\xfc\\n"),
+    "an endless name": (request(APPLE, text("x" * 20_000, "x")), "x" * 64 + "..."),
+    "an endless key": (
+        request(APPLE, text("sampler", '{"name": "euler", "%s": 1}' % ("x" * 999))),
+        f"sampler.{'x' * 56}...",
+    ),
+    "no shape": (request(Input(name="prompt", datatype="BYTES", shape=[-1, -1], contents=APPLE.contents)), "prompt"),
+    "a crowd of inputs": (request(*[APPLE] * 10_000), "inputs"),
+    "a crowd of outputs": (request(APPLE, outputs=("image",) * 10_000), "outputs"),
+    "a crowd of elements": (
+        request(Input(name="prompt", datatype="BYTES", shape=[1]), raw_input_contents=[bytes(4 << 20)]),
+        "prompt",
+    ),
     "a picture that is none": (request(APPLE, text("sampler", "euler"), text("image", "x")), "sampler"),
 }
 
@@ -133,6 +146,7 @@ async def test_bad_inputs_are_refused_by_name(inference: Stub, worker: ScriptedW
         await inference.ModelInfer(asked)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert (caught.value.details() or "").startswith(f"{field}:" if field else "the body")
+    assert dict(caught.value.trailing_metadata() or ()).get("error-field", "") == field
 
 
 async def test_models_that_are_not_there(inference: Stub, worker: ScriptedWorker) -> None:

@@ -51,7 +51,7 @@ BAD_BODIES: list[tuple[str, bytes, str | None]] = [
     ("a key twice, deeper", body('"sampler": {"name": "euler", "name": "euler"}'), "name"),
     ("an unknown field", body('"strength": 1'), "strength"),
     ("an unknown field of bad text", body('"\\ud800\\u0000": 1'), None),
-    ("an endless unknown field", body(f'"{"x" * 100_000}": 1'), "x" * 64 + "…"),
+    ("an endless unknown field", body(f'"{"x" * 100_000}": 1'), "x" * 64 + "..."),
     ("a lone surrogate", b'{"prompt": "\\ud800"}', "prompt"),
     ("NUL", b'{"prompt": "a\\u0000b"}', "prompt"),
     ("a giant prompt", b'{"prompt": "%s"}' % (b"x" * 100_000), "prompt"),
