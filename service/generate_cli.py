@@ -53,7 +53,7 @@ def generate(
         typer.Option(help="With --image: a picture of its size, transparent where --image may change.", **FILE),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="With --image: how far it may change, above 0 to 1, which is all.")
+        float | None, typer.Option(help="With --image: how far it may change, from 0.01 to 1, which is all.")
     ] = None,
     show: Annotated[bool, typer.Option(help="Show the pictures where the output is a terminal.")] = True,
 ) -> None:

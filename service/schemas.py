@@ -68,7 +68,7 @@ class GenerationRequest(Message):
         description="Of the same size, PNG or WebP in base64: what is fully transparent may change, all else is kept.",
     )
     strength: float | None = Field(
-        None, gt=0, le=1, description="How far `image` may change: 1, the default with a mask, is all; else 0.6."
+        None, ge=0.01, le=1, description="How far `image` may change: 1, the default with a mask, is all; else 0.6."
     )
     output_format: OutputFormat = Field(OutputFormat.PNG, strict=False)
     output_compression: int = Field(90, ge=0, le=100, description="Quality of webp and jpeg.")

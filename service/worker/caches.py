@@ -18,9 +18,13 @@ class CacheBudget:
         """Bytes granted."""
         return sum(self._granted.values())
 
+    def holds(self, key: Hashable) -> bool:
+        """Whether ``key`` was granted its room."""
+        return key in self._granted
+
     def grant(self, key: Hashable, size: int) -> bool:
         """Whether ``key`` may keep ``size`` bytes now, or already does."""
-        if key in self._granted:
+        if self.holds(key):
             return True
         used = self.used
         if used and used + size > self.limit:

@@ -59,6 +59,8 @@ class Engine:
         """Patches packed into the last evaluation, and its model."""
         self.evaluated = 0
         """Patches in all evaluations so far."""
+        self._given: list[LiveJob] = []
+        """Jobs whose pictures are known as a whole, still to be shown: nothing of them will ever be planned."""
         self.last_shares: Counter[str] = Counter()
         """Patches each job had in the last step."""
 
@@ -88,6 +90,8 @@ class Engine:
         tokens = pipeline.prompt_tokens(request.prompt)
         live = LiveJob(job, request.model or "", pictures, truncated, tokens, image, came_at=self.evaluated)
         self.jobs[job.id] = live
+        if live.done:
+            self._given.append(live)
         return live
 
     def drop(self, job_id: str) -> None:
@@ -100,10 +104,10 @@ class Engine:
         """Schedule, evaluate, advance. A job that fails ends in `JobBroken` and never disturbs the others."""
         began = time.monotonic()
         self.last_shares.clear()
+        outcomes = self._show_given()
         planned = self._schedule()
         if not planned:
-            return []
-        outcomes: list[Outcome] = []
+            return outcomes + self._close()
         moved = []
         for chosen, prediction in zip(planned, self._evaluate(planned), strict=True):
             live = chosen.live
@@ -124,10 +128,14 @@ class Engine:
     def _schedule(self) -> list[Chosen]:
         wanting: dict[tuple[str, int], Chosen] = {}
         candidates = []
+        room = True
         for job_id, live in self.jobs.items():
             remaining, waited, deadline = live.remaining, live.waited(self.evaluated), live.deadline
             for picture in live.pictures:
-                if picture.plan is None or not self._may_keep(live, picture):
+                if picture.plan is None:
+                    continue
+                if not self._may_keep(live, picture, room):
+                    room = False  # is kept for this one: smaller ones that came later would take it for ever
                     continue
                 key = job_id, picture.index
                 wanting[key] = Chosen(live, picture, picture.plan)
@@ -136,13 +144,16 @@ class Engine:
                 candidates.append(Candidate(key, live.model, cost, live.weight, remaining, waited, deadline, alone))
         return [wanting[each.key] for each in self.scheduler.choose(candidates)]
 
-    def _may_keep(self, live: LiveJob, picture: LivePicture) -> bool:
-        """Whether there is room for the keys and values the plan is about; if not, the picture waits for others."""
-        if not picture.keeps:
+    def _may_keep(self, live: LiveJob, picture: LivePicture, room: bool) -> bool:
+        """Whether there is room for the keys and values the plan is about; if not, the picture waits for others.
+
+        Without ``room`` only what was granted before is.
+        """
+        key = live.job.id, picture.index
+        if not picture.keeps or self.caches.holds(key):
             return True
         pool = self.pipelines[live.model].denoiser.pool
-        size = pool.slot_bytes * picture.trajectory.sampler.branches
-        return self.caches.grant((live.job.id, picture.index), size)
+        return room and self.caches.grant(key, pool.slot_bytes * picture.trajectory.sampler.branches)
 
     def _evaluate(self, planned: list[Chosen]) -> list[Prediction | Exception]:
         """Predictions in order."""
@@ -194,21 +205,34 @@ class Engine:
         due = [each for each in moved if each.picture.done] + [wanted[index] for index in shown]
         if not due:
             return []
-        pipeline = self.pipelines[due[0].live.model]
+        outcomes = self._decoded([(each.live, each.picture) for each in due], now)
+        self.previews.showed(len(shown), (time.monotonic() - now) * len(shown) / len(due))
+        return outcomes
 
-        def decode(some: list[Chosen]) -> torch.Tensor:
-            states = [(each.picture.trajectory.state, each.picture.done) for each in some]
+    def _show_given(self) -> list[Outcome]:
+        given, self._given = self._given, []
+        outcomes: list[Outcome] = []
+        for live in given:
+            if live.job.id in self.jobs:
+                outcomes += self._decoded([(live, picture) for picture in live.pictures], time.monotonic())
+        return outcomes
+
+    def _decoded(self, due: list[tuple[LiveJob, LivePicture]], now: float) -> list[Outcome]:
+        """Pictures of one model, as they stand: finished ones, and previews of the others."""
+        pipeline = self.pipelines[due[0][0].model]
+
+        def decode(some: list[tuple[LiveJob, LivePicture]]) -> torch.Tensor:
+            states = [(picture.trajectory.state, picture.done) for _, picture in some]
             return pipeline.decode(torch.stack([state.x if done else state.estimate for state, done in states]))
 
         outcomes: list[Outcome] = []
-        for (live, picture, _), pixels in zip(due, isolating(decode, due), strict=True):
+        for (live, picture), pixels in zip(due, isolating(decode, due), strict=True):
             if live.job.id not in self.jobs:
                 continue  # another of its pictures just broke the job
             try:
                 outcomes.append(self._shown(live, picture, pixels, now))
             except Exception as error:
                 outcomes.append(self._broken(live, error))
-        self.previews.showed(len(shown), (time.monotonic() - now) * len(shown) / len(due))
         return outcomes
 
     def _shown(self, live: LiveJob, picture: LivePicture, pixels: torch.Tensor | Exception, now: float) -> Outcome:

@@ -2,14 +2,14 @@
 
 Two parts. **A guaranteed one**: in every step each waiting picture is credited its weight's share of a quarter of a
 step. Once its credit pays for the patches it wants, it is *owed* them, and those owed are served first, longest owed
-first. **An urgent one**: what is left of the budget goes by the nearest deadline, then by the least work left in the
-job, less what its waiting has earned it. Least work alone keeps the mean wait short, but lets a long job wait for
-every short one that comes; with age it outranks them, which keeps the longest waits short.
+first. **An urgent one**: what is left of the budget goes to deadlines that are near, nearest first, then by the least
+work left in the job, less what its waiting has earned it. Least work alone keeps the mean wait short, but lets a long
+job wait for every short one that comes; with age it outranks them, which keeps the longest waits short.
 
 A picture of weight w that wants a share s of its model's budget is therefore served at least once every
 ``⌈s·W / (¼·w)⌉ + N`` steps, where W is the weight of all N pictures in flight: whatever arrives meanwhile, however
-short and urgent, cannot hold it back for longer. Shares are of the model's own budget, so that a step of one model
-counts as much as a step of another.
+short and urgent, cannot hold it back for longer. Guaranteed shares are of the model's own budget, so that a step of one
+model counts as much as a step of another. Urgency counts patches, whatever their model.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ GUARANTEED = 0.25
 AGEING = 0.3
 """What a patch evaluated while a job waits earns it, in patches of work. At 0 the longest waits grow under load; from
 0.1 to 1 little changes, and beyond that the mean wait grows towards that of first come, first served."""
+NEAR_SECONDS = 10.0
+"""A deadline further off than this is no reason to let others wait."""
 ROUNDING = 1e-9
 
 Key = tuple[str, int]
@@ -81,7 +83,7 @@ class Scheduler:
         return candidate.cost / self.budgets[candidate.model]
 
     def _credit(self, waiting: list[Candidate]) -> None:
-        """Everyone's part of the guaranteed half; no more is saved up than the next evaluation costs."""
+        """Everyone's part of what is guaranteed; no more is saved up than the next evaluation costs."""
         self._accounts = {each.key: self._accounts.get(each.key) or _Account() for each in waiting}
         total = sum(each.weight for each in waiting)
         for each in waiting:
@@ -94,8 +96,9 @@ class Scheduler:
         since = self._accounts[candidate.key].owed_since
         if since is not None:
             return 0, since
+        near = candidate.deadline is not None and candidate.deadline <= NEAR_SECONDS
         urgency = candidate.remaining - AGEING * candidate.waited
-        return 1, math.inf if candidate.deadline is None else candidate.deadline, urgency
+        return 1, candidate.deadline if near and candidate.deadline is not None else math.inf, urgency
 
     def _pack(self, ranked: list[Candidate]) -> list[Candidate]:
         """The first, and of its model whoever else fits, in order."""

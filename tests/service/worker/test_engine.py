@@ -312,3 +312,20 @@ def test_kept_keys_and_values_are_bounded_and_everyone_finishes(pipelines: dict[
     assert engine.caches.used == 2 * slot
     engine.drop(dropped.id)
     assert engine.caches.used == 0
+
+
+def test_a_picture_waiting_for_room_is_not_overtaken_by_smaller_ones(pipelines: dict[str, Pipeline]) -> None:
+    slot = pipelines["tiny-class"].denoiser.pool.slot_bytes
+    engine = Engine(
+        pipelines, Scheduler(dict.fromkeys(pipelines, 4096)), PreviewPace(0.0, math.inf), cache_bytes=3 * slot
+    )
+    for each in (job(sampler=DUAL_LOOP), waiting := job(sampler=DUAL_LOOP), job(sampler=DUAL_LOOP, guidance=1.0)):
+        engine.admit(each)
+    while not engine.caches.used:
+        engine.step()
+    assert engine.caches.used == 2 * slot, "one slot is free, and kept for the picture of two branches"
+    while waiting.id in engine.jobs:
+        engine.admit(job(sampler=DUAL_LOOP, guidance=1.0))
+        engine.step()
+        assert len(engine.jobs) < 100, "it waits for ever"
+    engine.jobs.clear()

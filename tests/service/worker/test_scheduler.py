@@ -70,6 +70,11 @@ def test_the_nearest_deadline_comes_before_the_least_work() -> None:
     assert served(Scheduler(BUDGETS).choose(waiting)) == ["soon"]
 
 
+def test_a_deadline_far_off_holds_nobody_up() -> None:
+    waiting = [*candidates(("later", 60), remaining=900, deadline=86_400.0), *candidates(("short", 60), remaining=100)]
+    assert served(Scheduler(BUDGETS).choose(waiting)) == ["short"]
+
+
 def test_waiting_makes_a_long_one_more_urgent_than_a_newcomer() -> None:
     newcomer = candidates(("short", 60), remaining=100)
     assert served(Scheduler(BUDGETS).choose([*candidates(("long", 60), remaining=900, waited=800), *newcomer])) == [

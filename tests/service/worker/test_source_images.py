@@ -95,6 +95,26 @@ def test_where_patches_start(pipelines: dict[str, Pipeline]) -> None:
     assert torch.allclose(prepare(pipeline, source(box=None), None).times, torch.tensor(1 - STRENGTH))
 
 
+def test_a_mask_that_keeps_everything_gives_the_picture_back_beside_others(engine: Engine) -> None:
+    for others in (0, 1):
+        beside = [job(steps=4) for _ in range(others)]
+        for each in beside:
+            engine.admit(each)
+        kept = job(sampler=ADAPTIVE, steps=4, n=2, image="sha256:x", mask="sha256:x", width=32, height=32)
+        engine.admit(kept, source(box=(0, 0, 0, 0)))
+        outcomes = []
+        for _ in range(4):
+            outcomes += engine.step()
+        assert not engine.jobs
+        made = [each for each in outcomes if isinstance(each, PictureMade) and each.job_id == kept.id]
+        assert [each.index for each in made] == [0, 1]
+        for each in made:
+            assert (np.asarray(Image.open(BytesIO(each.data))) == np.asarray(gradient(32, 32))).all()
+        [done] = [each for each in outcomes if isinstance(each, JobDone) and each.job_id == kept.id]
+        assert done.report.patch_evaluations == 0
+        assert {each.job_id for each in outcomes if isinstance(each, JobDone)} == {kept.id, *(b.id for b in beside)}
+
+
 def test_the_same_seed_gives_the_same_edit(engine: Engine) -> None:
     pictures = [drawn(engine, source(), image="sha256:x", mask="sha256:x")[0] for _ in range(2)]
     assert np.abs(np.asarray(pictures[0]).astype(int) - np.asarray(pictures[1]).astype(int)).max() <= 1
