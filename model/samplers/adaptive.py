@@ -90,7 +90,7 @@ class Adaptive(Sampler[AdaptiveState]):
 
     def start_from(self, noise: Tensor, clean: Tensor, times: Tensor) -> AdaptiveState:
         known = times >= 1
-        begin = float(times.min())
+        begin = round(float(times.min()), 6)  # as it was meant before float32: else 0.7 lies just before 0.7's step
         placed = torch.where(known, 1.0, begin)
         return replace(
             self.start(noise),
@@ -194,23 +194,25 @@ class Adaptive(Sampler[AdaptiveState]):
     def _look(self, state: AdaptiveState) -> AdaptiveState:
         """Decide what has to be evaluated before the next step."""
         start, end = self._at(state, state.step), self.time(state.step + 1)
-        *_, guided = self._guided_span(start, end)
+        low, high, guided = self._guided_span(start, end)
         if self.exact:
             return replace(state, due=None, null_due=None)
         going = state.times < 1
-        if not bool(going.any()):
-            return replace(state, due=going.nonzero()[:, 0], null_due=None)
-        renewed = self.refresh > 0 and state.step % self.refresh == 0
-        if renewed or state.conditional is None or (guided > 0 and state.delta is None):
-            return replace(state, due=None, null_due=None)
-        due = going & (state.conditional.error(start, end) >= self.skip_tolerance)
-        null = due
+        due = null = going
+        if state.conditional is not None:
+            due = null = going & (state.conditional.error(start, end) >= self.skip_tolerance)
         if guided > 0 and state.delta is not None:
             # Where a delta is due, its velocity is too: the two are known of the same moment only.
-            null = going & (abs(self.guidance - 1) * state.delta.error(start, end) >= self.skip_tolerance)
+            null = going & (abs(self.guidance - 1) * state.delta.error(low, high) >= self.skip_tolerance)
             due = due | null
+        left, due, null = torch.stack([going, due, null]).cpu()  # the one time a step that the device is waited for
+        renewed = self.refresh > 0 and state.step % self.refresh == 0
+        unknown = state.conditional is None or (guided > 0 and state.delta is None)
+        if bool(left.any()) and (renewed or unknown):
+            return replace(state, due=None, null_due=None)
         patches = due.nonzero()[:, 0]
-        return replace(state, due=patches, null_due=null[patches].nonzero()[:, 0])
+        nulls = null[patches].nonzero()[:, 0]
+        return replace(state, due=patches.to(state.x.device), null_due=nulls.to(state.x.device))
 
     def _guided_span(self, start: float, end: float) -> tuple[float, float, float]:
         """The part of a stretch in which guidance acts: from, to, and its length."""
