@@ -53,7 +53,7 @@ def measure_leaps(
     def look(live: list[Trajectory]) -> None:
         states = [each.state for each in live if isinstance(each.state, AdaptiveState)]
         time = sampler.time(states[0].step - 1)
-        if len(states[0].times) and states[0].step > FIRST and time < 1:
+        if states[0].step > FIRST:
             errors = [sampler.leap_errors(state, time) for state in states]
             bend, variance = (torch.stack(each).cpu() for each in zip(*errors, strict=True))
             seen.append((time, bend, variance, torch.stack([state.estimate for state in states])))

@@ -117,6 +117,8 @@ class Gallery:
     """Of their features."""
     concepts: list[str]
     """``(n,)``: what the n prompts of the run show."""
+    floor: Interval
+    """Distance of the real pictures of these prompts, which no sampler can be asked to beat."""
 
 
 class SamplerBench:
@@ -202,7 +204,7 @@ class SamplerBench:
 
         def after_step(live: list[Trajectory]) -> None:
             for each in live:
-                if each.state.evaluations <= sampler.evaluations / 2:
+                if each.state.step <= sampler.steps / 2:  # steps: those in which nothing is evaluated count too
                     finished[id(each)] = float((each.state.times >= 1).float().mean())
 
         run(self.pipeline.denoiser, runs, after_step)

@@ -34,8 +34,12 @@ PROMPTS = (
 )
 
 
+EARLY_END = 0.6
+"""Where guidance ends in the shipped models' own choice."""
+REAL = "real pictures of the same prompts"
 COSTS = "sampler", "patch evaluations", "saved", "seconds", "GFLOP", "floor, s", "PSNR, dB", "finished by half"
 QUALITY = "FD", "FD − paper's", "top 1", "top 5", "top 5 − paper's"
+VERDICT = "ours", "beside", "patch evaluations", "seconds"
 LEAPS = "t", "measured", "÷ both, geometric mean", "÷ bend alone", "÷ variance alone", "rank correlation"
 
 
@@ -48,6 +52,7 @@ def sampler(
     only: Annotated[list[str] | None, typer.Option("--sampler", help="Only these samplers; default: all.")] = None,
     pictures: Annotated[int, typer.Option(min=32, help="How many prompts to draw from `--data`.")] = 96,
     guidance: Annotated[float | None, typer.Option(help="Default: the bundle's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture's noise; the next count up.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the rows as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot: .png or .svg.")] = None,
     doc: Annotated[Path | None, typer.Option(help="Put the tables into this page, between their marks.")] = None,
@@ -67,9 +72,9 @@ def sampler(
         if data is not None:
             wanted, gallery = _gallery(pipeline, data, pictures)
         chosen = pipeline.manifest.defaults.guidance if guidance is None else guidance
-        bench = SamplerBench(pipeline, wanted, chosen, gallery)
-        families = {"paper": PAPER if gallery else (), "uniform": UNIFORM}
-        families |= {"paper, cheaper": PAPER_CHEAPER, "adaptive": _adaptive(pipeline)}
+        bench = SamplerBench(pipeline, wanted, chosen, gallery, seed)
+        families = {"paper": PAPER if gallery else (), "uniform": UNIFORM, "uniform, guidance ended": _guidance_ended()}
+        families |= {"paper, cheaper": PAPER_CHEAPER, "adaptive": _presets(pipeline), "adaptive, in part": _parts()}
         rows: dict[str, list[Row]] = {}
         for family, configurations in families.items():
             rows[family] = []
@@ -77,11 +82,14 @@ def sampler(
                 rows[family].append(row)
                 console.print(f"{row.sampler} {row.options}: {row.seconds:.2f} s a picture", style="dim")
         columns, lines = table_of(rows)
+        if gallery is not None:
+            lines.append([REAL, *[""] * (len(COSTS) - 1), str(gallery.floor), *[""] * (len(QUALITY) - 1)])
+        verdict = verdict_lines(rows)
         console.print(
             _shown(f"{bundle.name}, {len(wanted)} pictures, guidance {chosen:g}; per picture", columns, lines)
         )
-        if gallery is not None and all(rows.values()):
-            _verdict(console, rows)
+        if verdict:
+            console.print(_shown("What ours costs, as a share of what others cost", VERDICT, verdict))
         leaps = leap_lines(bench, pipeline)
         console.print(_shown("Adaptive's prediction of the error of leaping to t = 1", LEAPS, leaps))
         if out is not None:
@@ -89,34 +97,44 @@ def sampler(
             out.write_text(json.dumps(flat, indent=1) + "\n")
         if doc is not None:
             replace_between(doc, "samplers", columns, lines)
+            if verdict:
+                replace_between(doc, "sampler verdict", VERDICT, verdict)
             replace_between(doc, "leaps", LEAPS, leaps)
         if plot is not None:
             plot_samplers(rows, plot)
 
 
-def _adaptive(pipeline: Pipeline) -> tuple[Configuration, ...]:
-    """The presets as this model serves them, then what each part of them does by itself."""
+def _presets(pipeline: Pipeline) -> tuple[Configuration, ...]:
+    """The presets as this model serves them."""
     from model.evaluation.sampler_bench import Configuration
 
     choice = pipeline.manifest.defaults.sampler.model_dump()
     usual = Adaptive(**choice) if choice["name"] == "adaptive" else Adaptive()
-    configurations = []
-    for quality in PRESETS:
-        chosen, steps = preset(quality, usual)
-        configurations.append(Configuration("adaptive", {"steps": steps} | chosen.model_dump(exclude={"name"})))
-    plain = {"steps": 8, "tolerance": 0.0, "skip_tolerance": 0.0}
-    parts: list[dict[str, float]] = [{"tolerance": 0.2}, {"skip_tolerance": 0.01}]
-    parts += [{"guidance_until": 0.6, "steps": steps} for steps in (4, 5, 6, 8)]  # uniform, but for guidance's end
-    for part in parts:
-        configurations.append(Configuration("adaptive", plain | part))
-    return tuple(configurations)
+    chosen = [preset(quality, usual) for quality in PRESETS]
+    return tuple(Configuration("adaptive", {"steps": n} | each.model_dump(exclude={"name"})) for each, n in chosen)
+
+
+def _parts() -> tuple[Configuration, ...]:
+    """What each part of adaptive does by itself, without ending guidance."""
+    from model.evaluation.sampler_bench import Configuration
+
+    parts = ({"tolerance": 0.2, "skip_tolerance": 0.0}, {"tolerance": 0.0, "skip_tolerance": 0.01})
+    return tuple(Configuration("adaptive", {"steps": 8} | part) for part in parts)
+
+
+def _guidance_ended() -> tuple[Configuration, ...]:
+    """Uniform second-order steps that end guidance early: all that adaptive does, but nothing by patch."""
+    from model.evaluation.sampler_bench import Configuration
+
+    plain = {"tolerance": 0.0, "skip_tolerance": 0.0, "guidance_until": EARLY_END}
+    return tuple(Configuration("adaptive", {"steps": steps} | plain) for steps in (4, 5, 6, 8))
 
 
 def _gallery(pipeline: Pipeline, data: Path, count: int) -> tuple[list[str], Gallery]:
     """Prompts drawn by weight from pictures the model was trained on, and the real pictures of the other half."""
     import torch
 
-    from model.evaluation.frechet import Gaussian
+    from model.evaluation.frechet import Gaussian, frechet_interval
     from model.evaluation.judge import Judge
     from model.evaluation.quality import split_pictures
     from model.evaluation.sampler_bench import Gallery
@@ -128,7 +146,8 @@ def _gallery(pipeline: Pipeline, data: Path, count: int) -> tuple[list[str], Gal
         raise InvalidRequest("the judge ranks prompts: give a text-to-image bundle", field="data")
     split, judge = split_pictures(Pictures.load(data), count), Judge.load()
     real = Gaussian.of(judge.features(split.reference.images), torch.from_numpy(split.reference.weights))
-    return words_for(pipeline, split.real), Gallery(judge, real, split.real.concepts)
+    floor = frechet_interval(real, judge.features(split.real.images))
+    return words_for(pipeline, split.real), Gallery(judge, real, split.real.concepts, floor)
 
 
 def table_of(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
@@ -139,15 +158,19 @@ def table_of(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
 
 
 def _line(row: Row) -> list[str]:
-    usual = Adaptive().model_dump() if row.sampler == "adaptive" else {}
-    options = " ".join(f"{key}={value}" for key, value in row.options.items() if usual.get(key) != value)
     figures = [f"{row.patch_evaluations:.0f}", f"{row.saved:.1%}", f"{row.seconds:.3f}", f"{row.gflop:.1f}"]
     figures += [f"{row.floor_seconds:.3f}", f"{row.psnr:.1f}", f"{row.finished_by_half:.0%}"]
     if row.quality is not None:
         figures += [str(row.quality.distance), str(row.quality.difference or "–")]
         figures += [f"{row.quality.top1.value:.0%}", f"{row.quality.top5.value:.0%}"]
         figures.append("–" if row.quality.top5_difference is None else str(row.quality.top5_difference))
-    return [f"{row.sampler} {options}", *figures]
+    return [_name(row), *figures]
+
+
+def _name(row: Row) -> str:
+    """Sampler and options, without adaptive's usual ones."""
+    usual = Adaptive().model_dump() if row.sampler == "adaptive" else {}
+    return " ".join([row.sampler, *(f"{key}={value}" for key, value in row.options.items() if usual.get(key) != value)])
 
 
 def leap_lines(bench: SamplerBench, pipeline: Pipeline) -> list[list[str]]:
@@ -174,23 +197,29 @@ def _shown(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -
     return table
 
 
-def _verdict(console: Console, rows: dict[str, list[Row]]) -> None:
-    """What the adaptive sampler needs for pictures not told from the paper's, beside the best uniform sampler."""
+def verdict_lines(rows: dict[str, list[Row]]) -> list[list[str]]:
+    """What each equal preset costs beside the paper's best, and beside the cheapest equal of the uniform samplers.
+
+    Equal is what is `not_told` from the first row measured. Nothing where a family was left out.
+    """
     from model.evaluation.sampler_bench import cheapest_equal
 
+    if not all(rows.values()):
+        return []
     paper = min(rows["paper"], key=lambda row: row.quality.distance.value if row.quality else 0.0)
-    baseline = rows["paper"][0]
-    ours, uniform = cheapest_equal(rows["adaptive"]), cheapest_equal(rows["uniform"])
-    console.print(
-        f"the paper's best at 100 network evaluations is {paper.sampler}: {paper.patch_evaluations:.0f} of patches; "
-        f"differences, and what is equal, are against {baseline.sampler}"
-    )
-    if ours is None or uniform is None:
-        console.print("no configuration, or no uniform one, makes pictures that are not told from those")
-        return
-    for name, other in (("the paper's best", paper), ("the cheapest equal uniform sampler", uniform)):
-        console.print(
-            f"{ours.sampler} {ours.options} against {name} ({other.sampler} {other.options}): "
-            f"{ours.patch_evaluations / other.patch_evaluations:.1%} of the patch evaluations, "
-            f"{ours.seconds / other.seconds:.1%} of the seconds"
-        )
+    others = {"the paper's best at 100 network evaluations": paper}
+    for family in ("uniform", "uniform, guidance ended"):
+        if (cheapest := cheapest_equal(rows[family])) is not None:
+            others[f"the cheapest equal {family}"] = cheapest
+    presets = list(zip(PRESETS, rows["adaptive"], strict=True))
+    return [
+        [
+            quality.value,
+            f"{name}: {_name(other)}",
+            f"{row.patch_evaluations / other.patch_evaluations:.1%}",
+            f"{row.seconds / other.seconds:.1%}",
+        ]
+        for quality, row in presets
+        if row.quality is not None and row.quality.not_told
+        for name, other in others.items()
+    ]

@@ -1,0 +1,52 @@
+"""Which sampler is taken for equal to which, and what the benchmark says of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from model.evaluation.frechet import Interval
+from model.evaluation.sampler_bench import PictureQuality, Row, cheapest_equal
+from service.bench.sampler_cli import verdict_lines
+
+CLOSE, FAR = Interval(0.5, -1.0, 2.0), Interval(4.0, 1.0, 7.0)
+FOUND, MISSED = Interval(-0.02, -0.05, 0.01), Interval(-0.1, -0.2, -0.03)
+
+
+def row(sampler: str, patches: float, difference: Interval | None = CLOSE, found: Interval | None = FOUND) -> Row:
+    quality = PictureQuality(Interval(40 + patches / 1000, 30, 50), difference, FOUND, FOUND, found)
+    return Row(sampler, {"steps": 4}, patches, 0.0, patches / 10, 1.0, 1.0, 30.0, 0.0, quality)
+
+
+@pytest.mark.parametrize(
+    ("difference", "found", "equal"),
+    [(CLOSE, FOUND, True), (FAR, FOUND, False), (CLOSE, MISSED, False), (Interval(-4.0, -7.0, -1.0), FOUND, True)],
+    ids=["close", "farther from real", "found less often", "nearer to real"],
+)
+def test_what_is_not_told_from_the_baseline(difference: Interval, found: Interval, equal: bool) -> None:
+    assert row("euler", 100, difference, found).quality.not_told is equal  # type: ignore[union-attr]
+
+
+def test_the_baseline_itself_is_no_candidate() -> None:
+    assert cheapest_equal([row("euler", 100, None, None)]) is None
+
+
+def test_the_cheapest_equal_is_of_those_that_are() -> None:
+    rows = [row("euler", 300), row("euler", 100, FAR), row("euler", 200)]
+    assert cheapest_equal(rows) is rows[2]
+    assert cheapest_equal(rows[1:2]) is None
+
+
+def test_the_verdict_holds_each_equal_preset_against_the_paper_and_both_uniform_families() -> None:
+    rows = {
+        "paper": [row("dual_loop", 4000, None, None), row("look_ahead", 3000)],
+        "uniform": [row("multistep", 500, FAR), row("multistep", 800)],
+        "uniform, guidance ended": [row("adaptive", 600)],
+        "paper, cheaper": [row("dual_loop", 900)],
+        "adaptive": [row("adaptive", 200, FAR), row("adaptive", 400), row("adaptive", 700)],
+        "adaptive, in part": [row("adaptive", 100)],
+    }
+    lines = verdict_lines(rows)
+    assert [line[0] for line in lines] == ["standard"] * 3 + ["high"] * 3, "draft's pictures were told apart"
+    assert [line[2] for line in lines] == ["13.3%", "50.0%", "66.7%", "23.3%", "87.5%", "116.7%"]
+    assert "look_ahead" in lines[0][1], "the nearer to real pictures of the paper's two"
+    assert verdict_lines(rows | {"uniform": []}) == []
