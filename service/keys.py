@@ -3,7 +3,8 @@
 A Redis Cluster runs a script only if all keys it touches live in one slot, and the slot is computed from the part in
 braces. Admission, claiming and finishing each touch the job, its queue and the shared waiting list at once, so a tag
 per job would not do: the whole queue shares one slot. That caps it at one Redis node, which moves a few thousand jobs
-a second, orders of magnitude more than the GPUs behind it; what a Cluster adds here is failover, not throughput.
+a second, orders of magnitude more than the GPUs behind it. Our client follows no redirections of a Cluster: the tag is
+for a proxy in front of one that does.
 """
 
 from __future__ import annotations
