@@ -21,29 +21,30 @@ RUN find proto -name '*.proto' -exec \
 FROM base AS gateway-env
 RUN python -m venv /opt/patchforge
 ENV PATH=/opt/patchforge/bin:$PATH
-COPY constraints.txt /tmp/
-RUN --mount=from=wheel,source=/wheels,target=/wheels \
-    pip install -c /tmp/constraints.txt "$(echo /wheels/*.whl)[otel]"
+COPY requirements-gateway.lock /tmp/
+RUN pip install --require-hashes --no-deps -r /tmp/requirements-gateway.lock
+RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
 
 FROM base AS worker-env
 RUN python -m venv /opt/patchforge
 ENV PATH=/opt/patchforge/bin:$PATH
+# Before torch, which would bring some of these itself, and by version only.
+COPY requirements.lock /tmp/
+RUN pip install --require-hashes --no-deps -r /tmp/requirements.lock
 ARG TORCH=2.13.0
 # The CPU build of PyTorch, from its own index; the package index has the CUDA build, which is gigabytes larger.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --index-url ${TORCH_INDEX} torch==${TORCH}
-COPY requirements.lock /tmp/
-RUN pip install --require-hashes --no-deps -r /tmp/requirements.lock
 RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
 
 # The CUDA libraries come with the wheel, so that no CUDA base image is needed.
 FROM base AS worker-cuda-env
 RUN python -m venv /opt/patchforge
 ENV PATH=/opt/patchforge/bin:$PATH
-ARG TORCH=2.13.0
-RUN pip install torch==${TORCH}
 COPY requirements.lock /tmp/
 RUN pip install --require-hashes --no-deps -r /tmp/requirements.lock
+ARG TORCH=2.13.0
+RUN pip install torch==${TORCH}
 RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
 
 # What all images share: a user without rights, and servers that listen beyond the container.

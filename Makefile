@@ -53,15 +53,21 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What gateway and worker need, for every platform, with the hashes the package index states.
+# What gateway and worker need, for every platform, with the hashes the package index states; and of that what a gateway
+# needs.
 lock: $(TOOLS)
 	echo '# Everything that serves, with hashes; see docs/operation.md. Made by: make lock' > requirements.lock
 	$(TOOLS)/bin/uv pip compile pyproject.toml --extra worker --extra otel -c constraints.txt --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header --upgrade $(addprefix --no-emit-package ,$(UNLOCKED)) -q >> requirements.lock
+	echo '# What a gateway needs of requirements.lock. Made by: make lock' > requirements-gateway.lock
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra otel -c requirements.lock --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --no-header -q >> requirements-gateway.lock
 
-# Known vulnerabilities; asks the public advisory service.
+# Known vulnerabilities; asks the public advisory service. Names and versions only: pip-audit would pass over what
+# requirements.lock has for other platforms, and refuse constraints.txt beside it for want of hashes.
 audit: $(TOOLS)
-	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off || { \
+	sed -nE 's/^([A-Za-z0-9._-]+==[^ ;]+).*/\1/p' constraints.txt requirements.lock | \
+	  $(TOOLS)/bin/pip-audit --requirement /dev/stdin --no-deps --disable-pip --strict --progress-spinner off || { \
 	  echo 'make audit: if vulnerabilities are listed above, they are real. "Not found on PyPI", or a failed connection:' \
 	  'the advisory service could not be asked, and nothing was checked.' >&2; exit 1; }
 

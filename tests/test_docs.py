@@ -17,6 +17,7 @@ from service.settings import Settings
 ROOT = Path(__file__).parents[1]
 OPERATION = ROOT / "docs" / "operation.md"
 BEGIN, END = "<!-- settings: made by python -m tests.test_docs -->\n", "<!-- end of settings -->"
+LOCK = ROOT / "requirements.lock"
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;]+)", re.MULTILINE)
 UNLOCKED = {"torch"}
 
@@ -48,12 +49,12 @@ def test_every_setting_is_described(name: str) -> None:
 
 
 def test_the_lock_file_pins_what_was_tested_and_names_no_host() -> None:
-    text = (ROOT / "requirements.lock").read_text("utf-8")
+    text = LOCK.read_text("utf-8")
     tested = {_plain(name): version for name, version in PIN.findall((ROOT / "constraints.txt").read_text("utf-8"))}
     locked = {_plain(name): version for name, version in PIN.findall(text)}
     assert {name: version for name, version in locked.items() if tested.get(name, version) != version} == {}
     assert not re.search(r"://|^-|@ ", text, re.MULTILINE)
-    for entry in re.split(r"\n(?=[a-zA-Z])", text)[1:]:
+    for entry in _entries(LOCK):
         assert "--hash=sha256:" in entry, entry.splitlines()[0]
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -61,6 +62,20 @@ def test_the_lock_file_pins_what_was_tested_and_names_no_host() -> None:
     asked = [*project["dependencies"], *extras["worker"], *extras["otel"]]
     names = {_plain(match[0]) for each in asked if (match := re.match(r"[A-Za-z0-9._-]+", each))}
     assert names - locked.keys() == UNLOCKED, "run: make lock"
+
+
+def test_a_gateway_is_locked_to_the_same() -> None:
+    entries = _entries(ROOT / "requirements-gateway.lock")
+    assert {*entries} < {*_entries(LOCK)}, "run: make lock"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["otel"]]
+    names = {_plain(match[0]) for each in asked if (match := re.match(r"[A-Za-z0-9._-]+", each))}
+    assert names <= {_plain(entry.partition("==")[0]) for entry in entries}, "run: make lock"
+
+
+def _entries(lock: Path) -> list[str]:
+    """Each package with its version, marker and hashes."""
+    return [entry.strip() for entry in re.split(r"\n(?=[a-zA-Z])", lock.read_text("utf-8"))[1:]]
 
 
 def _plain(name: str) -> str:
