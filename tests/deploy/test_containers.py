@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,6 +21,7 @@ from service.tracing import exporters_wanted
 
 ROOT = Path(__file__).parents[2]
 TOOLS = Path(sys.executable).parent
+KEY = "name:" + "0" * 64
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 
 
@@ -143,6 +145,36 @@ def test_compose_passes_on_where_traces_go_and_without_that_there_are_none(
         environment = composed()[name]["environment"]
         assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://jaeger:4318"
         assert environment["OTEL_TRACES_SAMPLER"] == "traceidratio"
+
+
+def test_compose_passes_on_api_keys_and_a_file_of_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATCHFORGE_API_KEYS", KEY)
+    assert composed()["gateway"]["environment"]["PATCHFORGE_API_KEYS"] == KEY
+
+    monkeypatch.delenv("PATCHFORGE_API_KEYS")
+    (tmp_path / "deploy").mkdir()
+    for name in ("docker-compose.yml", "deploy/compose.env"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".env.patchforge").write_text(
+        f"PATCHFORGE_API_KEYS={KEY}\nPATCHFORGE_RATE_LIMIT=7\nPATCHFORGE_REDIS_URL=redis://elsewhere\n", "utf-8"
+    )
+    for name in ("gateway", "worker", "worker-gpu"):
+        service = composed("-f", str(tmp_path / "docker-compose.yml"), "--profile", "gpu")[name]
+        settings = settings_of(service["environment"], monkeypatch)
+        assert settings.api_keys == [KEY]
+        assert settings.rate_limit == 7
+        assert settings.redis_url == "redis://queue:6379/0"
+
+
+def test_compose_with_tls_mounts_it_and_probes_by_https(monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = composed("-f", "docker-compose.yml", "-f", "deploy/compose.tls.yml")["gateway"]
+    settings = settings_of(gateway["environment"], monkeypatch)
+    [mount] = gateway["volumes"]
+    assert mount["source"] == str(ROOT / "tls")
+    for path in (settings.tls_cert, settings.tls_key):
+        assert path is not None
+        assert str(path.parent) == mount["target"]
+    assert f"https://127.0.0.1:{settings.http_port}/healthz" in gateway["healthcheck"]["test"][-1]
 
 
 def test_every_image_can_export_traces() -> None:
