@@ -155,6 +155,8 @@ def check_docker(words: list[str]) -> None:
 def check_kubectl(words: list[str]) -> None:
     if "-k" in words:
         assert (ROOT / words[words.index("-k") + 1] / "kustomization.yaml").is_file()
+    if "-f" in words:
+        assert (ROOT / words[words.index("-f") + 1]).is_file()
     if shutil.which("kubectl"):
         helped(*words, "--help")
 

@@ -75,6 +75,7 @@ def test_no_excuse_is_left_over(start: str) -> None:
         "docker compose up --scale labourer=3",
         "docker build --target gatehouse -t patchforge-gateway:0.1.0 .",
         "kubectl apply -k deploy/kubernetes/nowhere",
+        "kubectl apply -f deploy/kubernetes/nowhere.yml",
         "pip install --require-hash -r requirements.lock",
         "pip install torch==1.0",
         "export PATCHFORGE_TLS_CERTIFICATE=cert.pem",

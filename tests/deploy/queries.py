@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "patchforge.json"
 RULES = ROOT / "deploy" / "prometheus" / "rules" / "patchforge.yml"
-SCALING = ROOT / "deploy" / "kubernetes" / "keda" / "scaled-object.yml"
+SCALING = ROOT / "deploy" / "kubernetes" / "components" / "keda" / "scaled-object.yml"
 
 
 @dataclass(frozen=True)

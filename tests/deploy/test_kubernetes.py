@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,12 +23,23 @@ needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="no kubectl here, who
 Manifest = dict[str, Any]
 
 
-def rendered(overlay: str) -> list[Manifest]:
+def rendered(overlay: str | Path) -> list[Manifest]:
     if KUBECTL is None:
         pytest.skip("no kubectl here, whose kustomize renders overlays")
     ran = subprocess.run([KUBECTL, "kustomize", FOLDER / overlay], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return list(yaml.safe_load_all(ran.stdout))
+
+
+def rendered_together(tmp_path: Path) -> list[Manifest]:
+    """The kustomization of one's own that docs/operation.md shows, with every component, in its place."""
+    shutil.copytree(FOLDER, tmp_path / "kubernetes")
+    text = (FOLDER.parents[1] / "docs" / "operation.md").read_text("utf-8")
+    [shown] = re.findall(r"^```\n(apiVersion: kustomize.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    mine = tmp_path / "kubernetes" / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(shown, "utf-8")
+    return rendered(mine)
 
 
 def written() -> list[Manifest]:
@@ -145,6 +157,33 @@ def test_prometheus_finds_the_pods() -> None:
         service, namespace = discovery["names"][0].split(".")[:2]
         assert namespace == "patchforge"
         assert one(written(), "Service", service)["spec"]["ports"][0]["port"] == discovery["port"]
+
+
+@needs_kubectl
+def test_every_component_goes_with_every_other(tmp_path: Path, settings: Settings) -> None:
+    manifests = rendered_together(tmp_path)
+    for manifest in manifests:
+        if manifest["kind"] not in ("Namespace", "ScaledObject"):
+            kubernetes_validate.validate(manifest, VERSION, strict=True)
+    one(manifests, "ScaledObject", "worker")
+    worker = one(manifests, "Deployment", "worker")["spec"]
+    assert "replicas" not in worker
+    [container] = worker["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert container["image"] == "registry.example.com/patchforge-worker-cuda:0.1.0"
+
+    pod = one(manifests, "Deployment", "gateway")["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["image"] == "registry.example.com/patchforge-gateway:0.1.0"
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["scheme"] == "HTTPS"
+        assert "grpc" not in container[probe]
+    mount = one_named(container["volumeMounts"], "tls")
+    assert {each["name"]: each["value"] for each in container["env"]} == {
+        "PATCHFORGE_TLS_CERT": f"{mount['mountPath']}/tls.crt",
+        "PATCHFORGE_TLS_KEY": f"{mount['mountPath']}/tls.key",
+    }
+    assert one_named(pod["volumes"], "tls")["secret"]["secretName"] == "patchforge-tls"
 
 
 @needs_kubectl
