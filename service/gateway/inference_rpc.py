@@ -58,10 +58,8 @@ class InferenceService:
 
     async def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
         card = await inference.find(self.service, request.model_name, request.model_version)
-        _refuse_crowds(request)
-        _refuse_parameters(request)
-        names = inference.wanted([output.name for output in request.outputs])
-        made = await inference.draw(self.service, call.tenant, card, _inputs(request), names)
+        inputs, names = asked(request)
+        made = await inference.draw(self.service, call.tenant, card, inputs, names)
         outputs = [
             pb.ModelInferResponse.InferOutputTensor(name=each.name, datatype=each.datatype, shape=each.shape)
             for each in made
@@ -73,6 +71,14 @@ class InferenceService:
             outputs=outputs,
             raw_output_contents=[each.raw for each in made],
         )
+
+
+def asked(request: pb.ModelInferRequest) -> tuple[list[Given], list[str]]:
+    """The inputs, and the names of the outputs wanted. Raises InvalidRequest."""
+    _refuse_crowds(request)
+    _refuse_parameters(request)
+    names = inference.wanted([output.name for output in request.outputs])
+    return _inputs(request), names
 
 
 def _inputs(request: pb.ModelInferRequest) -> list[Given]:
