@@ -1,4 +1,4 @@
-"""What the gateway's rows share: a gateway before a scripted worker, raw sockets to abuse it with, and its memory."""
+"""What the gateway's rows share: a gateway before a scripted worker, raw sockets to abuse it with, and how it fares."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import grpc
 import openai
+import pytest
 
 from service import keys
 from tests.faults.gateways import Gateway, Seen
@@ -174,3 +176,30 @@ def flat_memory(process: Process, allowed: float) -> Iterator[None]:
     yield
     grown = memory(process.pid, "VmHWM") - before
     assert grown < allowed, f"{process.name} took {grown:.0f} MiB more"
+
+
+@contextmanager
+def unharmed(stage: Stage, gateway: Gateway | None = None, memory: float = 24, refused: int = 0) -> Iterator[Gateway]:
+    """Whatever is done to the gateway, it allocates next to nothing, stores nothing, reports no bug, and goes on.
+
+    What an operator sees: at least so many answers ``refused``, and none that was our fault.
+    """
+    gateway = gateway or stage.gateway
+    mark = gateway.mark()
+    gateway.ended(gateway.submit(APPLE))  # what it does for the first time may take memory
+    before, refused_before, faults_before = stage.stored(), refusals(gateway), faults(gateway)
+    with flat_memory(gateway, memory):
+        yield gateway
+    assert stage.stored() == before
+    assert refusals(gateway) >= refused_before + refused
+    assert faults(gateway) == faults_before
+    assert not [line for line in gateway.log[mark:] if line["level"] == "error"]
+    assert not [line for line in gateway.stray if "Traceback" in line or "Exception" in line]
+    assert gateway.ended(gateway.submit(APPLE))["status"] == "completed"
+
+
+def refusal(call: Any, request: Any, **options: Any) -> tuple[grpc.StatusCode, str | None]:
+    """The status a call ends with, and the field it names."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call(request, **options)
+    return caught.value.code(), dict(caught.value.trailing_metadata() or ()).get("error-field")

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import grpc
@@ -21,13 +21,12 @@ from tests.faults.gateway_kit import (
     NO_JOB,
     Stage,
     answer_to,
-    faults,
-    flat_memory,
     post,
     problem_of,
     raw,
-    refusals,
+    refusal,
     status_of,
+    unharmed,
     until_closed,
 )
 from tests.faults.gateways import Gateway
@@ -37,26 +36,6 @@ from tests.service.gateway.test_validation import BAD_BODIES
 
 SERVICE = "/patchforge.v1.ImageService"
 SUBMITS = ("/v1/jobs", "/v1/images/generations")
-
-
-@contextmanager
-def unharmed(stage: Stage, gateway: Gateway | None = None, memory: float = 24, refused: int = 0) -> Iterator[Gateway]:
-    """Whatever is done to the gateway, it allocates next to nothing, stores nothing, reports no bug, and goes on.
-
-    What an operator sees: at least so many answers ``refused``, and none that was our fault.
-    """
-    gateway = gateway or stage.gateway
-    mark = gateway.mark()
-    gateway.ended(gateway.submit(APPLE))  # what it does for the first time may take memory
-    before, refused_before, faults_before = stage.stored(), refusals(gateway), faults(gateway)
-    with flat_memory(gateway, memory):
-        yield gateway
-    assert stage.stored() == before
-    assert refusals(gateway) >= refused_before + refused
-    assert faults(gateway) == faults_before
-    assert not [line for line in gateway.log[mark:] if line["level"] == "error"]
-    assert not [line for line in gateway.stray if "Traceback" in line or "Exception" in line]
-    assert gateway.ended(gateway.submit(APPLE))["status"] == "completed"
 
 
 # --- row 22 ---
@@ -130,13 +109,6 @@ def test_row_22_nonsense_in_grpc_requests(stage: Stage) -> None:
             for garbage in (b"\x0a\x02\xff\xfe", b"\x0a\x7f", b"\xff" * 100, b"\x0a" * 10_000, b"\x0b" * 50_000):
                 code, _ = refusal(channel.unary_unary(f"{SERVICE}/{method}"), garbage)
                 assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND), (method, garbage[:4])
-
-
-def refusal(call: Any, request: Any, **options: Any) -> tuple[grpc.StatusCode, str | None]:
-    """The status a call ends with, and the field it names."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call(request, **options)
-    return caught.value.code(), dict(caught.value.trailing_metadata() or ()).get("error-field")
 
 
 # --- row 23 ---
