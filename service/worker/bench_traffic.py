@@ -7,9 +7,8 @@ from itertools import accumulate
 from random import Random
 from typing import Any
 
-from pydantic import ValidationError
-
 from model.pipeline import Pipeline
+from service.sampler_options import Adaptive, Quality, preset
 from service.schemas import GenerationRequest, Job, JobStatus
 
 SAMPLERS: list[tuple[float, dict[str, Any], tuple[int, ...]]] = [
@@ -20,7 +19,9 @@ SAMPLERS: list[tuple[float, dict[str, Any], tuple[int, ...]]] = [
     (1, {"name": "heun"}, (4, 6, 8)),
     (1, {"name": "euler"}, (12, 16, 24)),
 ]
-"""Weight, sampler with its own defaults, and the steps asked for; half of all is adaptive, the product's default."""
+"""Weight, sampler with its own defaults, and the steps asked for; half of all is adaptive, the product's choice."""
+QUALITIES = [(4, Quality.STANDARD), (2, Quality.DRAFT), (1, Quality.HIGH)]
+"""Weight and preset, of what is asked for by presets."""
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 PICTURES = (1, 1, 1, 2)
 PROMPTS = ("red apple", "grinning face", "dog face", "blue heart", "automobile", "one oclock", "tulip", "pizza")
@@ -47,27 +48,32 @@ class Arrival:
         return Job(id=f"{request.seed}", status=JobStatus.RUNNING, request=request, created_at=0.0)
 
 
-def mixed_traffic(pipelines: dict[str, Pipeline], count: int, seed: int) -> list[Arrival]:
-    """Requests with exponential gaps of mean 1: scaled, the same traffic at any rate."""
+def mixed_traffic(pipelines: dict[str, Pipeline], count: int, seed: int, presets: bool = False) -> list[Arrival]:
+    """Requests with exponential gaps, ``count`` gaps long in all: scaled, the same traffic at any rate.
+
+    With ``presets`` those for adaptive are as the model serves them when a quality is all that is said.
+    """
     chance = Random(seed)
-    times = accumulate(chance.expovariate(1.0) for _ in range(count))
+    times = list(accumulate(chance.expovariate(1.0) for _ in range(count)))
+    times = [at * count / times[-1] for at in times]
     names = sorted(pipelines)
-    samplers = [each for each in SAMPLERS if _known(each[1])]
     arrivals = []
     for number, at in enumerate(times):
         model = chance.choice(names)
         classes = pipelines[model].manifest.class_names
         subject = {"class_label": chance.choice(classes)} if classes else {"prompt": chance.choice(PROMPTS)}
-        [(_, sampler, steps)] = chance.choices(samplers, [weight for weight, _, _ in samplers])
+        [(_, sampler, steps)] = chance.choices(SAMPLERS, [weight for weight, _, _ in SAMPLERS])
         fields: dict[str, Any] = {"model": model, "sampler": sampler, "steps": chance.choice(steps), **subject}
         fields |= {"guidance": chance.choice(GUIDANCE), "n": chance.choice(PICTURES), "seed": 100 * number}
+        if presets and sampler["name"] == "adaptive":
+            fields |= _preset(pipelines[model], chance)
         arrivals.append(Arrival(at, GenerationRequest.model_validate(fields)))
     return arrivals
 
 
-def _known(sampler: dict[str, Any]) -> bool:
-    try:
-        GenerationRequest.model_validate({"prompt": "x", "sampler": sampler})
-    except ValidationError:
-        return False
-    return True
+def _preset(pipeline: Pipeline, chance: Random) -> dict[str, Any]:
+    [(_, quality)] = chance.choices(QUALITIES, [weight for weight, _ in QUALITIES])
+    defaults = pipeline.manifest.defaults
+    choice = defaults.sampler.model_dump()
+    sampler, steps = preset(quality, Adaptive(**choice) if choice["name"] == "adaptive" else Adaptive())
+    return {"sampler": sampler.model_dump(), "steps": steps, "guidance": defaults.guidance}

@@ -32,6 +32,8 @@ POLICIES = (ONE, PAPER, REQUEST, STEP, OURS)
 MAX_RUNNING = 16
 """Jobs in flight of ours, as a worker's default; the others see all that wait, which can only help them."""
 CACHE_BYTES = 2 << 30
+WARM_UP = 6
+"""Requests served before anything is measured."""
 PREVIEW_INTERVAL, PREVIEW_SHARE = 0.1, 0.1
 Clock = Callable[[], float]
 
@@ -163,32 +165,44 @@ def bench_engine(
     budgets: dict[str, int],
     clock: Clock = time.perf_counter,
 ) -> Iterator[tuple[EngineRow, Served]]:
-    """Every policy with everything waiting from the start, which gives their capacities; then at every load."""
+    """Every policy with everything waiting from the start, which gives their capacities; then at every load.
+
+    After a warm-up of each; whose turn is first changes with the load, for machines drift.
+    """
+    for policy in POLICIES:
+        serve(pipelines, policy, arrivals[:WARM_UP], 0.0, budgets, clock)
     saturated = {policy: serve(pipelines, policy, arrivals, 0.0, budgets, clock) for policy in POLICIES}
     for policy, served in saturated.items():
         yield row(policy, float("inf"), 0.0, served), served
     capacity = row(REQUEST, float("inf"), 0.0, saturated[REQUEST]).completed
-    for load in loads:
+    for turn, load in enumerate(loads, start=1):
         gap = 1 / (capacity * load)
+        order = [POLICIES[(index + turn) % len(POLICIES)] for index in range(len(POLICIES))]
+        found = {policy: serve(pipelines, policy, arrivals, gap, budgets, clock) for policy in order}
         for policy in POLICIES:
-            served = serve(pipelines, policy, arrivals, gap, budgets, clock)
-            yield row(policy, load, gap, served), served
+            yield row(policy, load, gap, found[policy]), found[policy]
+
+
+def capacity_of(rows: list[EngineRow], policy: str) -> float:
+    """Requests a second that a policy completed while it never ran out of them: no rate above it can last."""
+    return next(each.completed for each in rows if each.policy == policy and each.load == float("inf"))
 
 
 def rate_at(rows: list[EngineRow], policy: str, p95: float) -> float:
-    """The highest offered rate at which a policy's p95 stays within ``p95``, interpolated between the loads measured.
+    """The highest rate offered up to which a policy's p95 stays within ``p95``, interpolated between loads measured.
 
-    0 if even the lowest is too much; of the highest load measured, no more than that is claimed.
+    0 if even the lowest is too much; never more than the policy's capacity, nor than the highest load measured.
     """
     points = sorted((each.offered, each.p95) for each in rows if each.policy == policy and each.load != float("inf"))
     best = 0.0
     for index, (rate, latency) in enumerate(points):
-        if latency <= p95:
-            best = rate
-        elif index and points[index - 1][1] <= p95:
-            before, low = points[index - 1]
-            best = before + (rate - before) * (p95 - low) / (latency - low)
-    return best
+        if latency > p95:
+            if index:
+                before, low = points[index - 1]
+                best = before + (rate - before) * (p95 - low) / (latency - low)
+            break
+        best = rate
+    return min(best, capacity_of(rows, policy))
 
 
 def largest_difference(pipelines: dict[str, Pipeline], arrivals: list[Arrival], served: Served) -> float:

@@ -33,6 +33,8 @@ class LivePicture:
     """``(P,)`` long, on the CPU: evaluation after which each patch stood at t = 1; 0 while it does not."""
     finite: torch.Tensor
     """Bool scalar: whether the last prediction was; not yet looked at, for that would wait for the device."""
+    unfinished: int
+    """Patches of which ``finished_at`` is 0."""
     previewed: float | None = None
     """Monotonic time of the last preview; None before the first."""
 
@@ -41,7 +43,7 @@ class LivePicture:
         """One that has not been evaluated yet."""
         times = trajectory.state.times.cpu()
         finished_at, finite = torch.zeros(times.shape, dtype=torch.long), torch.tensor(True)
-        return cls(index, seed, trajectory, trajectory.plan(), times, finished_at, finite)
+        return cls(index, seed, trajectory, trajectory.plan(), times, finished_at, finite, len(times))
 
     @property
     def done(self) -> bool:
@@ -53,8 +55,7 @@ class LivePicture:
         if self.done:
             return 0
         sampler, made = self.trajectory.sampler, self.trajectory.state.evaluations
-        unfinished = int((self.finished_at == 0).sum())
-        return unfinished * sampler.branches * max(1, sampler.evaluations - made)
+        return self.unfinished * sampler.branches * max(1, sampler.evaluations - made)
 
     @property
     def keeps(self) -> bool:
@@ -77,13 +78,14 @@ class LivePicture:
         if not len(arrived):
             return None
         self.finished_at[arrived] = state.evaluations
+        self.unfinished -= len(arrived)
         return PatchesFinished(
             index=self.index,
             evaluation=state.evaluations,
             evaluations=sampler.evaluations,
             patches=arrived.tolist(),
             times=[round(value, 4) for value in before[arrived].tolist()],
-            finished_share=float((self.finished_at > 0).float().mean()),
+            finished_share=1 - self.unfinished / len(times),
         )
 
     def report(self) -> ImageReport:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
 from model.pipeline import Pipeline
+from service.sampler_options import PRESETS
 from service.worker.bench_policies import OneAtATime, RequestLevel, StepLevel
 from service.worker.bench_traffic import Arrival, mixed_traffic
 from service.worker.engine_bench import (
@@ -63,7 +65,7 @@ def test_traffic_repeats_with_its_seed_and_mixes_everything(pipelines: dict[str,
     traffic = mixed_traffic(pipelines, 200, seed=1)
     assert traffic == mixed_traffic(pipelines, 200, seed=1)
     assert traffic != mixed_traffic(pipelines, 200, seed=2)
-    assert traffic[-1].at == pytest.approx(200, rel=0.3)  # gaps of mean 1
+    assert traffic[-1].at == pytest.approx(200)  # gaps of mean 1
     assert {each.request.model for each in traffic} == set(pipelines)
     assert len({each.kind for each in traffic}) > 15
     dense = [each.job(dense=True).request.sampler for each in traffic]
@@ -90,13 +92,31 @@ def test_every_policy_serves_the_same_traffic_and_ours_changes_no_picture(
     assert psnr_of_ours(pipelines, arrivals, by_policy[OURS][1], by_policy[OURS][1]) == pytest.approx(60)
 
 
+def test_presets_are_served_as_the_models_would(pipelines: dict[str, Pipeline]) -> None:
+    bare, presets = (mixed_traffic(pipelines, 100, seed=1, presets=presets) for presets in (False, True))
+    adaptive = [each.request for each in presets if each.request.sampler and each.request.sampler.name == "adaptive"]
+    assert {each.steps for each in adaptive} == {steps for steps, _ in PRESETS.values()}
+    assert {each.guidance for each in adaptive} == {p.manifest.defaults.guidance for p in pipelines.values()}
+    assert {repr(each.request.sampler) for each in bare} < {repr(each.request.sampler) for each in [*bare, *presets]}
+
+
+BASE = EngineRow(REQUEST, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def measured(capacity: float, *points: tuple[float, float]) -> list[EngineRow]:
+    """Rows of loads and the p95 each had; two requests a second are load 1."""
+    rows = [dataclasses.replace(BASE, load=load, offered=2 * load, p95=p95) for load, p95 in points]
+    return [dataclasses.replace(BASE, load=math.inf, completed=capacity), *rows]
+
+
 def test_the_rate_within_a_p95_is_read_between_loads() -> None:
-    base = EngineRow(REQUEST, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    rows = [
-        dataclasses.replace(base, load=load, offered=2 * load, p95=p95)
-        for load, p95 in ((0.5, 1.0), (1.0, 3.0), (1.5, 9.0))
-    ]
+    rows = measured(9.0, (0.5, 1.0), (1.0, 3.0), (1.5, 9.0))
     assert rate_at(rows, REQUEST, 0.5) == 0
     assert rate_at(rows, REQUEST, 2.0) == pytest.approx(1.5)
     assert rate_at(rows, REQUEST, 3.0) == pytest.approx(2.0)
     assert rate_at(rows, REQUEST, 100.0) == 3.0
+
+
+def test_no_rate_is_claimed_beyond_the_capacity_nor_past_a_load_that_failed() -> None:
+    assert rate_at(measured(2.5, (0.5, 1.0), (1.5, 2.0)), REQUEST, 5.0) == 2.5
+    assert rate_at(measured(9.0, (0.5, 1.0), (1.0, 5.0), (1.5, 1.0)), REQUEST, 3.0) == pytest.approx(1.5)
