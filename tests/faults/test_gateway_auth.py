@@ -14,6 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from service.api_keys import entry, new_key
+from service.pb.inference import grpc_inference_service_pb2 as oip
+from service.pb.inference.grpc_inference_service_pb2_grpc import GRPCInferenceServiceStub
 from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
 from tests.faults.gateway_kit import (
@@ -31,16 +33,31 @@ from tests.faults.gateways import Gateway
 from tests.faults.processes import PATIENCE
 
 GENERATION = pb.Generation(prompt="a red apple", model="tiny-text", seed=7)
-OPEN = ("/", "/healthz", "/readyz", "/metrics", "/playground/app.js", "/playground/style.css")
+OPEN = (
+    *("/", "/healthz", "/readyz", "/metrics", "/playground/app.js", "/playground/style.css"),
+    *("/v2/health/live", "/v2/health/ready"),
+)
 CLOSED = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/tiny-text"),
     ("POST", "/v1/images/generations"),
     ("POST", "/v1/jobs"),
+    ("POST", "/v1/images/edits"),
+    ("POST", "/v2/models/tiny-text/infer"),
+    ("POST", "/v2/models/tiny-text/versions/1/infer"),
     ("GET", f"/v1/jobs/{NO_JOB}"),
     ("DELETE", f"/v1/jobs/{NO_JOB}"),
     ("GET", f"/v1/jobs/{NO_JOB}/events"),
     ("GET", f"/v1/jobs/{NO_JOB}/image"),
+    ("GET", f"/v1/jobs/{NO_JOB}/maps/finish.png"),
+    ("GET", f"/v1/jobs/{NO_JOB}/maps/difficulty.png"),
+    ("GET", "/v2"),
+    ("GET", "/v2/models/tiny-text"),
+    ("GET", "/v2/models/tiny-text/ready"),
+    ("GET", "/v2/models/tiny-text/versions/1"),
+    ("GET", "/v2/models/tiny-text/versions/1/ready"),
+    ("GET", "/v2/health"),
+    ("GET", "/v2/health/live/"),
     ("GET", "/docs"),
     ("GET", "/openapi.json"),
     ("GET", "/nothing"),
@@ -48,6 +65,7 @@ CLOSED = [
     ("GET", "/healthz/"),
     ("GET", "/playground"),
 ]
+UPLOADS = ("/v1/jobs", "/v1/images/edits", "/v2/models/tiny-text/infer")
 TWISTED = ["//healthz", "/playground/../v1/models", "/playground%2f..%2fv1%2fmodels", "/healthz%00", "/%68ealthz/../v1"]
 
 
@@ -94,13 +112,15 @@ def test_row_27_no_way_in_over_rest(locked: Locked) -> None:
     """Every path but the open ones, streams included, whatever the request is otherwise like."""
     http, refused = locked.gateway.http, refusals(locked.gateway)
     for headers in bad_credentials(locked):
-        for method, path in CLOSED if len(headers) == 0 else CLOSED[2:7]:
+        for method, path in CLOSED if len(headers) == 0 else CLOSED[2:10]:
             answer = http.request(method, path, headers=headers | JSON, content=b'{"prompt": "x", "stream": true}')
             assert answer.status_code == 401, (method, path, headers)
             assert answer.headers["WWW-Authenticate"] == 'Bearer realm="patchforge"'
             if path.startswith(("/v1/images", "/v1/models")):
                 assert set(answer.json()) == {"error"}
                 assert answer.json()["error"]["code"] == "unauthenticated"
+            elif path.startswith("/v2/"):
+                assert "API key" in answer.json()["error"]
             else:
                 assert answer.headers["content-type"] == "application/problem+json"
                 assert answer.json()["code"] == "unauthenticated"
@@ -114,15 +134,31 @@ def test_row_27_no_way_in_over_rest(locked: Locked) -> None:
     assert refusals(locked.gateway) >= refused + len(CLOSED) + len(TWISTED)  # what an operator sees
 
 
-def test_row_27_a_body_without_a_key_is_not_taken(locked: Locked) -> None:
+def test_row_27_every_path_there_is_was_tried(locked: Locked) -> None:
+    """By the gateway's own list, so that no new one is forgotten above."""
+    with locked.http(locked.alice) as alice:
+        known = alice.get("/openapi.json").json()["paths"]
+    places = {"{job_id}": NO_JOB, "{name}": "tiny-text", "{version}": "1", "{kind}": "finish"}
+    for template, operations in known.items():
+        path = template
+        for place, value in places.items():
+            path = path.replace(place, value)
+        for method in operations:
+            assert (method.upper(), path) in CLOSED or path in OPEN, (method, template)
+
+
+@pytest.mark.parametrize("path", UPLOADS)
+def test_row_27_a_body_without_a_key_is_not_taken(locked: Locked, path: str) -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=x"} if path.endswith("edits") else JSON
     with flat_memory(locked.gateway, 16):
-        answer = locked.gateway.http.post("/v1/jobs", content=b" " * (60 << 20), headers=JSON)
+        answer = locked.gateway.http.post(path, content=b" " * (60 << 20), headers=headers)
     assert answer.status_code in (401, 413), "which of the two limits is first does not matter"
 
 
 def test_row_27_no_way_in_over_grpc(locked: Locked) -> None:
     """Calls, streams and reflection; health, like the probes, is open."""
     with grpc.insecure_channel(locked.gateway.grpc_address) as channel:
+        inference = GRPCInferenceServiceStub(channel)
         images, reflection = ImageServiceStub(channel), reflection_pb2_grpc.ServerReflectionStub(channel)
         question = reflection_pb2.ServerReflectionRequest(list_services="")
         refused = 0
@@ -136,6 +172,10 @@ def test_row_27_no_way_in_over_grpc(locked: Locked) -> None:
                 lambda m: images.CancelJob(pb.CancelJobRequest(job_id=NO_JOB), metadata=m),
                 lambda m: images.GetImage(pb.GetImageRequest(job_id=NO_JOB), metadata=m),
                 lambda m: images.ListModels(pb.ListModelsRequest(), metadata=m),
+                lambda m: inference.ModelInfer(oip.ModelInferRequest(model_name="tiny-text"), metadata=m),
+                lambda m: inference.ModelMetadata(oip.ModelMetadataRequest(name="tiny-text"), metadata=m),
+                lambda m: inference.ModelReady(oip.ModelReadyRequest(name="tiny-text"), metadata=m),
+                lambda m: inference.ServerMetadata(oip.ServerMetadataRequest(), metadata=m),
                 lambda m: list(reflection.ServerReflectionInfo(iter([question]), metadata=m)),
             ]
             for call in calls:
@@ -146,7 +186,10 @@ def test_row_27_no_way_in_over_grpc(locked: Locked) -> None:
             refused += len(calls) - 1
         health = health_pb2_grpc.HealthStub(channel)
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+        assert inference.ServerLive(oip.ServerLiveRequest()).live
+        assert inference.ServerReady(oip.ServerReadyRequest()).ready
         metadata = [("authorization", f"Bearer {locked.alice}")]
+        assert inference.ModelReady(oip.ModelReadyRequest(name="tiny-text"), metadata=metadata).ready
         assert list(reflection.ServerReflectionInfo(iter([question]), metadata=metadata))
     locked.gateway.await_metric(refused, "patchforge_grpc_requests_total", status="UNAUTHENTICATED")
 
@@ -167,13 +210,19 @@ def test_row_27_a_key_opens_every_door(locked: Locked, stage: Stage) -> None:
             assert replies[-1].event.WhichOneof("event") == "completed"
 
 
+ANOTHERS = [
+    *(("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/image")),
+    *(("GET", "/maps/finish.png"), ("GET", "/maps/difficulty.png")),
+]
+
+
 def test_row_27_anothers_job_is_not_there(locked: Locked, stage: Stage) -> None:
     """Not to see, follow, fetch or cancel: exactly as if there were no such job."""
     with locked.http(locked.alice) as alice, locked.http(locked.bob) as bob, stage.curtain_down():
         job = alice.post("/v1/jobs", json=APPLE).json()["id"]
         strangers = [bob, stage.gateway.http]  # and a gateway that asks for no key is no way round
         for stranger in strangers:
-            for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/image")):
+            for method, path in ANOTHERS:
                 answer = stranger.request(method, f"/v1/jobs/{job}{path}")
                 assert answer.status_code == 404, (method, path)
                 unknown = stranger.request(method, f"/v1/jobs/{NO_JOB}{path}")

@@ -51,12 +51,27 @@ def ask_for_odd_things(gateway: Gateway, chance: random.Random, count: int) -> N
         for _ in range(count // 20):
             name = random_name(chance)
             wanted = pb.SubmitJobRequest(generation=pb.Generation(prompt="x", model=name)).SerializeToString()
-            for method in (f"/patchforge.v1.ImageService/{name}", f"/{name}/{name}", *KNOWN_METHODS):
+            unknown = (
+                f"/patchforge.v1.ImageService/{name}",
+                f"/inference.GRPCInferenceService/{name}",
+                f"/{name}/{name}",
+            )
+            for method in (*unknown, *KNOWN_METHODS):
                 with pytest.raises(grpc.RpcError):
                     channel.unary_unary(method)(wanted)
 
 
-KNOWN_METHODS = ("/patchforge.v1.ImageService/SubmitJob",)
+SERVICES = ("patchforge.v1.ImageService", "inference.GRPCInferenceService")
+KNOWN_METHODS = (
+    "/patchforge.v1.ImageService/SubmitJob",
+    "/inference.GRPCInferenceService/ModelInfer",
+    "/inference.GRPCInferenceService/ModelMetadata",
+)
+
+
+def infer(name: str) -> bytes:
+    """A body of open inference with an input of this name."""
+    return json.dumps({"inputs": [{"name": name, "datatype": "BYTES", "shape": [1], "data": ["x"]}]}).encode()
 
 
 def odd_request(chance: random.Random) -> bytes:
@@ -77,6 +92,13 @@ def odd_request(chance: random.Random) -> bytes:
             ("POST", "/v1/jobs", json.dumps({"prompt": "x", "model": name}).encode()),
             ("POST", "/v1/jobs", json.dumps({"prompt": "x", "model": "tiny-text", "sampler": name}).encode()),
             ("POST", "/v1/images/generations", json.dumps({"prompt": "x", "model": name}).encode()),
+            ("POST", "/v1/images/edits", name.encode()),
+            ("GET", f"/v1/jobs/{name}/maps/{name}.png", b""),
+            ("GET", f"/v2/{name}", b""),
+            ("GET", f"/v2/models/{name}/versions/{name}/ready", b""),
+            ("POST", f"/v2/models/{name}/infer", infer(name)),
+            ("POST", f"/v2/models/tiny-text/versions/{name}/infer", infer("prompt")),
+            ("POST", "/v2/models/tiny-text/infer", infer(name)),
         ]
     )
     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
