@@ -29,7 +29,7 @@ class Shared:
             gateway.await_ready()
         return cls(stack, *gateways, worker)
 
-    def ended(self, status: str) -> float:
+    def total(self, status: str) -> float:
         """How many requests ended so, by everyone's metrics: any call of any process may find a job overdue."""
         name = "patchforge_requests_total"
         own = self.other_gateway.metric(name, workers=False, status=status)
@@ -37,4 +37,4 @@ class Shared:
 
     def await_ended(self, status: str, count: float) -> None:
         """Until the metrics say so; workers publish theirs every two seconds."""
-        eventually(lambda: self.ended(status) == count, f"{count} requests to have {status}")
+        eventually(lambda: self.total(status) == count, f"{count} requests to have {status}")

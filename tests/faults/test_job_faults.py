@@ -24,7 +24,7 @@ AS_PROTO = pb.Generation(
 
 def test_row_09_twenty_submits_with_one_key(shared: Shared) -> None:
     gateways, key = [shared.gateway, shared.other_gateway], str(uuid4())
-    before = shared.ended("completed")
+    before = shared.total("completed")
     jobs_before = len(shared.stack.redis.keys(keys.JOB + "*"))
     with ThreadPoolExecutor(20) as pool:
         ids = {job.result() for job in [pool.submit(gateways[i % 2].submit, MEDIUM, key) for i in range(20)]}
@@ -43,7 +43,7 @@ def test_row_09_twenty_submits_with_one_key(shared: Shared) -> None:
 
 
 def test_row_09_the_same_over_grpc(shared: Shared) -> None:
-    key, before = str(uuid4()), shared.ended("completed")
+    key, before = str(uuid4()), shared.total("completed")
     with shared.gateway.grpc() as stub, ThreadPoolExecutor(20) as pool:
         request = pb.SubmitJobRequest(generation=AS_PROTO, idempotency_key=key)
         answers = [pool.submit(stub.SubmitJob, request) for _ in range(20)]
@@ -57,7 +57,7 @@ def test_row_09_the_same_over_grpc(shared: Shared) -> None:
 
 
 def test_row_12_deadline_passes_while_queued(shared: Shared) -> None:
-    gateway, before = shared.gateway, shared.ended("expired")
+    gateway, before = shared.gateway, shared.total("expired")
     with shared.stack.device_held():
         blockers = [gateway.submit(LONG, previews=False) for _ in range(MAX_RUNNING)]
         for job_id in blockers:
@@ -78,7 +78,7 @@ def test_row_12_deadline_passes_while_queued(shared: Shared) -> None:
 
 
 def test_row_14_cancel_races_completion(shared: Shared) -> None:
-    before = {status: shared.ended(status) for status in ("completed", "cancelled")}
+    before = {status: shared.total(status) for status in ("completed", "cancelled")}
     seen = {"completed": 0, "cancelled": 0}
     moments = [*["queued", "started"] * 3, *["image"] * 14, *["completed"] * 2]
     with ThreadPoolExecutor(3) as pool, shared.gateway.grpc() as stub:

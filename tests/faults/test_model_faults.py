@@ -26,7 +26,7 @@ def test_row_04_out_of_memory_together_is_retried_smaller(shared: Shared) -> Non
 
 
 def test_row_04_out_of_memory_alone_fails_typed(shared: Shared) -> None:
-    gateway, worker, before = shared.gateway, shared.worker, shared.ended("failed")
+    gateway, worker, before = shared.gateway, shared.worker, shared.total("failed")
     neighbour = gateway.submit(MEDIUM)
     gateway.until(neighbour, "preview")
     job_id = gateway.submit(seed=TOO_GREEDY)
@@ -43,7 +43,7 @@ def test_row_04_out_of_memory_alone_fails_typed(shared: Shared) -> None:
 
 
 def test_row_29_one_request_of_a_pack_raises_or_goes_nan(shared: Shared) -> None:
-    gateway, worker, before = shared.gateway, shared.worker, shared.ended("failed")
+    gateway, worker, before = shared.gateway, shared.worker, shared.total("failed")
     reference = gateway.submit(MEDIUM)
     gateway.ended(reference)
     with shared.stack.device_held():
