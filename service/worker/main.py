@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 from prometheus_client import start_http_server
 from pydantic import ValidationError
@@ -57,11 +58,14 @@ def find_budgets(settings: Settings, pipelines: dict[str, Pipeline]) -> dict[str
 async def serve_worker(settings: Settings, redis_url: str, parent: int | None = None) -> None:
     """Run a worker until SIGTERM or SIGINT, or until the process ``parent`` is gone."""
     use_threads(settings.threads)
+    loop = asyncio.get_running_loop()
+    # One thread for all tensors: the C library keeps a heap for each thread that allocates, and what one has freed is of
+    # no use to the others, so that with several a worker's memory creeps up for hours.
+    loop.set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="engine"))
     pipelines = await in_thread(load_pipelines, settings)
     budgets = await in_thread(find_budgets, settings, pipelines)
     queue = JobQueue.connect(redis_url, settings)
     worker = Worker(settings, queue, pipelines, budgets, parent)
-    loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, worker.draining.set)
     server = None
