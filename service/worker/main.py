@@ -59,8 +59,8 @@ async def serve_worker(settings: Settings, redis_url: str, parent: int | None = 
     """Run a worker until SIGTERM or SIGINT, or until the process ``parent`` is gone."""
     use_threads(settings.threads)
     loop = asyncio.get_running_loop()
-    # One thread for all tensors: the C library keeps a heap for each thread that allocates, and what one has freed is of
-    # no use to the others, so that with several a worker's memory creeps up for hours.
+    # One thread for all tensors: the C library keeps a heap for each thread that allocates, and what one has freed is
+    # of no use to the others, so that with several a worker's memory creeps up for hours.
     loop.set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="engine"))
     pipelines = await in_thread(load_pipelines, settings)
     budgets = await in_thread(find_budgets, settings, pipelines)
