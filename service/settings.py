@@ -86,6 +86,22 @@ class Settings(BaseSettings):
         """How long a gateway or worker may take from SIGTERM to its end, before whoever waits sends SIGKILL."""
         return self.drain_seconds + 10
 
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_can_read_it(cls, url: str | None) -> str | None:
+        """Its client would raise in the middle of starting, with what it took for a port: part of a password."""
+        from redis.connection import parse_url
+
+        if url is not None:
+            try:
+                parse_url(url)
+            except ValueError:
+                raise ValueError(
+                    "must be redis://[[user]:password@]host[:port][/number], or rediss:// or unix://; in a password, "
+                    "what has a meaning in URLs, such as / # ? @, must be percent-encoded"
+                ) from None
+        return url
+
     @field_validator("models", "api_keys", "cors_origins", mode="before")
     @classmethod
     def _list_from_text(cls, value: Any) -> Any:

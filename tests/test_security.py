@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import os
-import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-import httpx
+import grpc
 import pytest
-from redis import Redis
 
-from service.embedded import EmbeddedServer, free_port
+from service.embedded import EmbeddedServer
 from service.gateway.app import Gateway
+from service.pb.patchforge.v1 import image_service_pb2 as pb
 from service.queue import JobQueue
 from service.settings import Settings
+from tests.faults.gateways import SHORT
+from tests.faults.harness import Stack
 from tests.test_imports import reached
 
 ROOT = Path(__file__).parents[1]
@@ -110,61 +111,61 @@ def listening() -> set[tuple[str, int]]:
     return found
 
 
-async def test_no_secret_is_ever_logged(queue_server: EmbeddedServer, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="what starts the processes is Linux's")
+@pytest.mark.parametrize("together", [False, True], ids=["gateway and worker", "serve"])
+def test_no_secret_is_ever_logged(
+    together: bool, tmp_path: Path, bundle_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Passwords, keys and their hashes, wrong ones too: through start-up, use, refusals and a lost queue server."""
-    password, key, wrong = "redis-pa55word", "caller-s3cret", "wrong-s3cret"
+    password, guess, key, wrong = "redis-pa55word", "gue55ed-password", "caller-s3cret", "wrong-s3cret"
     digest = sha256(key.encode()).hexdigest()
-    http_port = free_port()
-    server = EmbeddedServer(tmp_path)
-    server.start()
-    try:
-        url = server.url.replace("//", f"//default:{password}@")
-        with Redis.from_url(server.url) as admin:
-            admin.config_set("requirepass", password)
-        settings = {
-            "REDIS_URL": url,
-            "HTTP_PORT": str(http_port),
-            "GRPC_PORT": "0",
-            "API_KEYS": f"tester:{digest}",
-            "LOG_LEVEL": "DEBUG",
-            "DRAIN_SECONDS": "1",
-        }
-        environment = os.environ | {f"PATCHFORGE_{name}": value for name, value in settings.items()}
-        log = tmp_path / "gateway.log"
-        with log.open("wb") as output:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "service.cli", "gateway"), env=environment, stdout=output, stderr=output
-            )
-        try:
-            base = f"http://127.0.0.1:{http_port}"
-            async with httpx.AsyncClient(base_url=base, timeout=60) as http:
-                await until_alive(http)
-                for secret in (key, wrong):
-                    headers = {"authorization": f"Bearer {secret}"}
-                    await http.post("/v1/jobs", headers=headers, json={"class_label": "cat"})
-                    await http.get("/v1/jobs/x/events", headers=headers)
-                server.stop()
-                assert (await http.get("/readyz")).status_code == 503
-            process.send_signal(signal.SIGTERM)
-            assert await asyncio.wait_for(process.wait(), 30) == 0
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        text = log.read_text()
-        assert "gateway is listening" in text
-        assert "not ready" in text
-        for secret in (password, key, wrong, digest):
-            assert secret not in text
-    finally:
-        server.stop()
+    settings = {"api_keys": [f"tester:{digest}"], "log_level": "DEBUG", "drain_seconds": 1}
+    with Stack(tmp_path, bundle_dir, **settings) as stack:
+        stack.redis.config_set("requirepass", password)
+        url, bad_url = (stack.server.url.replace("//", f"//default:{each}@") for each in (password, guess))
+        if together:
+            gateway = worker = stack.start_serve(tmp_path / "serve", redis_url=url)
+        else:
+            gateway, worker = stack.start_pair(redis_url=url)
+        shut_out = [stack.launch_worker(redis_url=bad_url), stack.start_gateway(redis_url=bad_url)]
+
+        for secret in (wrong, key):
+            gateway.http.headers["authorization"] = f"Bearer {secret}"
+            admitted = secret == key
+            assert (gateway.post(SHORT).status_code == 202) is admitted
+            gateway.http.get("/v1/jobs/x/events")
+            with gateway.grpc() as stub, pytest.raises(grpc.RpcError):
+                stub.GetJob(pb.GetJobRequest(job_id="x"), metadata=[("x-api-key", secret)])
+        assert gateway.ended(gateway.submit())["status"] == "completed"
+        for process, event in zip(shut_out, ("queue server cannot be used", "not ready"), strict=True):
+            process.wait_for(event)
+        stack.server.stop()
+        worker.wait_for("queue server cannot be used")
+        gateway.wait_for("not ready")
+        assert gateway.ready().status_code == 503
+        processes = {gateway, worker, *shut_out}
+        assert [process.terminate() for process in processes] == [0] * len(processes)
+        written = "".join((*(process.transcript() for process in processes), *capfd.readouterr()))
+    assert "worker ready" in written
+    assert "job completed" in written
+    for secret in (password, guess, key, wrong, digest, sha256(wrong.encode()).hexdigest()):
+        assert secret not in written
 
 
-async def until_alive(http: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(30):
-        while True:
-            try:
-                await http.get("/healthz")
-                return
-            except httpx.ConnectError:
-                await asyncio.sleep(0.05)
+@pytest.mark.parametrize("role", ["gateway", "worker", "serve"])
+@pytest.mark.parametrize("url", ["redis://:pa55/word@host:6379/0", "redis://:pa55word@[host/0", "pa55word"])
+def test_a_queue_server_that_cannot_be_read_is_one_line_without_it(role: str, url: str) -> None:
+    """Of a password with a stroke, a URL's reader takes the first part for a port."""
+    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "service.cli", role],
+        env=environment | {"PATCHFORGE_REDIS_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert ran.returncode == 2
+    assert "PATCHFORGE_REDIS_URL" in ran.stderr
+    assert "percent-encoded" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert "pa55" not in ran.stdout + ran.stderr

@@ -94,8 +94,8 @@ class Stack:
         return gateway, worker
 
     def start_serve(self, data: Path, **settings: Any) -> Gateway:
-        """`patchforge serve`, with a queue server and a worker of its own."""
-        gateway = self._launch(Gateway, "serve", None, {**settings, "data_dir": data, "redis_url": None})
+        """`patchforge serve`, with a worker of its own and, unless ``redis_url`` is given, a queue server."""
+        gateway = self._launch(Gateway, "serve", None, {"redis_url": None, **settings, "data_dir": data})
         gateway.await_ports()
         gateway.await_ready()
         return gateway
