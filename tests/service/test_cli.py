@@ -54,7 +54,7 @@ def test_errors_are_one_clear_line(
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize(("name", "value"), [("HTTP_PORT", "abc"), ("MODELS", "emoji-text"), ("MAX_WAITING", "0")])
+@pytest.mark.parametrize(("name", "value"), [("HTTP_PORT", "abc"), ("MODELS", '["emoji-text"'), ("MAX_WAITING", "0")])
 def test_a_bad_setting_is_one_clear_line(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"PATCHFORGE_{name}", value)
     code, output = command("serve")
