@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(
         None,
         validation_alias=AliasChoices("PATCHFORGE_REDIS_URL", "REDIS_URL"),
-        description="Queue server; left out, `patchforge serve` starts an embedded one.",
+        description="Queue server, its password percent-encoded; left out, `patchforge serve` starts an embedded one.",
     )
     api_keys: Annotated[list[ApiKey], NoDecode] = Field(
         [],

@@ -10,6 +10,7 @@ from collections import Counter
 
 from service.soak.fleet import CLAIM_IDLE, Fleet, Member
 from service.soak.ledger import Ledger
+from service.threads import in_thread
 
 PAUSE = (3.0, 9.0)  # seconds between two mishaps of a gateway or worker
 SERVER_PAUSE = (15.0, 40.0)  # and of the queue server
@@ -76,7 +77,7 @@ class Chaos:
         member.send(signal.SIGCONT)
 
     async def kill_server(self) -> None:
-        await asyncio.to_thread(self.fleet.server.kill)
+        await in_thread(self.fleet.server.kill)
         await self._outage()
         self.fleet.server.stop()
         self.fleet.server.start()
