@@ -111,8 +111,9 @@ class Worker:
             return
         began, began_ns = time.monotonic(), time.time_ns()
         outcomes = await in_thread(self.engine.step)
-        patches, model = self.engine.last_evaluation
-        self.metrics.evaluated(model, patches, time.monotonic() - began)
+        if self.engine.last_shares:  # else nothing was evaluated: pictures were known as a whole
+            patches, model = self.engine.last_evaluation
+            self.metrics.evaluated(model, patches, time.monotonic() - began)
         broken = {each.job_id: each.error for each in outcomes if isinstance(each, JobBroken)}
         self.spans.stepped(self.engine.last_shares, began_ns, broken)
         for outcome in outcomes:
