@@ -107,9 +107,9 @@ def sampler(
 def _presets(pipeline: Pipeline) -> tuple[Configuration, ...]:
     """The presets as this model serves them."""
     from model.evaluation.sampler_bench import Configuration
+    from service.worker.cards import model_card
 
-    choice = pipeline.manifest.defaults.sampler.model_dump()
-    usual = Adaptive(**choice) if choice["name"] == "adaptive" else Adaptive()
+    usual = model_card(pipeline.manifest).sampler
     chosen = [preset(quality, usual) for quality in PRESETS]
     return tuple(Configuration("adaptive", {"steps": n} | each.model_dump(exclude={"name"})) for each, n in chosen)
 
@@ -176,8 +176,9 @@ def _name(row: Row) -> str:
 def leap_lines(bench: SamplerBench, pipeline: Pipeline) -> list[list[str]]:
     """One line a time from which patches might leap, with the bundle's own guidance interval."""
     from model.evaluation.leap import measure_leaps
+    from service.worker.cards import model_card
 
-    choice = pipeline.manifest.defaults.sampler
+    choice = model_card(pipeline.manifest).sampler
     until = choice.guidance_until if isinstance(choice, Adaptive) else 1.0
     leaps = measure_leaps(pipeline, bench.conditions, bench.seeds, bench.guidance, until)
     return [

@@ -8,8 +8,9 @@ from random import Random
 from typing import Any
 
 from model.pipeline import Pipeline
-from service.sampler_options import Adaptive, Quality, preset
+from service.sampler_options import Quality, preset
 from service.schemas import GenerationRequest, Job, JobStatus
+from service.worker.cards import model_card
 
 SAMPLERS: list[tuple[float, dict[str, Any], tuple[int, ...]]] = [
     (7, {"name": "adaptive"}, (10, 12, 16)),
@@ -73,7 +74,6 @@ def mixed_traffic(pipelines: dict[str, Pipeline], count: int, seed: int, presets
 
 def _preset(pipeline: Pipeline, chance: Random) -> dict[str, Any]:
     [(_, quality)] = chance.choices(QUALITIES, [weight for weight, _ in QUALITIES])
-    defaults = pipeline.manifest.defaults
-    choice = defaults.sampler.model_dump()
-    sampler, steps = preset(quality, Adaptive(**choice) if choice["name"] == "adaptive" else Adaptive())
-    return {"sampler": sampler.model_dump(), "steps": steps, "guidance": defaults.guidance}
+    card = model_card(pipeline.manifest)
+    sampler, steps = preset(quality, card.sampler)
+    return {"sampler": sampler.model_dump(), "steps": steps, "guidance": card.guidance}

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from model.bundle import open_bundle
+from model.evaluation import leap
 from model.evaluation.frechet import Interval
 from model.evaluation.sampler_bench import PictureQuality, Row, cheapest_equal
-from service.bench.sampler_cli import verdict_lines
+from service.bench.sampler_cli import leap_lines, verdict_lines
 
 CLOSE, FAR = Interval(0.5, -1.0, 2.0), Interval(4.0, 1.0, 7.0)
 FOUND, MISSED = Interval(-0.02, -0.05, 0.01), Interval(-0.1, -0.2, -0.03)
@@ -50,3 +56,14 @@ def test_the_verdict_holds_each_equal_preset_against_the_paper_and_both_uniform_
     assert [line[2] for line in lines] == ["13.3%", "50.0%", "66.7%", "23.3%", "87.5%", "116.7%"]
     assert "look_ahead" in lines[0][1], "the nearer to real pictures of the paper's two"
     assert verdict_lines(rows | {"uniform": []}) == []
+
+
+def test_leaps_are_measured_with_the_guidance_the_model_is_served_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(leap, "measure_leaps", lambda *arguments: asked.append(arguments) or [])
+    manifest = open_bundle(Path(__file__).parents[3] / "model/bundles/emoji-text").manifest
+    pipeline: Any = SimpleNamespace(manifest=manifest)
+    bench: Any = SimpleNamespace(conditions=[], seeds=[], guidance=3.0)
+    assert leap_lines(bench, pipeline) == []
+    [(*_, until)] = asked
+    assert until == manifest.defaults.sampler.model_dump()["guidance_until"] < 1
