@@ -23,6 +23,7 @@ RATE = f"{TAG}:rate:"  # + tenant: hash, pictures it may ask for now, and when t
 IN_FLIGHT = f"{TAG}:flying:"  # + tenant: set, ids of its waiting and running jobs, where these are limited
 WORKER_MODELS = f"{TAG}:models:"  # + worker id: JSON list of model cards, short-lived
 WORKER_METRICS = f"{TAG}:metrics:"  # + worker id: Prometheus exposition, short-lived
+TAKEN = f"{TAG}:taken:"  # + worker id: hash, the job it took last and the token it asked with
 WORKERS = f"{TAG}:workers"  # sorted set: worker id by the time its announcement ends
 WAITING = f"{TAG}:waiting"  # sorted set: "id:model" of every waiting job by its deadline
 DEAD_LETTERS = f"{TAG}:dead"  # stream: jobs given up after too many attempts

@@ -74,12 +74,32 @@ local function drop(stream, entry)
   call('XDEL', stream, entry)
 end
 
-local function start(id, stream, entry, worker)
+-- Resets an entry's idle time and nothing else. A lost group is claim's to mend.
+local function heard(stream, entry)
+  redis.pcall('XCLAIM', stream, GROUP, CONSUMER, 0, entry, 'JUSTID')
+end
+
+local function start(id, stream, entry, worker, token)
   call('ZREM', WAITING, member(id))
-  call('HINCRBY', JOB .. id, 'attempt', 1)
+  local attempt = call('HINCRBY', JOB .. id, 'attempt', 1)
   call('HSET', JOB .. id, 'status', 'running', 'owner', worker, 'stream', stream, 'entry', entry)
   call('HSETNX', JOB .. id, 'started_at', now)
+  call('HSET', TAKEN .. worker, 'token', token, 'job', id, 'attempt', attempt)
+  call('EXPIRE', TAKEN .. worker, RESULT_TTL)
   return record(id)
+end
+
+-- The job that a worker's call with this token started before; nil if there is none, or it runs no more. A worker that
+-- had no answer asks again with the same token, or the job would wait for it in vain until the claim is idle.
+local function started_before(worker, token)
+  local its_token, id, its_attempt = unpack(call('HMGET', TAKEN .. worker, 'token', 'job', 'attempt'))
+  if its_token == token then
+    local status, owner, attempt, stream, entry = fields(id, 'status', 'owner', 'attempt', 'stream', 'entry')
+    if status == 'running' and owner == worker and attempt == its_attempt then
+      heard(stream, entry)
+      return record(id)
+    end
+  end
 end
 
 -- The one way to end a job. The entry of a job that never ran stays queued until a claim comes across it.
@@ -268,8 +288,11 @@ end
 
 -- KEYS: queue streams, most urgent first. Returns {the started job, nothing}, or if there is none
 -- {nothing, the entry of each stream after which to wait for more}.
-function commands.claim(worker)
-  local seen = {}
+function commands.claim(worker, token)
+  local before, seen = started_before(worker, token), {}
+  if before then
+    return { before, {} }
+  end
   for index, stream in ipairs(KEYS) do
     for _ = 1, SKIPS do
       local entry, id = read_new(stream)
@@ -280,7 +303,7 @@ function commands.claim(worker)
       end
       local status, current = fields(id, 'status', 'entry')
       if status == 'waiting' and current == entry then
-        return { start(id, stream, entry, worker), {} }
+        return { start(id, stream, entry, worker, token), {} }
       elseif status ~= 'running' then -- it ended before its turn; a running one is seen again if its group was lost
         drop(stream, entry)
       end
@@ -291,7 +314,11 @@ function commands.claim(worker)
 end
 
 -- KEYS as for claim. Returns {the restarted job, nothing}; empty if no entry is idle.
-function commands.reclaim(worker)
+function commands.reclaim(worker, token)
+  local before = started_before(worker, token)
+  if before then
+    return { before, {} }
+  end
   for _, stream in ipairs(KEYS) do
     local function idle()
       local pending = redis.pcall('XPENDING', stream, GROUP, 'IDLE', CLAIM_IDLE_MS, '-', '+', 1)
@@ -314,7 +341,7 @@ function commands.reclaim(worker)
           'attempts', attempt, 'error', DEAD_LETTER_ERROR, 'request', fields(id, 'request'))
       else
         call('XCLAIM', stream, GROUP, CONSUMER, 0, entry, 'JUSTID')
-        return { start(id, stream, entry, worker), {} }
+        return { start(id, stream, entry, worker, token), {} }
       end
     end
   end
@@ -326,8 +353,7 @@ function commands.heartbeat(id, worker, attempt, stream, entry)
     return 'lost'
   end
   local cancel = fields(id, 'cancel')
-  -- Resets its idle time and nothing else. A lost group is claim's to mend.
-  redis.pcall('XCLAIM', stream, GROUP, CONSUMER, 0, entry, 'JUSTID')
+  heard(stream, entry)
   return cancel and 'cancelled' or 'ok'
 end
 

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
+from typing import Any
 
 from redis.asyncio import Redis
 from ulid import ULID
@@ -77,6 +78,8 @@ class JobQueue(QueueConnection):
         """``blocking`` is for reads of up to ``LONGEST_BLOCK`` seconds: its socket timeout must exceed that."""
         super().__init__(redis, blocking, settings)
         self._hub = EventHub(blocking)
+        self._unanswered: dict[str, str] = {}
+        """Token of a worker's last call for a job, if that had no answer."""
 
     async def close(self) -> None:
         await self._hub.close()
@@ -296,7 +299,7 @@ class JobQueue(QueueConnection):
         """Runs claim or reclaim; a caller cancelled meanwhile gives back what it took, for no one would run it."""
         if not streams:
             return None, []
-        running = asyncio.ensure_future(self._run(command, worker_id, streams=streams))
+        running = asyncio.ensure_future(self._ask(command, worker_id, streams))
         try:
             record, seen = await asyncio.shield(running)
         except asyncio.CancelledError:
@@ -306,6 +309,15 @@ class JobQueue(QueueConnection):
                     await self.release(_claim(worker_id, record))
             raise
         return _claim(worker_id, record) if record else None, seen
+
+    async def _ask(self, command: str, worker_id: str, streams: Sequence[str]) -> Any:
+        """Runs claim or reclaim; the next call after one without an answer gets the job that one may have started."""
+        token = self._unanswered.pop(worker_id, None) or str(ULID())
+        try:
+            return await self._run(command, worker_id, token, streams=streams)
+        except Unavailable:
+            self._unanswered[worker_id] = token
+            raise
 
 
 def _streams(models: Sequence[str]) -> list[str]:

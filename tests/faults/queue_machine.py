@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from service import keys
 from service.errors import IdempotencyConflict, NotFound, NotReady, QueueFull, Unavailable
 from service.events import TERMINAL_EVENTS, Cancelled, Failed, Started
-from service.queue import Claim, Heartbeat
+from service.queue import Claim, Heartbeat, _proof
 from service.queue_records import EVENT
 from service.schemas import Job as RealJob
 from service.schemas import JobError, Priority
@@ -61,7 +61,9 @@ class QueueMachine(RuleBasedStateMachine):
         self.jobs: list[str] = []  # every id and claim ever given
         self.claims: list[Claim] = []
         self.ended: list[RealJob] = []
+        self.untold: dict[str, Claim] = {}  # by worker: what it took last, if no answer told it
         rig.client.flushall()
+        rig.forget_calls()
         rig.gateway.on_ended = rig.worker.on_ended = self.ended.append
 
     def teardown(self) -> None:
@@ -170,6 +172,8 @@ class QueueMachine(RuleBasedStateMachine):
         taken = self.call(self.rig.worker.claim(worker, models, block_seconds=0))
         expected = self.model.next_up(models)
         self.check_ended()
+        if self.told_at_last(worker, taken):
+            return
         if taken is None:
             require(not expected, "a waiting job was not given out")
         else:
@@ -177,6 +181,34 @@ class QueueMachine(RuleBasedStateMachine):
             self.model.start(taken)
             self.claims.append(taken)
             self.rig.tally["claims"] += 1
+
+    @rule(worker=WORKERS, models=MODELS)
+    def claim_is_not_answered(self, worker: str, models: list[str]) -> None:
+        """The queue server may have started a job then; later calls of the worker settle it."""
+        untold = self.untold.pop(worker, None)
+        taken = self.call(self.rig.unanswered(worker, models))
+        expected = self.model.next_up(models)
+        self.check_ended()
+        if untold and (job := self.model.owned(untold)):
+            job.idle = False
+            self.untold[worker] = untold
+        elif taken:
+            require(taken.job.id in expected, "the most urgent job goes first, told or not")
+            self.model.start(taken)
+            self.claims.append(taken)
+            self.untold[worker] = taken
+            self.rig.tally["unanswered claims"] += 1
+
+    def told_at_last(self, worker: str, taken: Claim | None) -> bool:
+        """Whether this answer is to the worker's call before it, which had none."""
+        untold = self.untold.pop(worker, None)
+        job = untold and self.model.owned(untold)
+        if not untold or not job:
+            return False
+        require(taken and _proof(taken) == _proof(untold), "the same claim, told at last")
+        job.idle = False
+        self.rig.tally["told at last"] += 1
+        return True
 
     @once_claimed
     @rule(worker=WORKERS, models=MODELS, silent=WHICH)
@@ -188,6 +220,8 @@ class QueueMachine(RuleBasedStateMachine):
             if job.id not in expired:
                 self.model.end_by_reclaim(job.id, models)
         self.check_ended()
+        if self.told_at_last(worker, taken):
+            return
         if taken is None:
             self.model.nothing_to_reclaim(models)
         else:

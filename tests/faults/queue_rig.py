@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Coroutine, Sequence
@@ -14,7 +15,7 @@ import redis
 from service import keys
 from service.embedded import EmbeddedServer
 from service.errors import Unavailable
-from service.queue import Claim, JobQueue
+from service.queue import Claim, JobQueue, _claim
 from service.settings import Settings
 
 T = TypeVar("T")
@@ -68,6 +69,29 @@ class Rig:
         """As if the claim's worker had been silent for longer than it may."""
         entry = [claim.entry_id]
         self.client.xclaim(claim.stream, keys.GROUP, keys.CONSUMER, 0, entry, idle=IDLE_MS + 1, justid=True)
+
+    async def unanswered(self, worker: str, models: Sequence[str]) -> Claim | None:
+        """A claim that the server carries out and the worker hears nothing of; what it took is for the test alone."""
+        queue, taken = self.worker, None
+        carry_out = queue._run
+
+        async def carried_out(*args: Any, **kwargs: Any) -> Any:
+            nonlocal taken
+            record, _ = await carry_out(*args, **kwargs)
+            taken = _claim(worker, record) if record else None
+            raise Unavailable("no answer")
+
+        queue._run = carried_out  # type: ignore[method-assign]
+        try:
+            with contextlib.suppress(Unavailable):
+                await queue.claim(worker, models, block_seconds=0)
+        finally:
+            queue._run = carry_out  # type: ignore[method-assign]
+        return taken
+
+    def forget_calls(self) -> None:
+        """As if all workers began anew."""
+        self.worker._unanswered.clear()
 
     def kill_server(self) -> None:
         self.server.kill()

@@ -40,7 +40,14 @@ def explore(rig: Rig, runs: int, steps: int, *, derandomize: bool) -> Counter[st
 
 def test_random_interleavings(rig: Rig) -> None:
     tally = explore(rig, 100, 30, derandomize=True)
-    for kind in ("reclaims", "stale acts refused", "expired unasked", "cancelled unasked", "submit: full"):
+    for kind in (
+        "reclaims",
+        "stale acts refused",
+        "told at last",
+        "expired unasked",
+        "cancelled unasked",
+        "submit: full",
+    ):
         assert tally[kind], f"no {kind}: the runs were in vain"
 
 

@@ -125,6 +125,23 @@ def test_row_06_redis_paused_during_a_submit(stack: Stack) -> None:
         assert gateway.metric("patchforge_http_requests_total", route="/v1/jobs", status="5xx") == 1
 
 
+def test_row_06_redis_paused_during_a_claim(stack: Stack) -> None:
+    """The server starts the job once it goes on, for a worker that has given up by then: the worker asks again."""
+    gateway = stack.start_gateway(claim_idle_seconds=600)
+    with tapped(stack.server.url) as tap:
+        worker = stack.start_worker(redis_url=tap.url, claim_idle_seconds=600)
+        gateway.await_ready()
+        stop(worker.pid)
+        job_id = gateway.submit(SHORT)
+        tap.once(b"\r\nclaim\r\n", lambda: stop(stack.server.pid))
+        os.kill(worker.pid, signal.SIGCONT)
+        worker.wait_for("queue server cannot be used", reason=AWAY)
+        os.kill(stack.server.pid, signal.SIGCONT)
+        job = gateway.ended(job_id)
+        assert (job["status"], job["attempt"]) == ("completed", 1)
+        assert not worker.lines("job taken over from a silent worker")
+
+
 def test_row_06_redis_paused_during_a_finish(stack: Stack) -> None:
     gateway = stack.start_gateway()
     with tapped(stack.server.url) as tap:
