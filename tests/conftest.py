@@ -17,6 +17,9 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
+# What tests share asserts too, and shall say what it found.
+pytest.register_assert_rewrite("tests.faults", "tests.service", "tests.model", "tests.e2e")
+
 
 @pytest.fixture(scope="session")
 def queue_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
