@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -13,17 +13,19 @@ from service.messages import Message
 class Adaptive(Message):
     """Each patch is evaluated when its own path bends too much to be extrapolated, and finishes when it can.
 
-    Tolerances are in units of the latents' standard deviation; with both at 0 this is `multistep`.
+    Tolerances are in units of the latents' standard deviation. With both at 0 this is `multistep`
+    or, of order 1, `euler`.
     """
 
     name: Literal["adaptive"] = "adaptive"
     exponent: float = Field(1.0, ge=0.25, le=4, description="Above 1, steps are finer near noise.")
+    order: int = Field(2, ge=1, le=2, description="Of extrapolation: 1 for a handful of steps, 2 for more.")
     tolerance: float = Field(0.1, ge=0, le=10, description="A patch finishes when its predicted error is below this.")
     skip_tolerance: float = Field(
         0.01, ge=0, le=10, description="A patch is not evaluated in a step whose predicted error is below this."
     )
-    guidance_from: float = Field(0.0, ge=0, le=1, description="Timestep from which guidance acts.")
-    guidance_until: float = Field(1.0, ge=0, le=1, description="Timestep from which it no longer does.")
+    guidance_from: float = Field(0.0, ge=0, le=1, description="Guidance acts in steps whose middle is at least here.")
+    guidance_until: float = Field(1.0, ge=0, le=1, description="… and before here.")
     refresh: int = Field(0, ge=0, le=200, description="Evaluate every patch every so many steps; 0: never again.")
     exact: bool = Field(False, description="Evaluate every patch in every step, for comparison.")
 
@@ -80,16 +82,36 @@ class Quality(StrEnum):
     HIGH = "high"
 
 
-PRESETS: dict[Quality, tuple[int, float]] = {
-    # steps, tolerance
-    Quality.DRAFT: (5, 0.25),
-    Quality.STANDARD: (8, 0.2),
-    Quality.HIGH: (16, 0.05),
+MAX_STEPS = 200
+
+
+class Preset(NamedTuple):
+    """What a preset makes of a model's own choice."""
+
+    steps: float
+    """So many times as many."""
+    tolerance: float
+    """So many times as large: both tolerances."""
+    order: int | None = None
+    """Instead of the model's own."""
+
+
+PRESETS: dict[Quality, Preset] = {
+    Quality.DRAFT: Preset(0.75, 1.5),
+    Quality.STANDARD: Preset(1, 1),
+    Quality.HIGH: Preset(4, 0.25, order=2),
 }
+UNTUNED = Adaptive(tolerance=0.2), 8
+"""Sampler and steps that presets start from where a model's own choice is another sampler: nothing is tuned there."""
 
 
-def preset(quality: Quality, usual: Sampler) -> tuple[Adaptive, int]:
-    """The sampler and steps of a preset, for a model whose own choice is ``usual``: what is tuned there is kept."""
-    steps, tolerance = PRESETS[quality]
-    chosen = usual if isinstance(usual, Adaptive) else Adaptive()
-    return chosen.model_copy(update={"tolerance": tolerance}), steps
+def preset(quality: Quality, usual: Sampler, steps: int) -> tuple[Adaptive, int]:
+    """The sampler and steps of a preset, for a model whose own choice is ``usual`` in so many steps."""
+    base, its_steps = (usual, steps) if isinstance(usual, Adaptive) else UNTUNED
+    chosen = PRESETS[quality]
+    options = {
+        "order": chosen.order or base.order,
+        "tolerance": round(chosen.tolerance * base.tolerance, 6),
+        "skip_tolerance": round(chosen.tolerance * base.skip_tolerance, 6),
+    }
+    return base.model_copy(update=options), min(MAX_STEPS, max(1, round(chosen.steps * its_steps)))

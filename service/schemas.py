@@ -9,10 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from service.messages import Message, field_error
-from service.sampler_options import Quality, Sampler
+from service.sampler_options import MAX_STEPS, Quality, Sampler
 
 MAX_IMAGES = 10
-MAX_STEPS = 200
 MAX_PROMPT = 2000
 MAX_SEED = 2**63 - 1
 MIN_SIDE, MAX_SIDE = 16, 2048

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,15 +17,13 @@ from model.pipeline import Pipeline
 from model.samplers import Sampler
 from model.samplers.adaptive import Adaptive, AdaptiveState
 
-STEPS = 10
-FIRST = 2
-"""Evaluations before there is a bend to predict from."""
-
 
 @dataclass(frozen=True)
 class Leap:
     """Of the patches of all pictures, had they leapt at ``time``."""
 
+    steps: int
+    """Of the run."""
     time: float
     measured: float
     """Root mean square distance of where they would have landed from where all steps led them."""
@@ -40,12 +38,10 @@ class Leap:
 
 
 def measure_leaps(
-    pipeline: Pipeline, conditions: Sequence[Condition], seeds: Sequence[int], guidance: float, until: float
+    pipeline: Pipeline, conditions: Sequence[Condition], seeds: Sequence[int], served: Adaptive
 ) -> list[Leap]:
-    """One row a step: of runs in which every patch is evaluated in every step and none leaps."""
-    sampler = Adaptive(
-        pipeline.grid, STEPS, guidance, tolerance=0.0, skip_tolerance=0.0, guidance_until=until, exact=True
-    )
+    """One row a step from which a bend is known: of runs as ``served``, but no patch leaps or is left out."""
+    sampler = replace(served, tolerance=0.0, skip_tolerance=0.0, exact=True)
     every: Sampler[Any] = sampler
     runs = [Trajectory.begin(every, c, pipeline.noise(s)) for c, s in zip(conditions, seeds, strict=True)]
     seen: list[tuple[float, Tensor, Tensor, Tensor]] = []
@@ -53,7 +49,7 @@ def measure_leaps(
     def look(live: list[Trajectory]) -> None:
         states = [each.state for each in live if isinstance(each.state, AdaptiveState)]
         time = sampler.time(states[0].step - 1)
-        if states[0].step > FIRST:
+        if states[0].step > sampler.order:
             errors = [sampler.leap_errors(state, time) for state in states]
             bend, variance = (torch.stack(each).cpu() for each in zip(*errors, strict=True))
             seen.append((time, bend, variance, torch.stack([state.estimate for state in states])))
@@ -61,12 +57,12 @@ def measure_leaps(
     run(pipeline.denoiser, runs, look)
     ends = torch.stack([each.state.x for each in runs])
     return [
-        leap_of(time, bend, variance, (landed - ends).square().mean(-1).sqrt().cpu())
+        leap_of(sampler.steps, time, bend, variance, (landed - ends).square().mean(-1).sqrt().cpu())
         for time, bend, variance, landed in seen[:-1]  # from the last step there is nothing to leap over
     ]
 
 
-def leap_of(time: float, bend: Tensor, variance: Tensor, measured: Tensor) -> Leap:
+def leap_of(steps: int, time: float, bend: Tensor, variance: Tensor, measured: Tensor) -> Leap:
     """From ``(n, P)`` each; intervals are bootstraps over pictures."""
 
     def over(predicted: Tensor) -> Interval:
@@ -74,6 +70,7 @@ def leap_of(time: float, bend: Tensor, variance: Tensor, measured: Tensor) -> Le
 
     both = (bend * variance).sqrt()
     return Leap(
+        steps=steps,
         time=time,
         measured=float(measured.square().mean().sqrt()),
         by_both=over(both),

@@ -50,8 +50,8 @@ PAPER = (
 """The paper's samplers at 100 network evaluations, every patch in each."""
 UNIFORM = (
     *(Configuration("multistep", {"steps": steps, "exponent": 1.25}) for steps in (3, 4, 5, 6, 8, 12)),
-    *(Configuration("heun", {"steps": steps}) for steps in (3, 5)),
-    *(Configuration("euler", {"steps": steps}) for steps in (8, 16, 32)),
+    *(Configuration("heun", {"steps": steps}) for steps in (2, 3, 5)),
+    *(Configuration("euler", {"steps": steps}) for steps in (3, 4, 5, 6, 8, 16)),
 )
 PAPER_CHEAPER = (
     Configuration("look_ahead", {"steps": 16}),

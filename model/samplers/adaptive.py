@@ -15,8 +15,9 @@ CALIBRATION = 0.5
 """Measured error of a leap to t = 1, over the geometric mean of what the path's bend and the network's own
 uncertainty predict of it; either alone is off by a factor that changes with t. `model.evaluation.leap` measures it,
 and docs/samplers.md has what came out."""
-MAX_REACH = 2.0
-"""Kept keys and values are not extrapolated further than this, in units of what lay between the last two."""
+MAX_REACH = 0.5
+"""Kept keys and values are not extrapolated further than this, in units of what lay between the last two. Further is
+worse: beside neighbours that are shown so, patches come out mottled."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,21 @@ class AdaptiveState(State):
 class Adaptive(Sampler[AdaptiveState]):
     """Multistep, early finish and selective guidance, all by one rule: is the error of extrapolating small enough?
 
-    Every patch keeps its last two velocities, per guidance branch, and moves on the line through them (second order
-    with unequal steps, Adams-Bashforth 2). The last three tell how much its path bends, which predicts the error of
-    going on without a new evaluation. Where that is small over one step, the patch is skipped; where it is small all
-    the way to t = 1, together with the error ``(1 − t)·σ`` that the network itself expects, the patch finishes: it
-    leaps there and is never evaluated again. Whatever is not evaluated shows the others keys and values that are
-    extrapolated as its velocity is, at the time that all have reached. So finished patches do not lead: models have
-    hardly seen clean patches among noisy ones, and in our trials such context cost more than finishing saved.
+    Every patch keeps its last velocities, per guidance branch, and moves on the line through two of them (order 2 with
+    unequal steps, Adams-Bashforth 2) or on the latest (order 1, Euler). One more tells how much its path bends, which
+    predicts the error of going on without a new evaluation. Where that is small over one step, the patch is skipped;
+    where it is small all the way to t = 1, together with the error ``(1 − t)·σ`` that the network itself expects, the
+    patch finishes: it leaps there and is never evaluated again. Whatever is not evaluated shows the others keys and
+    values that are extrapolated as its velocity is, at the time that all have reached. So finished patches do not lead:
+    models have hardly seen clean patches among noisy ones, and in our trials such context cost more than finishing
+    saved.
 
-    Grid point k lies at ``(k / steps)^exponent``. With both tolerances at 0 this is `Multistep`.
+    Grid point k lies at ``(k / steps)^exponent``. With both tolerances at 0 this is `Multistep`, or `Euler`.
     """
 
     exponent: float = 1.0
+    order: int = 2
+    """Of extrapolation, 1 or 2. In a handful of steps the lower order makes the better pictures, in many the higher."""
     tolerance: float = 0.1
     """A patch finishes when the predicted error of going straight to t = 1 is below it, in units of the latents'
     standard deviation."""
@@ -62,7 +66,8 @@ class Adaptive(Sampler[AdaptiveState]):
     """A patch, or its null branch, is not evaluated in a step whose predicted error is below it; same units."""
     guidance_from: float = 0.0
     guidance_until: float = 1.0
-    """Guidance acts at times from the one up to the other; outside, only the conditional branch runs."""
+    """Guidance acts in the steps whose middle lies from the one up to the other; in others, only the conditional branch
+    runs."""
     refresh: int = 0
     """Every so many steps every patch is evaluated, so that finished and known ones show the others fresh keys and
     values; 0: only in the first step."""
@@ -72,6 +77,7 @@ class Adaptive(Sampler[AdaptiveState]):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0.25 <= self.exponent <= 4, "exponent", "must be between 0.25 and 4")
+        require(self.order in (1, 2), "order", "must be 1 or 2")
         require(0 <= self.tolerance <= 10, "tolerance", "must be between 0 and 10")
         require(0 <= self.skip_tolerance <= 10, "skip_tolerance", "must be between 0 and 10")
         require(0 <= self.guidance_from <= 1, "guidance_from", "must be between 0 and 1")
@@ -106,7 +112,7 @@ class Adaptive(Sampler[AdaptiveState]):
         if state.step == self.steps:
             return None
         time = self._at(state, state.step)
-        guided = self._guided_span(time, self.time(state.step + 1))[2] > 0
+        guided = self._guides(time, self.time(state.step + 1))
         wants_null = guided and (state.null_due is None or state.null_due.numel() > 0)
         times: tuple[float, ...] = (time,)
         index = None
@@ -158,7 +164,7 @@ class Adaptive(Sampler[AdaptiveState]):
         """Let the patches leap to t = 1 that were just evaluated and for which this is good enough."""
         time = self._at(state, state.step)
         going = state.times < 1
-        displacement = self._displacement(state, time, 1.0)
+        displacement = self._leap(state, time)
         seen = torch.where(going[:, None], state.x + displacement, state.x)
         state = replace(state, estimate=seen)
         if self.tolerance == 0 or state.conditional is None:
@@ -174,10 +180,22 @@ class Adaptive(Sampler[AdaptiveState]):
             leap=torch.where(leaping[:, None], displacement / (1 - time), leap),
         )
 
+    def _leap(self, state: AdaptiveState, time: float) -> Tensor:
+        """``(P, D)``: how far it is from ``time`` to t = 1. Guidance acts in the step ahead only: what it would add
+        after the next evaluation has little to do with what it adds now, and in part takes that back."""
+        if state.conditional is None:
+            return torch.zeros_like(state.x)
+        ahead = (1 - time) * state.conditional.extrapolate((time + 1) / 2, self.order)
+        return ahead + self._push(state, time, self.time(state.step + 1))
+
     def leap_errors(self, state: AdaptiveState, time: float) -> tuple[Tensor, Tensor]:
         """``(P,)`` each: the error of leaping from ``time`` to t = 1 that a patch's path, by its bend, and the network,
         by its variance, let expect; root mean squares."""
-        return self._error(state, time, 1.0), (1 - time) * state.difficulty.sqrt()
+        if state.conditional is None:
+            bend = torch.full_like(state.times, torch.inf)
+        else:
+            bend = state.conditional.error(time, 1.0, self.order)
+        return bend + self._push_error(state, time, self.time(state.step + 1)), (1 - time) * state.difficulty.sqrt()
 
     def _move(self, state: AdaptiveState) -> AdaptiveState:
         """One step on what is known, for every patch that has not finished."""
@@ -194,55 +212,53 @@ class Adaptive(Sampler[AdaptiveState]):
     def _look(self, state: AdaptiveState) -> AdaptiveState:
         """Decide what has to be evaluated before the next step."""
         start, end = self._at(state, state.step), self.time(state.step + 1)
-        low, high, guided = self._guided_span(start, end)
         if self.exact:
             return replace(state, due=None, null_due=None)
+        guided = self._guides(start, end)
         going = state.times < 1
         due = null = going
         if state.conditional is not None:
-            due = null = going & (state.conditional.error(start, end) >= self.skip_tolerance)
-        if guided > 0 and state.delta is not None:
+            due = null = going & (state.conditional.error(start, end, self.order) >= self.skip_tolerance)
+        if guided and state.delta is not None:
             # Where a delta is due, its velocity is too: the two are known of the same moment only.
-            null = going & (abs(self.guidance - 1) * state.delta.error(low, high) >= self.skip_tolerance)
+            null = going & (self._push_error(state, start, end) >= self.skip_tolerance)
             due = due | null
         left, due, null = torch.stack([going, due, null]).cpu()  # the one time a step that the device is waited for
         renewed = self.refresh > 0 and state.step % self.refresh == 0
-        unknown = state.conditional is None or (guided > 0 and state.delta is None)
+        unknown = state.conditional is None or (guided and state.delta is None)
         if bool(left.any()) and (renewed or unknown):
             return replace(state, due=None, null_due=None)
         patches = due.nonzero()[:, 0]
         nulls = null[patches].nonzero()[:, 0]
         return replace(state, due=patches.to(state.x.device), null_due=nulls.to(state.x.device))
 
-    def _guided_span(self, start: float, end: float) -> tuple[float, float, float]:
-        """The part of a stretch in which guidance acts: from, to, and its length."""
-        if self.guidance == 1:
-            return start, start, 0.0
-        low, high = max(start, self.guidance_from), min(end, self.guidance_until)
-        return low, high, max(0.0, high - low)
+    def _guides(self, start: float, end: float) -> bool:
+        """Does guidance act in this step?"""
+        return self.guidance != 1 and self.guidance_from <= (start + end) / 2 < self.guidance_until
 
     def _displacement(self, state: AdaptiveState, start: float, end: float) -> Tensor:
-        """``(P, D)``: how far the known velocities carry each patch from ``start`` to ``end``.
+        """``(P, D)``: how far the known velocities carry each patch in the step from ``start`` to ``end``.
 
         Guidance's ``v_u + s·(v_c − v_u)`` is taken as ``v_c + (s − 1)·(v_c − v_u)``, each on a line of its own.
         """
         if state.conditional is None:
             return torch.zeros_like(state.x)
-        moved = (end - start) * state.conditional.extrapolate((start + end) / 2)
-        low, high, length = self._guided_span(start, end)
-        if length > 0 and state.delta is not None:
-            moved = moved + (self.guidance - 1) * length * state.delta.extrapolate((low + high) / 2)
-        return moved
+        moved = (end - start) * state.conditional.extrapolate((start + end) / 2, self.order)
+        return moved + self._push(state, start, end)
 
-    def _error(self, state: AdaptiveState, start: float, end: float) -> Tensor:
-        """``(P,)``: predicted error of `_displacement`, root mean square over a patch's values."""
-        if state.conditional is None:
-            return torch.full_like(state.times, torch.inf)
-        error = state.conditional.error(start, end)
-        low, high, length = self._guided_span(start, end)
-        if length > 0 and state.delta is not None:
-            error = error + abs(self.guidance - 1) * state.delta.error(low, high)
-        return error
+    def _push(self, state: AdaptiveState, start: float, end: float) -> Tensor:
+        """``(P, D)``: what guidance adds in the step from ``start`` to ``end``."""
+        if state.delta is None or not self._guides(start, end):
+            return torch.zeros_like(state.x)
+        return (self.guidance - 1) * (end - start) * state.delta.extrapolate((start + end) / 2, self.order)
+
+    def _push_error(self, state: AdaptiveState, start: float, end: float) -> Tensor:
+        """``(P,)``: predicted error of `_push`, root mean square over a patch's values; all of it, where too few
+        evaluations tell more."""
+        if state.delta is None or not self._guides(start, end):
+            return torch.zeros_like(state.times)
+        error = state.delta.error(start, end, self.order)
+        return abs(self.guidance - 1) * torch.where(error.isinf(), state.delta.size(start, end), error)
 
     def _on_the_way(self, state: AdaptiveState, time: float) -> Tensor:
         """``(P, D)``: the state, but finished patches where they would be at ``time``; known ones stay clean."""

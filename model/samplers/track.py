@@ -21,6 +21,9 @@ class Track:
     """``(P,)``: when ``latest`` was evaluated."""
     before: Tensor
     """``(P,)``: when ``earlier`` was; equal to ``at`` where there is only one value."""
+    slope: Tensor
+    """``(P,)``: first divided difference of the last two values, root mean square over a patch; infinite before there
+    are two."""
     curvature: Tensor
     """``(P,)``: second divided difference of the last three values, root mean square over a patch; infinite before
     there are three."""
@@ -30,7 +33,7 @@ class Track:
         """One that knows nothing yet, for values like ``like`` ``(P, D)``."""
         unknown = like.new_full(like.shape[:1], torch.nan)
         return cls(
-            torch.zeros_like(like), torch.zeros_like(like), unknown, unknown, torch.full_like(unknown, torch.inf)
+            torch.zeros_like(like), torch.zeros_like(like), unknown, unknown, *2 * [torch.full_like(unknown, torch.inf)]
         )
 
     def record(self, patches: Tensor, values: Tensor, time: float) -> Self:
@@ -39,12 +42,14 @@ class Track:
         first = at.isnan()
         # The error of a line through two points, at a third, is the second divided difference times both distances.
         missed = (values - self.extrapolate(time)[patches]).square().mean(dim=1).sqrt()
+        slope = torch.where(first, torch.inf, (values - latest).square().mean(dim=1).sqrt() / (time - at))
         curvature = torch.where(at > before, missed / ((time - at) * (time - before)), torch.inf)
         return type(self)(
             latest=self.latest.index_copy(0, patches, values),
             earlier=self.earlier.index_copy(0, patches, torch.where(first[:, None], values, latest)),
             at=self.at.index_fill(0, patches, time),
             before=self.before.index_copy(0, patches, torch.where(first, time, at)),
+            slope=self.slope.index_copy(0, patches, slope),
             curvature=self.curvature.index_copy(0, patches, curvature),
         )
 
@@ -53,13 +58,22 @@ class Track:
         span = self.at - self.before
         return torch.where(span > 0, (time - self.at) / span, 0.0)
 
-    def extrapolate(self, time: float) -> Tensor:
-        """``(P, D)``: the line through both values, at ``time``; the one value where there is only one."""
+    def extrapolate(self, time: float, order: int = 2) -> Tensor:
+        """``(P, D)``: the line through both values, at ``time``; the latest where there is only one, or of order 1."""
+        if order == 1:
+            return self.latest
         return torch.lerp(self.earlier, self.latest, 1 + self.reach(time)[:, None])
 
-    def error(self, start: float, end: float) -> Tensor:
+    def error(self, start: float, end: float, order: int = 2) -> Tensor:
         """``(P,)``: root mean square error of moving from ``start`` to ``end`` on the extrapolated values, if their
-        second derivative stays as it was."""
+        derivative of that order stays as it was; infinite before ``order + 1`` values tell it."""
         middle = (start + end) / 2
-        error = (end - start) * self.curvature * (middle - self.at) * (middle - self.before)
+        changed = self.slope if order == 1 else self.curvature * (middle - self.before)
+        error = (end - start) * changed * (middle - self.at)
         return error.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+    def size(self, start: float, end: float) -> Tensor:
+        """``(P,)``: how far the latest value moves a patch from ``start`` to ``end``, root mean square over its values;
+        infinite before there is one."""
+        size = (end - start) * self.latest.square().mean(dim=1).sqrt()
+        return torch.where(self.at.isnan(), torch.inf, size)

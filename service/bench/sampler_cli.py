@@ -16,7 +16,8 @@ from service.bench_plots import plot_samplers
 from service.cli_errors import typed_errors
 from service.document import replace_between
 from service.errors import InvalidRequest
-from service.sampler_options import PRESETS, Adaptive, preset
+from service.sampler_options import PRESETS, Adaptive, Quality, preset
+from service.worker.cards import model_card
 
 if TYPE_CHECKING:
     from model.evaluation.sampler_bench import Configuration, Gallery, Row, SamplerBench
@@ -34,13 +35,11 @@ PROMPTS = (
 )
 
 
-EARLY_END = 0.6
-"""Where guidance ends in the shipped models' own choice."""
 REAL = "real pictures of the same prompts"
 COSTS = "sampler", "patch evaluations", "saved", "seconds", "GFLOP", "floor, s", "PSNR, dB", "finished by half"
 QUALITY = "FD", "FD − paper's", "top 1", "top 5", "top 5 − paper's"
 VERDICT = "ours", "beside", "patch evaluations", "seconds"
-LEAPS = "t", "measured", "÷ both, geometric mean", "÷ bend alone", "÷ variance alone", "rank correlation"
+LEAPS = "steps", "t", "measured", "÷ both, geometric mean", "÷ bend alone", "÷ variance alone", "rank correlation"
 
 
 def sampler(
@@ -73,8 +72,16 @@ def sampler(
             wanted, gallery = _gallery(pipeline, data, pictures)
         chosen = pipeline.manifest.defaults.guidance if guidance is None else guidance
         bench = SamplerBench(pipeline, wanted, chosen, gallery, seed)
-        families = {"paper": PAPER if gallery else (), "uniform": UNIFORM, "uniform, guidance ended": _guidance_ended()}
-        families |= {"paper, cheaper": PAPER_CHEAPER, "adaptive": _presets(pipeline), "adaptive, in part": _parts()}
+        families = {
+            "paper": PAPER if gallery else (),
+            "uniform": UNIFORM,
+            "uniform, guidance interval": _guided_in_part(pipeline),
+        }
+        families |= {
+            "paper, cheaper": PAPER_CHEAPER,
+            "adaptive": _presets(pipeline),
+            "adaptive, in part": _parts(pipeline),
+        }
         rows: dict[str, list[Row]] = {}
         for family, configurations in families.items():
             rows[family] = []
@@ -104,30 +111,39 @@ def sampler(
             plot_samplers(rows, plot)
 
 
-def _presets(pipeline: Pipeline) -> tuple[Configuration, ...]:
+def _presets(pipeline: Pipeline) -> list[Configuration]:
     """The presets as this model serves them."""
-    from model.evaluation.sampler_bench import Configuration
-    from service.worker.cards import model_card
-
-    usual = model_card(pipeline.manifest).sampler
-    chosen = [preset(quality, usual) for quality in PRESETS]
-    return tuple(Configuration("adaptive", {"steps": n} | each.model_dump(exclude={"name"})) for each, n in chosen)
+    card = model_card(pipeline.manifest)
+    return [_configuration(*preset(quality, card.sampler, card.steps)) for quality in PRESETS]
 
 
-def _parts() -> tuple[Configuration, ...]:
-    """What each part of adaptive does by itself, without ending guidance."""
+def _configuration(chosen: Adaptive, steps: int) -> Configuration:
     from model.evaluation.sampler_bench import Configuration
 
-    parts = ({"tolerance": 0.2, "skip_tolerance": 0.0}, {"tolerance": 0.0, "skip_tolerance": 0.01})
-    return tuple(Configuration("adaptive", {"steps": 8} | part) for part in parts)
+    return Configuration("adaptive", {"steps": steps} | chosen.model_dump(exclude={"name"}))
 
 
-def _guidance_ended() -> tuple[Configuration, ...]:
-    """Uniform second-order steps that end guidance early: all that adaptive does, but nothing by patch."""
-    from model.evaluation.sampler_bench import Configuration
+def _parts(pipeline: Pipeline) -> list[Configuration]:
+    """What each part of adaptive does by itself: finishing, skipping, and both without a guidance interval."""
+    standard, steps = _standard(pipeline)
+    throughout = {"guidance_from": 0.0, "guidance_until": 1.0}
+    parts: tuple[dict[str, float], ...] = ({"skip_tolerance": 0.0}, {"tolerance": 0.0}, throughout)
+    return [_configuration(standard.model_copy(update=part), steps) for part in parts]
 
-    plain = {"tolerance": 0.0, "skip_tolerance": 0.0, "guidance_until": EARLY_END}
-    return tuple(Configuration("adaptive", {"steps": steps} | plain) for steps in (4, 5, 6, 8))
+
+def _guided_in_part(pipeline: Pipeline) -> list[Configuration]:
+    """Uniform steps, of first and second order, in the guidance interval of the model's own choice: all that adaptive
+    does, but nothing by patch."""
+    standard, _ = _standard(pipeline)
+    uniform = standard.model_copy(update={"tolerance": 0.0, "skip_tolerance": 0.0})
+    return [
+        _configuration(uniform.model_copy(update={"order": order}), steps) for order in (1, 2) for steps in (3, 4, 5, 6)
+    ]
+
+
+def _standard(pipeline: Pipeline) -> tuple[Adaptive, int]:
+    card = model_card(pipeline.manifest)
+    return preset(Quality.STANDARD, card.sampler, card.steps)
 
 
 def _gallery(pipeline: Pipeline, data: Path, count: int) -> tuple[list[str], Gallery]:
@@ -174,21 +190,18 @@ def _name(row: Row) -> str:
 
 
 def leap_lines(bench: SamplerBench, pipeline: Pipeline) -> list[list[str]]:
-    """One line a time from which patches might leap, with the bundle's own guidance interval."""
+    """One line a time from which patches might leap, in the steps and guidance interval of each preset."""
     from model.evaluation.leap import measure_leaps
-    from service.worker.cards import model_card
+    from model.samplers import Adaptive as AdaptiveSampler
 
-    choice = model_card(pipeline.manifest).sampler
-    until = choice.guidance_until if isinstance(choice, Adaptive) else 1.0
-    leaps = measure_leaps(pipeline, bench.conditions, bench.seeds, bench.guidance, until)
-    return [
-        [
-            f"{each.time:.2f}",
-            f"{each.measured:.3f}",
-            *map(str, (each.by_both, each.by_bend, each.by_variance, each.rank)),
-        ]
-        for each in leaps
-    ]
+    lines = []
+    for configuration in _presets(pipeline):
+        served = pipeline.sampler("adaptive", guidance=bench.guidance, **configuration.options)
+        assert isinstance(served, AdaptiveSampler)
+        for each in measure_leaps(pipeline, bench.conditions, bench.seeds, served):
+            ratios = map(str, (each.by_both, each.by_bend, each.by_variance, each.rank))
+            lines.append([str(each.steps), f"{each.time:.2f}", f"{each.measured:.3f}", *ratios])
+    return lines
 
 
 def _shown(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
@@ -209,7 +222,7 @@ def verdict_lines(rows: dict[str, list[Row]]) -> list[list[str]]:
         return []
     paper = min(rows["paper"], key=lambda row: row.quality.distance.value if row.quality else 0.0)
     others = {"the paper's best at 100 network evaluations": paper}
-    for family in ("uniform", "uniform, guidance ended"):
+    for family in ("uniform", "uniform, guidance interval"):
         if (cheapest := cheapest_equal(rows[family])) is not None:
             others[f"the cheapest equal {family}"] = cheapest
     presets = list(zip(PRESETS, rows["adaptive"], strict=True))

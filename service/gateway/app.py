@@ -27,7 +27,6 @@ from service.gateway.telemetry import Measured
 from service.gateway.tls import certificate
 from service.metrics import GatewayMetrics
 from service.queue import JobQueue
-from service.sampler_options import PRESETS
 from service.schemas import Job
 from service.settings import Settings
 
@@ -98,9 +97,8 @@ def _add_playground(app: FastAPI) -> None:
 
     @app.get("/playground/server.json", include_in_schema=False)
     async def server() -> dict[str, Any]:
-        presets = {quality: {"steps": steps, "tolerance": tolerance} for quality, (steps, tolerance) in PRESETS.items()}
-        # The port is for its snippets: a page knows only where it came from itself.
-        return {"grpc_port": app.state.grpc_port, "presets": presets}
+        # For the page's snippets: it knows only where it came from itself.
+        return {"grpc_port": app.state.grpc_port}
 
     app.mount("/playground", files)
 

@@ -236,7 +236,7 @@ def fill(request: GenerationRequest, card: ModelCard) -> GenerationRequest:
     quality = request.quality
     if request.image is not None and quality is None and not isinstance(card.sampler, Adaptive):
         quality = Quality.STANDARD  # for the model's own sampler cannot start from a picture
-    sampler, steps = preset(quality, card.sampler) if quality else (card.sampler, card.steps)
+    sampler, steps = preset(quality, card.sampler, card.steps) if quality else (card.sampler, card.steps)
     chosen = {
         "model": card.name,
         "seed": secrets.randbelow(SEEDS),

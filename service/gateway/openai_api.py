@@ -14,6 +14,7 @@ from service.gateway.drawing import Caller, Drawing
 from service.gateway.images_request import EditRequest, ImagesRequest
 from service.gateway.multipart import form_body, form_body_schema
 from service.gateway.streams import EventStream, unless_gone
+from service.sampler_options import Quality, preset
 from service.schemas import ModelCard
 from service.settings import Settings
 
@@ -101,10 +102,12 @@ async def _answer(request: Request, settings: Settings, drawing: Drawing) -> Res
 
 
 def _model(card: ModelCard) -> dict[str, Any]:
+    chosen = {quality: preset(quality, card.sampler, card.steps) for quality in Quality}
+    presets = {name: {"sampler": sampler.model_dump(), "steps": steps} for name, (sampler, steps) in chosen.items()}
     return {
         "id": card.name,
         "object": "model",
         "created": card.created,
         "owned_by": "patchforge",
-        "patchforge": card.model_dump(mode="json"),
+        "patchforge": card.model_dump(mode="json") | {"presets": presets},
     }

@@ -75,5 +75,5 @@ def mixed_traffic(pipelines: dict[str, Pipeline], count: int, seed: int, presets
 def _preset(pipeline: Pipeline, chance: Random) -> dict[str, Any]:
     [(_, quality)] = chance.choices(QUALITIES, [weight for weight, _ in QUALITIES])
     card = model_card(pipeline.manifest)
-    sampler, steps = preset(quality, card.sampler)
+    sampler, steps = preset(quality, card.sampler, card.steps)
     return {"sampler": sampler.model_dump(), "steps": steps, "guidance": card.guidance}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,8 +12,8 @@ from model.denoiser import Denoiser, active_patches
 from model.errors import ParameterError
 from model.generate import Trajectory, run
 from model.guidance import Branch
-from model.samplers import Adaptive, Multistep, make_sampler
-from model.samplers.adaptive import AdaptiveState
+from model.samplers import Adaptive, Sampler, make_sampler
+from model.samplers.adaptive import MAX_REACH, AdaptiveState
 from model.samplers.track import Track
 from model.types import Grid, Plan, Prediction
 from tests.model.networks import denoisers
@@ -73,18 +75,20 @@ def test_what_is_not_evaluated_shows_others_keys_and_values_at_the_time_all_have
     _, plans, _ = played(sampler, sampler.start(torch.zeros(16, 12)))
     drift = plans[3].drift[int(True)]
     assert drift[BENT].tolist() == [0.0] * 4, "evaluated afresh"
-    torch.testing.assert_close(drift[~BENT], torch.ones(12))  # one grid step beyond the last two, a step apart
-    assert plans[6].drift[1].max() == 2.0, "but never far"
+    assert drift[~BENT].tolist() == [MAX_REACH] * 12, "extrapolated, but not as far as one step beyond two a step apart"
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["class", "text"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_without_tolerance_it_is_multistep(kind: int, guidance: float) -> None:
+@pytest.mark.parametrize("order", [1, 2])
+def test_without_tolerance_it_is_the_uniform_sampler_of_its_order(kind: int, guidance: float, order: int) -> None:
     denoiser, conditions = denoisers()[kind]
-    adaptive = Adaptive(denoiser.grid, 5, guidance, exponent=1.25, tolerance=0.0, skip_tolerance=0.0)
-    uniform = Multistep(denoiser.grid, 5, guidance, exponent=1.25)
+    options: dict[str, float] = {"exponent": 1.25} if order == 2 else {}
+    adaptive = Adaptive(denoiser.grid, 5, guidance, order=order, tolerance=0.0, skip_tolerance=0.0, **options)  # type: ignore[arg-type]
+    uniform = make_sampler({1: "euler", 2: "multistep"}[order], denoiser.grid, 5, guidance, **options)
     noise = torch.randn(denoiser.grid.patches, denoiser.grid.values)
-    runs = [Trajectory.begin(each, conditions[0], noise) for each in (adaptive, uniform)]
+    both: tuple[Sampler[Any], ...] = (adaptive, uniform)
+    runs = [Trajectory.begin(each, conditions[0], noise) for each in both]
     run(denoiser, runs)
     torch.testing.assert_close(runs[0].state.x, runs[1].state.x, atol=2e-5, rtol=0)
     assert runs[0].patch_evaluations == runs[1].patch_evaluations == adaptive.dense_patch_evaluations
@@ -100,6 +104,35 @@ def test_outside_its_interval_guidance_costs_nothing() -> None:
     state, plans, _ = played(late, late.start(torch.zeros(16, 12)))
     assert [plan.guidance for plan in plans] == [1.0] * 4 + [3.0] * 4
     torch.testing.assert_close(state.x[~BENT], torch.full((12, 12), 1.5))
+
+
+def test_a_step_is_guided_if_its_middle_is() -> None:
+    guided = {
+        (0.0, 0.5): [3.0, 3.0, 1.0, 1.0],
+        (0.2, 0.75): [1.0, 3.0, 3.0, 1.0],
+        (0.125, 0.375): [3.0, 1.0, 1.0, 1.0],
+        (0.5, 0.5): [1.0] * 4,
+    }
+    for (low, high), expected in guided.items():
+        sampler = Adaptive(GRID, 4, 3.0, tolerance=0.0, skip_tolerance=0.0, guidance_from=low, guidance_until=high)
+        _, plans, _ = played(sampler, sampler.start(torch.zeros(16, 12)))
+        assert [plan.guidance for plan in plans] == expected
+
+
+def test_of_order_1_two_evaluations_are_enough_to_finish() -> None:
+    sampler = Adaptive(GRID, 4, 1.0, order=1, tolerance=0.05, skip_tolerance=0.0)
+    state, plans, states = played(sampler, sampler.start(torch.zeros(16, 12)))
+    assert [plan.active for plan in plans] == [16, 16, 4, 4]
+    assert states[1].times[~BENT].tolist() == [1.0] * 12
+    torch.testing.assert_close(state.x[~BENT], torch.ones(12, 12))
+
+
+def test_guidance_carries_a_leap_no_further_than_its_step() -> None:
+    sampler = Adaptive(GRID, 4, 3.0, order=1, tolerance=10.0, skip_tolerance=0.0, guidance_from=0.25)
+    state, plans, _ = played(sampler, sampler.start(torch.zeros(16, 12)))
+    assert [plan.active for plan in plans] == [16, 16]
+    # Velocity 1 all the way, and in the one step ahead twice the half that the null branch is behind.
+    torch.testing.assert_close(state.x[~BENT], torch.full((12, 12), 1.25))
 
 
 def test_the_null_branch_runs_only_for_patches_whose_guidance_bends() -> None:
@@ -217,10 +250,23 @@ def test_a_track_predicts_the_error_of_a_parabola_exactly() -> None:
     torch.testing.assert_close(track.reach(0.6), torch.ones(2))
 
 
+def test_the_error_of_holding_a_value_is_half_of_what_it_changes_by() -> None:
+    track = Track.begin(torch.zeros(2, 3))
+    assert track.size(0.0, 0.1).tolist() == [torch.inf] * 2, "nothing is known"
+    track = track.record(torch.tensor([0, 1]), torch.tensor([[2.0] * 3, [1.0] * 3]), 0.0)
+    assert track.error(0.0, 0.1, order=1).tolist() == [torch.inf] * 2, "one value does not tell a change"
+    assert track.size(0.0, 0.1).tolist() == pytest.approx([0.2, 0.1])
+    track = track.record(torch.tensor([0]), torch.tensor([[3.0] * 3]), 0.5)
+    torch.testing.assert_close(track.extrapolate(0.7, order=1), torch.tensor([[3.0] * 3, [1.0] * 3]))
+    # The value grows by 2 a unit of time: to 3.2 at 0.6, so by 0.1 on average on the way there.
+    assert track.error(0.5, 0.6, order=1)[0].item() == pytest.approx(0.1 * 0.1)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("exponent", 0.1),
+        ("order", 3),
         ("tolerance", -0.1),
         ("skip_tolerance", float("nan")),
         ("guidance_until", 1.5),

@@ -20,7 +20,7 @@ let form = null;
 let shelf = null;
 let running = []; // the runs in flight
 let keyNeeded = false;
-let server = { grpc_port: null, presets: {} };
+let server = { grpc_port: null };
 
 async function start() {
   api.onKeyNeeded(askForKey);
@@ -32,7 +32,7 @@ async function start() {
     return;
   }
   server = await api.server().catch(() => server);
-  form = new Form($("form"), schemas, cards, server.presets);
+  form = new Form($("form"), schemas, cards);
   $("form").inert = false;
   say("");
   try {

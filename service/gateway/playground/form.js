@@ -9,10 +9,8 @@ const MOST_SEED = 2 ** 32;
 const $ = (id) => document.getElementById(id);
 
 export class Form {
-  // `presets`: {name → steps and options of the adaptive sampler}, as the server's `quality` chooses them.
-  constructor(root, schemas, cards, presets) {
+  constructor(root, schemas, cards) {
     this.root = root;
-    this.presets = new Map(Object.entries(presets));
     this.samplers = samplersOf(schemas);
     this.cards = new Map(cards.map((card) => [card.name, card]));
     this.first = new SamplerPicker($("first"), this.samplers);
@@ -25,8 +23,7 @@ export class Form {
     $("model").replaceChildren(...[...this.cards.keys()].map((name) => new Option(name)));
     $("model").value = (cards.find(({ kind }) => kind === "text") ?? cards[0]).name;
     $("model").addEventListener("change", () => this.#showModel());
-    $("presets").hidden = this.presets.size === 0;
-    $("presets").addEventListener("change", ({ target }) => this.#choose(this.presets.get(target.value)));
+    $("presets").addEventListener("change", ({ target }) => this.#choose(this.card.presets[target.value]));
     $("dice").addEventListener("click", () => { $("seed").value = randomSeed(); });
     $("compare").addEventListener("change", () => this.#showCompare());
     $("steps").addEventListener("input", () => this.#showPreset());
@@ -133,7 +130,7 @@ export class Form {
     const names = this.source.size ? STARTERS : null;
     for (const picker of [this.first, this.second]) picker.allow(names);
     if (names && !names.includes(this.first.select.value)) {
-      this.#choose(this.presets.get("standard") ?? { steps: this.card.steps });
+      this.#choose(this.card.presets.standard);
     }
     if (this.comparing) this.#showCompare();
   }
@@ -145,18 +142,17 @@ export class Form {
     this.second.show({ name: others[0] ?? this.first.select.value });
   }
 
-  #choose({ steps, ...options }) {
-    const { sampler } = this.card;
+  #choose({ steps, sampler }) {
     $("steps").value = steps;
-    this.first.show({ ...(sampler.name === "adaptive" ? sampler : { name: "adaptive" }), ...options });
+    this.first.show(sampler);
     this.#showPreset();
   }
 
   #showPreset() {
     const shown = { ...this.first.read(), steps: Number($("steps").value) };
     for (const radio of $("presets").querySelectorAll("input")) {
-      const wanted = Object.entries(this.presets.get(radio.value) ?? {});
-      radio.checked = shown.name === "adaptive" && wanted.every(([key, value]) => shown[key] === value);
+      const { sampler, steps } = this.card.presets[radio.value];
+      radio.checked = Object.entries({ ...sampler, steps }).every(([key, value]) => shown[key] === value);
     }
   }
 }

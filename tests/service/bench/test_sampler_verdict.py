@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from model.bundle import open_bundle
 from model.evaluation import leap
 from model.evaluation.frechet import Interval
 from model.evaluation.sampler_bench import PictureQuality, Row, cheapest_equal
+from model.pipeline import Pipeline
 from service.bench.sampler_cli import leap_lines, verdict_lines
 
 CLOSE, FAR = Interval(0.5, -1.0, 2.0), Interval(4.0, 1.0, 7.0)
@@ -46,7 +46,7 @@ def test_the_verdict_holds_each_equal_preset_against_the_paper_and_both_uniform_
     rows = {
         "paper": [row("dual_loop", 4000, None, None), row("look_ahead", 3000)],
         "uniform": [row("multistep", 500, FAR), row("multistep", 800)],
-        "uniform, guidance ended": [row("adaptive", 600)],
+        "uniform, guidance interval": [row("adaptive", 600)],
         "paper, cheaper": [row("dual_loop", 900)],
         "adaptive": [row("adaptive", 200, FAR), row("adaptive", 400), row("adaptive", 700)],
         "adaptive, in part": [row("adaptive", 100)],
@@ -58,12 +58,13 @@ def test_the_verdict_holds_each_equal_preset_against_the_paper_and_both_uniform_
     assert verdict_lines(rows | {"uniform": []}) == []
 
 
-def test_leaps_are_measured_with_the_guidance_the_model_is_served_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaps_are_measured_as_the_model_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(leap, "measure_leaps", lambda *arguments: asked.append(arguments) or [])
-    manifest = open_bundle(Path(__file__).parents[3] / "model/bundles/emoji-text").manifest
-    pipeline: Any = SimpleNamespace(manifest=manifest)
+    pipeline = Pipeline.open(Path(__file__).parents[3] / "model/bundles/emoji-text")
     bench: Any = SimpleNamespace(conditions=[], seeds=[], guidance=3.0)
     assert leap_lines(bench, pipeline) == []
-    [(*_, until)] = asked
-    assert until == manifest.defaults.sampler.model_dump()["guidance_until"] < 1
+    draft, standard, high = [served for *_, served in asked]
+    assert standard == pipeline.default_sampler()
+    assert draft.steps < standard.steps < high.steps
+    assert draft.guidance_until == high.guidance_until == standard.guidance_until < 1

@@ -10,7 +10,7 @@ from playwright.async_api import Page, expect
 
 from service.events import PatchesFinished, Preview, Started
 from service.queue import JobQueue
-from service.sampler_options import PRESETS, SAMPLERS, Quality
+from service.sampler_options import SAMPLERS, Quality, preset
 from tests.service.gateway.browser import BROWSER, draw, grey, playground, turns
 from tests.service.gateway.harness import CARDS, ScriptedWorker, png
 
@@ -198,15 +198,19 @@ async def test_a_sampler_of_the_future_gets_its_knobs_too(page: Page) -> None:
     assert along[2] == 1
 
 
-async def test_presets_choose_steps_and_tolerance_of_the_adaptive_sampler(page: Page) -> None:
-    for quality, (steps, tolerance) in PRESETS.items():
+async def test_presets_choose_steps_and_options_of_the_adaptive_sampler(page: Page) -> None:
+    card = CARDS[0]
+    presets = {quality: preset(quality, card.sampler, card.steps) for quality in Quality}
+    for quality, (sampler, steps) in presets.items():
         await page.get_by_role("radio", name=quality.capitalize()).check(force=True)
         await expect(page.locator("#steps")).to_have_value(str(steps))
         await expect(page.locator("#sampler")).to_have_value("adaptive")
-        assert float(await page.input_value('#first [data-field="sampler.tolerance"]')) == tolerance
+        for name in ("tolerance", "skip_tolerance", "order"):
+            shown = await page.input_value(f'#first [data-field="sampler.{name}"]')
+            assert float(shown) == getattr(sampler, name)
     await page.fill("#steps", "11")
     assert await page.locator("#presets :checked").count() == 0
-    await page.fill("#steps", str(PRESETS[Quality.HIGH][0]))
+    await page.fill("#steps", str(presets[Quality.HIGH][1]))
     await expect(page.get_by_role("radio", name="High")).to_be_checked()
 
 

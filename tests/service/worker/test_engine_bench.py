@@ -8,9 +8,10 @@ import math
 import pytest
 
 from model.pipeline import Pipeline
-from service.sampler_options import PRESETS
+from service.sampler_options import Quality, preset
 from service.worker.bench_policies import OneAtATime, RequestLevel, StepLevel
 from service.worker.bench_traffic import Arrival, mixed_traffic
+from service.worker.cards import model_card
 from service.worker.engine_bench import (
     ONE,
     OURS,
@@ -95,7 +96,9 @@ def test_every_policy_serves_the_same_traffic_and_ours_changes_no_picture(
 def test_presets_are_served_as_the_models_would(pipelines: dict[str, Pipeline]) -> None:
     bare, presets = (mixed_traffic(pipelines, 100, seed=1, presets=presets) for presets in (False, True))
     adaptive = [each.request for each in presets if each.request.sampler and each.request.sampler.name == "adaptive"]
-    assert {each.steps for each in adaptive} == {steps for steps, _ in PRESETS.values()}
+    cards = [model_card(each.manifest) for each in pipelines.values()]
+    usual = {preset(quality, card.sampler, card.steps)[1] for quality in Quality for card in cards}
+    assert {each.steps for each in adaptive} == usual
     assert {each.guidance for each in adaptive} == {p.manifest.defaults.guidance for p in pipelines.values()}
     assert {repr(each.request.sampler) for each in bare} < {repr(each.request.sampler) for each in [*bare, *presets]}
 
