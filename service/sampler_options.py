@@ -91,7 +91,7 @@ class Preset(NamedTuple):
     steps: float
     """So many times as many."""
     tolerance: float
-    """So many times as large: both tolerances."""
+    """So many times as large."""
     order: int | None = None
     """Instead of the model's own."""
 
@@ -99,7 +99,7 @@ class Preset(NamedTuple):
 PRESETS: dict[Quality, Preset] = {
     Quality.DRAFT: Preset(0.75, 1.5),
     Quality.STANDARD: Preset(1, 1),
-    Quality.HIGH: Preset(4, 0.25, order=2),
+    Quality.HIGH: Preset(2, 0.25, order=2),
 }
 UNTUNED = Adaptive(tolerance=0.2), 8
 """Sampler and steps that presets start from where a model's own choice is another sampler: nothing is tuned there."""
@@ -112,6 +112,5 @@ def preset(quality: Quality, usual: Sampler, steps: int) -> tuple[Adaptive, int]
     options = {
         "order": chosen.order or base.order,
         "tolerance": round(chosen.tolerance * base.tolerance, 6),
-        "skip_tolerance": round(chosen.tolerance * base.skip_tolerance, 6),
     }
     return base.model_copy(update=options), min(MAX_STEPS, max(1, round(chosen.steps * its_steps)))

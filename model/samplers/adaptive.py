@@ -191,11 +191,21 @@ class Adaptive(Sampler[AdaptiveState]):
     def leap_errors(self, state: AdaptiveState, time: float) -> tuple[Tensor, Tensor]:
         """``(P,)`` each: the error of leaping from ``time`` to t = 1 that a patch's path, by its bend, and the network,
         by its variance, let expect; root mean squares."""
-        if state.conditional is None:
-            bend = torch.full_like(state.times, torch.inf)
-        else:
-            bend = state.conditional.error(time, 1.0, self.order)
-        return bend + self._push_error(state, time, self.time(state.step + 1)), (1 - time) * state.difficulty.sqrt()
+        bend = torch.full_like(state.times, torch.inf)
+        if state.conditional is not None:
+            bend = state.conditional.error(time, 1.0, self.order) + self._unguided_error(state, time)
+        return bend, (1 - time) * state.difficulty.sqrt()
+
+    def _unguided_error(self, state: AdaptiveState, time: float) -> Tensor:
+        """``(P,)``: of all that guidance has yet to add after ``time``, how much a leap may get wrong; as much as it
+        adds now, where too few evaluations tell more."""
+        low, high = max(time, self.guidance_from), self.guidance_until
+        if self.guidance == 1 or low >= high:
+            return torch.zeros_like(state.times)
+        if state.delta is None:
+            return torch.full_like(state.times, torch.inf)
+        error = state.delta.error(low, high, self.order)
+        return abs(self.guidance - 1) * torch.where(error.isinf(), state.delta.size(low, high), error)
 
     def _move(self, state: AdaptiveState) -> AdaptiveState:
         """One step on what is known, for every patch that has not finished."""
@@ -253,12 +263,10 @@ class Adaptive(Sampler[AdaptiveState]):
         return (self.guidance - 1) * (end - start) * state.delta.extrapolate((start + end) / 2, self.order)
 
     def _push_error(self, state: AdaptiveState, start: float, end: float) -> Tensor:
-        """``(P,)``: predicted error of `_push`, root mean square over a patch's values; all of it, where too few
-        evaluations tell more."""
+        """``(P,)``: predicted error of `_push`, root mean square over a patch's values."""
         if state.delta is None or not self._guides(start, end):
             return torch.zeros_like(state.times)
-        error = state.delta.error(start, end, self.order)
-        return abs(self.guidance - 1) * torch.where(error.isinf(), state.delta.size(start, end), error)
+        return abs(self.guidance - 1) * state.delta.error(start, end, self.order)
 
     def _on_the_way(self, state: AdaptiveState, time: float) -> Tensor:
         """``(P, D)``: the state, but finished patches where they would be at ``time``; known ones stay clean."""

@@ -31,15 +31,8 @@ MAX_TOKENS = 24
 PATCH_SIZE = 2
 GRID_SAMPLES = 24
 DEFAULTS: dict[str, Any] = {
-    "sampler": {
-        "name": "adaptive",
-        "order": 1,
-        "tolerance": 0.2,
-        "skip_tolerance": 0.05,
-        "guidance_from": 0.25,
-        "guidance_until": 0.75,
-    },
-    "steps": 4,
+    "sampler": {"name": "adaptive", "tolerance": 0.2, "guidance_until": 0.6},
+    "steps": 8,
     "guidance": 3.0,
 }
 

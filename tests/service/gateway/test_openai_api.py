@@ -72,7 +72,7 @@ async def test_a_size_and_a_format_reach_the_worker(client: openai.AsyncOpenAI, 
 
 
 @pytest.mark.parametrize(
-    ("quality", "level", "steps"), [("low", "low", 6), (None, "medium", 8), ("medium", "medium", 8), ("hd", "high", 32)]
+    ("quality", "level", "steps"), [("low", "low", 6), (None, "medium", 8), ("medium", "medium", 8), ("hd", "high", 16)]
 )
 async def test_qualities_are_presets_of_the_adaptive_sampler(
     client: openai.AsyncOpenAI, worker: ScriptedWorker, quality: Any, level: str, steps: int
