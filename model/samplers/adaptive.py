@@ -113,11 +113,13 @@ class Adaptive(Sampler[AdaptiveState]):
             return None
         time = self._at(state, state.step)
         guided = self._guides(time, self.time(state.step + 1))
-        wants_null = guided and (state.null_due is None or state.null_due.numel() > 0)
         times: tuple[float, ...] = (time,)
         index = None
         if state.known is not None and state.due is None:
             times, index = (time, 1.0), state.known.long()
+            # Both branches' keys and values of known patches, once and for all, even if guidance acts only later.
+            guided = self.guidance != 1 and max(time, self.guidance_from) < self.guidance_until
+        wants_null = guided and (state.null_due is None or state.null_due.numel() > 0)
         return Plan(
             latent=state.x if state.due is not None else self._on_the_way(state, time),
             times=times,

@@ -17,7 +17,6 @@ from service.cli_errors import typed_errors
 from service.document import replace_between
 from service.errors import InvalidRequest
 from service.sampler_options import PRESETS, Adaptive, Quality, preset
-from service.worker.cards import model_card
 
 if TYPE_CHECKING:
     from model.evaluation.sampler_bench import Configuration, Gallery, Row, SamplerBench
@@ -113,6 +112,8 @@ def sampler(
 
 def _presets(pipeline: Pipeline) -> list[Configuration]:
     """The presets as this model serves them."""
+    from service.worker.cards import model_card
+
     card = model_card(pipeline.manifest)
     return [_configuration(*preset(quality, card.sampler, card.steps)) for quality in PRESETS]
 
@@ -142,6 +143,8 @@ def _guided_in_part(pipeline: Pipeline) -> list[Configuration]:
 
 
 def _standard(pipeline: Pipeline) -> tuple[Adaptive, int]:
+    from service.worker.cards import model_card
+
     card = model_card(pipeline.manifest)
     return preset(Quality.STANDARD, card.sampler, card.steps)
 
