@@ -83,6 +83,8 @@ async def test_qualities_are_presets_of_the_adaptive_sampler(
     request = (await worker.queue.get(reply.model_extra["patchforge"]["job_id"])).request
     assert isinstance(request.sampler, Adaptive)
     assert request.steps == steps
+    told = (await client.models.retrieve("tiny-text")).model_extra["patchforge"]["presets"]  # type: ignore[index]
+    assert {"sampler": request.sampler.model_dump(), "steps": steps} in told.values()
 
 
 async def test_a_url_instead_of_the_picture(
