@@ -139,6 +139,8 @@ class SamplerBench:
         self.texts = None if gallery is None else gallery.judge.embed(self.prompts)
         self.baseline: tuple[Tensor, Tensor] | None = None
         """Features, and whether the prompt was among the first five, of the first configuration measured."""
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        """The same of each configuration."""
         fine = Configuration("multistep", {"steps": REFERENCE_STEPS})
         self.reference = self._decode(self._sample(fine, 0)[0])
 
@@ -172,16 +174,35 @@ class SamplerBench:
             floor_seconds=gflop / self.peak,
             psnr=picture_psnr(pictures[0], self.reference),
             finished_by_half=sum(halves) / len(halves),
-            quality=self._quality(torch.cat(pictures)),
+            quality=self._quality(configuration, torch.cat(pictures)),
         )
 
-    def _quality(self, pictures: Tensor) -> PictureQuality | None:
+    def differences(self, one: Row, other: Row) -> tuple[Interval, Interval]:
+        """Distance to real pictures, and how often the prompt is among the first five, of one row's pictures less that
+        of the other's, paired by prompt and noise."""
+        if self.gallery is None:
+            raise ValueError("without real pictures there is no quality to compare")
+        ours, theirs = (self.seen[str(Configuration(row.sampler, row.options))] for row in (one, other))
+        concepts = group_of(self.gallery.concepts)
+        return frechet_difference(self.gallery.real, ours[0], theirs[0]), mean_interval(ours[1] - theirs[1], concepts)
+
+    def cheapest_as_good(self, rows: Sequence[Row], as_this: Row) -> tuple[Row, Interval, Interval] | None:
+        """The row of fewest patch evaluations whose pictures are neither farther from real ones than ``as_this`` row's
+        nor less often found, beyond both intervals, with its `differences`."""
+        for row in sorted(rows, key=lambda row: row.patch_evaluations):
+            distance, found = self.differences(row, as_this)
+            if distance.low <= 0 <= found.high:
+                return row, distance, found
+        return None
+
+    def _quality(self, configuration: Configuration, pictures: Tensor) -> PictureQuality | None:
         if self.gallery is None or self.texts is None:
             return None
         judge, real = self.gallery.judge, self.gallery.real
         features = judge.features(pictures)
         ranks = Ranks.of(-judge.text_scores(features, self.texts).T, torch.arange(len(pictures)), self.gallery.concepts)
         among_five = (ranks.ranks < 5).float()
+        self.seen[str(configuration)] = features, among_five
         difference = found_difference = None
         if self.baseline is None:
             self.baseline = features, among_five

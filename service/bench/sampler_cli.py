@@ -38,6 +38,7 @@ REAL = "real pictures of the same prompts"
 COSTS = "sampler", "patch evaluations", "saved", "seconds", "GFLOP", "floor, s", "PSNR, dB", "finished by half"
 QUALITY = "FD", "FD − paper's", "top 1", "top 5", "top 5 − paper's"
 VERDICT = "ours", "beside", "patch evaluations", "seconds"
+AS_GOOD = "ours", "the cheapest uniform as good", "its FD − ours", "its top 5 − ours", "patch evaluations", "seconds"
 LEAPS = "steps", "t", "measured", "÷ both, geometric mean", "÷ bend alone", "÷ variance alone", "rank correlation"
 
 
@@ -96,6 +97,9 @@ def sampler(
         )
         if verdict:
             console.print(_shown("What ours costs, as a share of what others cost", VERDICT, verdict))
+        as_good = as_good_lines(bench, rows) if gallery is not None else []
+        if as_good:
+            console.print(_shown("What ours costs beside uniform samplers as good", AS_GOOD, as_good))
         leaps = leap_lines(bench, pipeline)
         console.print(_shown("Adaptive's prediction of the error of leaping to t = 1", LEAPS, leaps))
         if out is not None:
@@ -105,6 +109,8 @@ def sampler(
             replace_between(doc, "samplers", columns, lines)
             if verdict:
                 replace_between(doc, "sampler verdict", VERDICT, verdict)
+            if as_good:
+                replace_between(doc, "uniform as good", AS_GOOD, as_good)
             replace_between(doc, "leaps", LEAPS, leaps)
         if plot is not None:
             plot_samplers(rows, plot)
@@ -240,3 +246,16 @@ def verdict_lines(rows: dict[str, list[Row]]) -> list[list[str]]:
         if row.quality is not None and row.quality.not_told
         for name, other in others.items()
     ]
+
+
+def as_good_lines(bench: SamplerBench, rows: dict[str, list[Row]]) -> list[list[str]]:
+    """What each preset costs beside the cheapest uniform sampler whose pictures are not told from the preset's own."""
+    lines: list[list[str]] = []
+    for quality, row in zip(PRESETS, rows["adaptive"], strict=False):  # none, where adaptive was left out
+        if (found := bench.cheapest_as_good(rows["uniform"], row)) is None:
+            lines.append([quality.value, "none", *[""] * (len(AS_GOOD) - 2)])
+            continue
+        other, distance, among_five = found
+        shares = (row.patch_evaluations / other.patch_evaluations, row.seconds / other.seconds)
+        lines.append([quality.value, _name(other), str(distance), str(among_five), *(f"{each:.1%}" for each in shares)])
+    return lines
