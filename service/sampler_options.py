@@ -94,12 +94,14 @@ class Preset(NamedTuple):
     """So many times as large."""
     order: int | None = None
     """Instead of the model's own."""
+    guidance_from: float = 1.0
+    """So many times as late: guidance does harm in the first of a few steps, and the finer they are, the shorter."""
 
 
 PRESETS: dict[Quality, Preset] = {
     Quality.DRAFT: Preset(0.75, 1.5),
     Quality.STANDARD: Preset(1, 1),
-    Quality.HIGH: Preset(2, 0.25, order=2),
+    Quality.HIGH: Preset(2, 0.25, order=2, guidance_from=0.5),
 }
 UNTUNED = Adaptive(tolerance=0.2), 8
 """Sampler and steps that presets start from where a model's own choice is another sampler: nothing is tuned there."""
@@ -112,5 +114,6 @@ def preset(quality: Quality, usual: Sampler, steps: int) -> tuple[Adaptive, int]
     options = {
         "order": chosen.order or base.order,
         "tolerance": round(chosen.tolerance * base.tolerance, 6),
+        "guidance_from": chosen.guidance_from * base.guidance_from,
     }
     return base.model_copy(update=options), min(MAX_STEPS, max(1, round(chosen.steps * its_steps)))

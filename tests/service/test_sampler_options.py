@@ -14,12 +14,14 @@ def test_standard_is_the_models_own_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quality", "order", "tolerance", "steps"), [(Quality.DRAFT, 1, 0.18, 6), (Quality.HIGH, 2, 0.03, 16)]
+    ("quality", "steps", "changed"),
+    [
+        (Quality.DRAFT, 6, {"tolerance": 0.18}),
+        (Quality.HIGH, 16, {"order": 2, "tolerance": 0.03, "guidance_from": 0.125}),
+    ],
 )
-def test_the_others_change_steps_tolerance_and_order_alone(
-    quality: Quality, order: int, tolerance: float, steps: int
-) -> None:
-    assert preset(quality, TUNED, 8) == (TUNED.model_copy(update={"order": order, "tolerance": tolerance}), steps)
+def test_the_others_are_coarser_and_finer(quality: Quality, steps: int, changed: dict[str, float]) -> None:
+    assert preset(quality, TUNED, 8) == (TUNED.model_copy(update=changed), steps)
 
 
 def test_where_the_model_chose_another_sampler_its_steps_say_nothing() -> None:
