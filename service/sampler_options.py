@@ -9,6 +9,9 @@ from pydantic import Field
 
 from service.messages import Message
 
+MAX_STEPS = 200
+MAX_TOLERANCE = 10.0
+
 
 class Adaptive(Message):
     """Each patch is evaluated when its own path bends too much to be extrapolated, and finishes when it can.
@@ -20,7 +23,9 @@ class Adaptive(Message):
     name: Literal["adaptive"] = "adaptive"
     exponent: float = Field(1.0, ge=0.25, le=4, description="Above 1, steps are finer near noise.")
     order: int = Field(2, ge=1, le=2, description="Of extrapolation: 1 for a handful of steps, 2 for more.")
-    tolerance: float = Field(0.1, ge=0, le=10, description="A patch finishes when its predicted error is below this.")
+    tolerance: float = Field(
+        0.1, ge=0, le=MAX_TOLERANCE, description="A patch finishes when its predicted error is below this."
+    )
     skip_tolerance: float = Field(
         0.01, ge=0, le=10, description="A patch is not evaluated in a step whose predicted error is below this."
     )
@@ -82,9 +87,6 @@ class Quality(StrEnum):
     HIGH = "high"
 
 
-MAX_STEPS = 200
-
-
 class Preset(NamedTuple):
     """What a preset makes of a model's own choice."""
 
@@ -113,7 +115,7 @@ def preset(quality: Quality, usual: Sampler, steps: int) -> tuple[Adaptive, int]
     chosen = PRESETS[quality]
     options = {
         "order": chosen.order or base.order,
-        "tolerance": round(chosen.tolerance * base.tolerance, 6),
+        "tolerance": min(MAX_TOLERANCE, round(chosen.tolerance * base.tolerance, 6)),
         "guidance_from": chosen.guidance_from * base.guidance_from,
     }
     return base.model_copy(update=options), min(MAX_STEPS, max(1, round(chosen.steps * its_steps)))

@@ -76,8 +76,6 @@ def sampler(
             "paper": PAPER if gallery else (),
             "uniform": UNIFORM,
             "uniform, guidance interval": _guided_in_part(pipeline),
-        }
-        families |= {
             "paper, cheaper": PAPER_CHEAPER,
             "adaptive": _presets(pipeline),
             "adaptive, in part": _parts(pipeline),
@@ -250,6 +248,8 @@ def verdict_lines(rows: dict[str, list[Row]]) -> list[list[str]]:
 
 def as_good_lines(bench: SamplerBench, rows: dict[str, list[Row]]) -> list[list[str]]:
     """What each preset costs beside the cheapest uniform sampler whose pictures are not told from the preset's own."""
+    if not rows["uniform"]:
+        return []
     lines: list[list[str]] = []
     for quality, row in zip(PRESETS, rows["adaptive"], strict=False):  # none, where adaptive was left out
         if (found := bench.cheapest_as_good(rows["uniform"], row)) is None:

@@ -1,34 +1,34 @@
-"""What a preset makes of a model's own choice."""
+"""The service's samplers are the engine's: same names, same options, same bounds at the defaults."""
 
 from __future__ import annotations
 
+import inspect
+from typing import get_args
+
 import pytest
+from pydantic import BaseModel
 
-from service.sampler_options import MAX_STEPS, UNTUNED, Adaptive, Euler, Quality, preset
+from model.samplers import SAMPLERS as ENGINE
+from model.samplers import make_sampler
+from model.types import Grid
+from service import sampler_options
 
-TUNED = Adaptive(order=1, tolerance=0.12, skip_tolerance=0.03, guidance_from=0.25, guidance_until=0.75)
-
-
-def test_standard_is_the_models_own_choice() -> None:
-    assert preset(Quality.STANDARD, TUNED, 5) == (TUNED, 5)
-
-
-@pytest.mark.parametrize(
-    ("quality", "steps", "changed"),
-    [
-        (Quality.DRAFT, 6, {"tolerance": 0.18}),
-        (Quality.HIGH, 16, {"order": 2, "tolerance": 0.03, "guidance_from": 0.125}),
-    ],
-)
-def test_the_others_are_coarser_and_finer(quality: Quality, steps: int, changed: dict[str, float]) -> None:
-    assert preset(quality, TUNED, 8) == (TUNED.model_copy(update=changed), steps)
+SERVED: tuple[type[BaseModel], ...] = get_args(get_args(sampler_options.Sampler)[0])
+COMMON = {"grid", "steps", "guidance"}
 
 
-def test_where_the_model_chose_another_sampler_its_steps_say_nothing() -> None:
-    assert preset(Quality.STANDARD, Euler(), 50) == UNTUNED
-    assert preset(Quality.HIGH, Euler(), 50)[1] == 2 * UNTUNED[1]
+def test_the_names_agree() -> None:
+    assert set(sampler_options.SAMPLERS) == set(ENGINE) == {served.model_fields["name"].default for served in SERVED}
 
 
-def test_steps_stay_what_a_request_may_ask_for() -> None:
-    assert [preset(quality, TUNED, 1)[1] for quality in Quality] == [1, 1, 2]
-    assert [preset(quality, TUNED, MAX_STEPS)[1] for quality in Quality] == [150, MAX_STEPS, MAX_STEPS]
+@pytest.mark.parametrize("served", SERVED, ids=lambda served: served.__name__)
+def test_the_options_and_their_defaults_agree(served: type[BaseModel]) -> None:
+    given = served().model_dump()
+    name = given.pop("name")
+    taken = {
+        key: parameter.default
+        for key, parameter in inspect.signature(ENGINE[name]).parameters.items()
+        if key not in COMMON
+    }
+    assert given == taken
+    make_sampler(name, Grid(4, 4, 2, 3), steps=3, guidance=1.0, **given)
