@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.linear import Linear
 from model.types import Grid
 
 EPS = 1e-6
@@ -30,7 +31,7 @@ class AdaRMSNorm(nn.Module):
 
     def __init__(self, width: int, condition: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(condition, width, bias=False)
+        self.linear = Linear(condition, width, bias=False)
 
     def forward(self, x: Tensor, condition: Tensor, rows: Tensor | None) -> Tensor:
         """``(n, d)``, conditions ``(u, m)``, their gather index ``(n,)`` or None → ``(n, d)``."""
@@ -43,8 +44,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(width, 2 * hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = Linear(width, 2 * hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
 
     def gated(self, x: Tensor) -> Tensor:
         """``(…, d)`` → ``(…, d)``."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Layout, self_attention
+from model.linear import Linear, linear
 from model.types import Grid
 
 TIME_FEATURES = 256
@@ -102,7 +103,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """``(n, D)`` → ``(n, d)``."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # patches lie (row, column, channel)
-        return F.linear(patches, weight, self.proj.bias)
+        return linear(patches, weight, self.proj.bias)
 
 
 class TimeEmbedding(nn.Module):
@@ -110,7 +111,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(TIME_FEATURES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, times: Tensor) -> Tensor:
         """``(u,)`` → ``(u, d)``."""
@@ -134,8 +135,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
         """``(n, d)`` → ``(n, d)``."""
@@ -148,8 +149,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(n, d)`` → ``(n, d)``."""
@@ -165,7 +166,7 @@ class Modulation(nn.Sequential):
     """
 
     def __init__(self, width: int, pieces: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(width, pieces * width))
+        super().__init__(nn.SiLU(), Linear(width, pieces * width))
         self.pieces = pieces
 
     def gather(self, condition: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
@@ -195,7 +196,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, out)
+        self.linear = Linear(width, out)
         self.adaLN_modulation = Modulation(width, 2)
 
     def forward(self, x: Tensor, condition: Tensor, rows: Tensor | None) -> Tensor:

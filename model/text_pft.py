@@ -21,6 +21,7 @@ from model.layers import (
     rotate,
     sequence_frequencies,
 )
+from model.linear import Linear
 from model.types import Grid
 
 
@@ -59,7 +60,7 @@ class TextPFT(nn.Module):
         width = config.hidden_dim
         self.merge = Merge(self.grid.values, width)
         self.t_embedder = TimeEmbedder(config.mapping_dim, config.mapping_depth)
-        self.txt_proj = nn.Linear(config.txt_in_dim, config.txt_refiner_dim)
+        self.txt_proj = Linear(config.txt_in_dim, config.txt_refiner_dim)
         self.txt_refiner = nn.ModuleList(
             RefinerBlock(config.txt_refiner_dim, config.txt_refiner_head_dim) for _ in range(config.txt_refiner_depth)
         )
@@ -115,7 +116,7 @@ class Merge(nn.Module):
 
     def __init__(self, values: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(values, width, bias=False)
+        self.proj = Linear(values, width, bias=False)
 
 
 class Split(nn.Module):
@@ -124,7 +125,7 @@ class Split(nn.Module):
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
         self.norm = RMSNorm(width)
-        self.proj = nn.Linear(width, out, bias=False)
+        self.proj = Linear(width, out, bias=False)
 
 
 class TimeEmbedder(nn.Module):
@@ -133,7 +134,7 @@ class TimeEmbedder(nn.Module):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
         self.time_emb = FourierTime(width // 2)
-        self.time_in_proj = nn.Linear(width, width, bias=False)
+        self.time_in_proj = Linear(width, width, bias=False)
         self.mapping = Mapping(width, depth)
 
     def forward(self, times: Tensor) -> Tensor:
@@ -158,8 +159,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         width, heads = config.hidden_dim, config.hidden_dim // config.head_dim
         self.norm = AdaRMSNorm(width, config.mapping_dim)
-        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
-        self.out_proj = nn.Linear(width, width, bias=False)
+        self.qkv_proj = Linear(width, 3 * width, bias=False)
+        self.out_proj = Linear(width, width, bias=False)
         self.scale = CosineHeads.scale_parameter(heads)
         self.pos_emb = Frequencies(axial_frequencies(heads, config.head_dim))
         self.heads = heads
@@ -182,9 +183,9 @@ class CrossAttention(nn.Module):
         width, heads = config.hidden_dim, config.hidden_dim // config.head_dim
         self.norm = AdaRMSNorm(width, config.mapping_dim)
         self.norm_cross = RMSNorm(config.txt_refiner_dim)
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.kv_proj = nn.Linear(config.txt_refiner_dim, 2 * width, bias=False)
-        self.out_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width, bias=False)
+        self.kv_proj = Linear(config.txt_refiner_dim, 2 * width, bias=False)
+        self.out_proj = Linear(width, width, bias=False)
         self.scale = CosineHeads.scale_parameter(heads)
         self.pos_emb = Frequencies(axial_frequencies(heads, config.head_dim))
         self.heads = heads

@@ -17,6 +17,7 @@ from model.samplers.adaptive import MAX_REACH, AdaptiveState
 from model.samplers.track import Track
 from model.types import Grid, Plan, Prediction
 from tests.model.networks import denoisers
+from tests.rounding import assert_same
 
 GRID = Grid(4, 4, 2, 3)
 BENT = torch.arange(16) % 4 == 0
@@ -195,7 +196,7 @@ def test_packed_with_others_it_gives_what_it_gives_alone(kind: int) -> None:
     for each in alone:
         run(denoiser, [each])
     for packed, single in zip(together, alone, strict=True):
-        torch.testing.assert_close(packed.state.x, single.state.x, atol=1e-4, rtol=0)
+        assert_same(packed.state.x, single.state.x)
         assert packed.patch_evaluations == single.patch_evaluations
 
 

@@ -18,6 +18,7 @@ from service.worker.engine import Engine
 from service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
 from service.worker.previews import PreviewPace
 from service.worker.scheduler import Scheduler
+from tests.rounding import assert_same
 from tests.service.worker.jobs import job
 
 DUAL_LOOP = {"name": "dual_loop", "quantile": 0.4, "inner_steps": 4}
@@ -270,7 +271,7 @@ def test_a_deterministic_request_is_bit_equal_whatever_runs_beside_it(engine: En
     assert all(map(torch.equal, alone, beside))
     packed = latents(engine, n=2, **fields)
     for one, other in zip(alone, packed, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+        assert_same(one, other)
 
 
 def test_a_deterministic_request_shares_no_evaluation(

@@ -25,6 +25,7 @@ from service.worker.engine_bench import (
     rate_at,
 )
 from service.worker.scheduler import Candidate
+from tests.rounding import products_are_alike
 
 KINDS = {"a": "x", "b": "y", "c": "x", "d": "x"}
 
@@ -89,7 +90,7 @@ def test_every_policy_serves_the_same_traffic_and_ours_changes_no_picture(
     packed = {row.policy: row.patches_per_evaluation for row, _ in results if row.load == float("inf")}
     assert packed[OURS] > packed[STEP] >= packed[REQUEST] >= packed[ONE]
     assert by_policy[OURS][0].patch_evaluations <= by_policy[ONE][0].patch_evaluations
-    assert largest_difference(pipelines, arrivals, by_policy[OURS][1]) < 1e-4
+    assert largest_difference(pipelines, arrivals, by_policy[OURS][1]) <= (0 if products_are_alike() else 1e-4)
     assert psnr_of_ours(pipelines, arrivals, by_policy[OURS][1], by_policy[OURS][1]) == pytest.approx(60)
 
 
