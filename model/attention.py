@@ -81,7 +81,7 @@ class Keeping:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keep what a layer made: ``(n, heads, d_head)`` each."""
-        self.pool.write(layer, self.rows, keys[self.packed], values[self.packed])
+        self.pool.write(layer, self.rows, keys.index_select(0, self.packed), values.index_select(0, self.packed))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class AdaRMSNorm(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, rows: Tensor | None) -> Tensor:
         """``(n, d)``, conditions ``(u, m)``, their gather index ``(n,)`` or None → ``(n, d)``."""
         scale: Tensor = 1 + self.linear(condition)
-        return F.rms_norm(x, x.shape[-1:], eps=EPS) * (scale if rows is None else scale[rows])
+        return F.rms_norm(x, x.shape[-1:], eps=EPS) * (scale if rows is None else scale.index_select(0, rows))
 
 
 class SwiGLU(nn.Module):
@@ -111,11 +111,16 @@ class CosineHeads:
         return x * (torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) * scale.float().sqrt()[:, None])
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """RoPE on the first half of each head: ``x`` ``(…, heads, d_head)``, ``angles`` ``(…, heads, d_head/4)``."""
-    quarter = angles.shape[-1]
+def turns(angles: Tensor) -> Tensor:
+    """Cosines and sines ``(2, …)`` of angles ``(…)``."""
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """RoPE on the first half of each head: ``x`` ``(…, heads, d_head)``, ``turns`` ``(2, …, heads, d_head/4)``."""
+    cos, sin = turns
+    quarter = turns.shape[-1]
     a, b, rest = x.split([quarter, quarter, x.shape[-1] - 2 * quarter], dim=-1)
-    cos, sin = angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 

@@ -75,7 +75,7 @@ class PFT(nn.Module):
         Returns:
             ``(n, size² · (channels + 1))``: per pixel the velocity, then the log-variance.
         """
-        x = self.x_embedder(patches) + self.pos_embed[0, layout.positions]
+        x = self.x_embedder(patches) + self.pos_embed[0].index_select(0, layout.positions)
         condition = F.silu(self.t_embedder(times) + self.y_embedder.embedding_table(labels))
         for layer, block in enumerate(self.blocks):
             x = block(x, condition, rows, layout, layer)
@@ -154,7 +154,19 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(n, d)`` → ``(n, d)``."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(tanh_gelu(self.fc1(x)))
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation.
+
+    ``tanh(y) = 2·sigmoid(2y) − 1`` makes it ``x·sigmoid(2·√(2/π)·(x + 0.044715·x³))``. On CPUs that takes a little more
+    than half as long as PyTorch's own, which spends its time in tanh.
+    """
+    if x.device.type != "cpu":
+        return F.gelu(x, approximate="tanh")
+    scale = 2 * math.sqrt(2 / math.pi)
+    return x * torch.sigmoid(x * (scale + 0.044715 * scale * x.square()))
 
 
 class Modulation(nn.Sequential):
@@ -172,7 +184,7 @@ class Modulation(nn.Sequential):
     def gather(self, condition: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
         """``(u, d)`` after SiLU → ``pieces`` tensors ``(n, d)``, or ``(1, d)`` if all patches share one."""
         made: Tensor = self[1](condition)
-        return (made if rows is None else made[rows]).chunk(self.pieces, dim=-1)
+        return (made if rows is None else made.index_select(0, rows)).chunk(self.pieces, dim=-1)
 
 
 class Block(nn.Module):

@@ -20,6 +20,7 @@ from model.layers import (
     patch_centres,
     rotate,
     sequence_frequencies,
+    turns,
 )
 from model.linear import Linear
 from model.types import Grid
@@ -99,9 +100,8 @@ class TextPFT(nn.Module):
         """
         x = self.merge.proj(patches)
         condition = self.t_embedder(times)
-        centres = self.centres[layout.positions]
         for layer, block in enumerate(self.blocks):
-            x = block(x, condition, rows, centres, layout, layer)
+            x = block(x, condition, rows, self.centres, layout, layer)
         return self.split.proj(self.split.norm(x))
 
     def _initialise(self) -> None:
@@ -168,10 +168,10 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, condition: Tensor, rows: Tensor | None, centres: Tensor, layout: Layout, layer: int
     ) -> Tensor:
-        """``(n, d)`` → ``(n, d)``, to be added."""
+        """``(n, d)``, patch centres ``(P, 2)`` → ``(n, d)``, to be added."""
         qkv = self.qkv_proj(self.norm(x, condition, rows)).unflatten(-1, (3, self.heads, -1))
-        angles = axial_angles(self.pos_emb.freqs, centres)
-        q, k = (rotate(CosineHeads.normalise(qkv[:, i], self.scale), angles).to(qkv.dtype) for i in (0, 1))
+        turned = axial_turns(self.pos_emb.freqs, centres, layout.positions)[:, :, None]
+        q, k = rotate(CosineHeads.normalise(qkv[:, :2], self.scale), turned).to(qkv.dtype).unbind(1)
         return self.out_proj(self_attention(q, k, qkv[:, 2], layout, layer, scale=1.0))
 
 
@@ -199,10 +199,11 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, condition: Tensor, rows: Tensor | None, centres: Tensor, layout: Layout, layer: int
     ) -> Tensor:
-        """``(n, d)`` → ``(n, d)``, to be added."""
+        """``(n, d)``, patch centres ``(P, 2)`` → ``(n, d)``, to be added."""
         q = self.q_proj(self.norm(x, condition, rows)).unflatten(-1, (self.heads, -1))
-        turned = rotate(CosineHeads.normalise(q, self.scale), axial_angles(self.pos_emb.freqs, centres))
-        return self.out_proj(cross_attention(turned.to(q.dtype), layout, layer, scale=1.0))
+        turned = axial_turns(self.pos_emb.freqs, centres, layout.positions)
+        q = rotate(CosineHeads.normalise(q, self.scale), turned).to(q.dtype)
+        return self.out_proj(cross_attention(q, layout, layer, scale=1.0))
 
 
 class FeedForward(SwiGLU):
@@ -251,8 +252,8 @@ class RefinerAttention(nn.Module):
         """``(b, tokens, d)`` → the same, to be added."""
         qkv = self.qkv_proj(self.norm(x)).unflatten(-1, (3, self.heads, -1))
         index = torch.arange(x.shape[1], device=x.device, dtype=self.pos_emb.freqs.dtype)
-        angles = index[:, None, None] * self.pos_emb.freqs
-        q, k = (rotate(CosineHeads.normalise(qkv[:, :, i], self.scale), angles).transpose(1, 2) for i in (0, 1))
+        turned = turns(index[:, None, None] * self.pos_emb.freqs)
+        q, k = (rotate(CosineHeads.normalise(qkv[:, :, i], self.scale), turned).transpose(1, 2) for i in (0, 1))
         allowed = None if mask is None else mask[:, None, None, :]
         v = qkv[:, :, 2].transpose(1, 2)
         out = nn.functional.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=allowed, scale=1.0)
@@ -285,7 +286,10 @@ class RefinerBlock(nn.Module):
         return x + self.ff(x)
 
 
-def axial_angles(frequencies: Tensor, centres: Tensor) -> Tensor:
-    """RoPE angles ``(n, heads, d_head/4)`` = ``[y·freq_y, x·freq_x]`` at patch centres ``(n, 2)``."""
+def axial_turns(frequencies: Tensor, centres: Tensor, positions: Tensor) -> Tensor:
+    """RoPE `turns` ``(2, n, heads, d_head/4)`` by ``[y·freq_y, x·freq_x]``.
+
+    Of the patches at ``positions`` ``(n,)`` in a grid with patch centres ``(P, 2)``.
+    """
     y, x = centres[:, 0, None, None], centres[:, 1, None, None]
-    return torch.cat([y * frequencies[0], x * frequencies[1]], dim=-1)
+    return turns(torch.cat([y * frequencies[0], x * frequencies[1]], dim=-1)).index_select(1, positions)

@@ -12,9 +12,11 @@ from model.denoiser import Evaluation, Memory
 from model.pipeline import Pipeline
 from model.types import Plan
 
-ENOUGH = 0.9
+ENOUGH = 0.95
 """The budget is the smallest pack that reaches this share of the best throughput seen: beyond it, packing more only
 makes everyone wait longer for a step."""
+STEP_SECONDS = 0.1
+"""A pack that takes longer is not chosen if a smaller one was measured: requests join and leave between steps."""
 MOST_PATCHES = 1 << 15
 LONGEST_SECONDS = 0.5
 """No larger pack is tried once one takes as long as this."""
@@ -52,9 +54,11 @@ def patch_budget(pipeline: Pipeline) -> int:
 
 
 def knee(measured: list[Measured]) -> int:
-    """The smallest pack with `ENOUGH` of the best throughput."""
-    best = max(each.throughput for each in measured)
-    return min(each.patches for each in measured if each.throughput >= ENOUGH * best)
+    """The smallest pack with `ENOUGH` of the best throughput among those that take no more than `STEP_SECONDS`; the
+    smallest of all if none does."""
+    quick = [each for each in measured if each.seconds <= STEP_SECONDS] or measured[:1]
+    best = max(each.throughput for each in quick)
+    return min(each.patches for each in quick if each.throughput >= ENOUGH * best)
 
 
 def profile(pipeline: Pipeline) -> list[Measured]:

@@ -1,13 +1,13 @@
 """Which pictures take part in the next evaluation; counts patches, touches no tensor.
 
-Two parts. **A guaranteed one**: in every step each waiting picture is credited its weight's share of a quarter of a
+Two parts. **A guaranteed one**: in every step each waiting picture is credited its weight's share of a tenth of a
 step. Once its credit pays for the patches it wants, it is *owed* them, and those owed are served first, longest owed
 first. **An urgent one**: what is left of the budget goes to deadlines that are near, nearest first, then by the least
 work left in the job, less what its waiting has earned it. Least work alone keeps the mean wait short, but lets a long
 job wait for every short one that comes; with age it outranks them, which keeps the longest waits short.
 
 A picture of weight w that wants a share s of its model's budget is therefore served at least once every
-``⌈s·W / (¼·w)⌉ + N`` steps, where W is the weight of all N pictures in flight: whatever arrives meanwhile, however
+``⌈s·W / (⅒·w)⌉ + N`` steps, where W is the weight of all N pictures in flight: whatever arrives meanwhile, however
 short and urgent, cannot hold it back for longer. Guaranteed shares are of the model's own budget, so that a step of one
 model counts as much as a step of another. Urgency counts patches, whatever their model.
 """
@@ -18,9 +18,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-GUARANTEED = 0.25
-"""Part of each step that is handed out by weight alone: more of it makes all jobs late together."""
-AGEING = 0.3
+GUARANTEED = 0.1
+"""Part of each step that is handed out by weight alone: more of it makes all jobs late together, at a quarter the
+slowest in twenty by up to a tenth."""
+AGEING = 0.5
 """What a patch evaluated while a job waits earns it, in patches of work. At 0 the longest waits grow under load; from
 0.1 to 1 little changes, and beyond that the mean wait grows towards that of first come, first served."""
 NEAR_SECONDS = 10.0

@@ -1,5 +1,7 @@
-"""Compiled networks say what the others say."""
+"""Compiled networks say what the others say, and memory is used again."""
 
+import platform
+import resource
 import shutil
 import warnings
 from copy import deepcopy
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from model.denoiser import Denoiser, Evaluation, Memory
-from model.device import compile_feed_forwards
+from model.device import compile_feed_forwards, use_threads
 from model.types import Plan
 from tests.model.networks import class_conditions, class_network, text_denoiser
 
@@ -28,3 +30,18 @@ def test_compiled_feed_forwards_predict_the_same_for_packs_of_any_size(kind: str
             )
         for expected, found in zip(one, other, strict=True):
             torch.testing.assert_close(found.velocity, expected.velocity, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_memory_that_was_freed_is_used_again() -> None:
+    use_threads(torch.get_num_threads())
+
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(50):
+            made = [torch.ones(1 << 19) for _ in range(3)]
+            del made
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    page_faults()  # makes the room
+    assert page_faults() < 512  # pages of one of the 150 tensors
