@@ -57,12 +57,13 @@ def plot_samplers(rows: dict[str, list[Row]], path: Path) -> None:
     figure, panels = new_figure(3 if measured else 1)
     for family, some in rows.items():
         costs = [row.patch_evaluations for row in some]
-        panels[0].scatter(costs, [row.psnr for row in some], label=family)
+        style: dict[str, Any] = {"label": family, "alpha": 0.8, "zorder": 4 if family == "adaptive" else 3}
+        panels[0].scatter(costs, [row.psnr for row in some], **style)
         if measured:
             for axes, figures in zip(panels[1:], _seen(some), strict=True):
                 low = [each.value - each.low for each in figures]
                 high = [each.high - each.value for each in figures]
-                axes.errorbar(costs, [each.value for each in figures], [low, high], fmt="o", label=family, alpha=0.8)
+                axes.errorbar(costs, [each.value for each in figures], [low, high], fmt="o", **style)
     names = ["PSNR against a fine solution, dB", "Fréchet distance", "prompt among the first five"]
     for axes, name in zip(panels, names[: len(panels)], strict=True):
         axes.set(xscale="log", xlabel="patch evaluations a picture, both guidance branches", ylabel=name)

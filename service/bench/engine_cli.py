@@ -38,6 +38,7 @@ def engine(
     presets: Annotated[
         bool, typer.Option(help="Requests for adaptive are of the presets, not of its own defaults.")
     ] = False,
+    adaptive_only: Annotated[bool, typer.Option(help="Nobody asks for another sampler.")] = False,
     seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
     patch_budget: Annotated[int | None, typer.Option(min=1, help="Default: profiled, as a worker does.")] = None,
     cpu_clock: Annotated[
@@ -62,7 +63,7 @@ def engine(
         use_threads(threads)
         pipelines = _of_one_grid(bundle_dir)
         budgets = {name: patch_budget or profiled(pipeline) for name, pipeline in pipelines.items()}
-        arrivals = mixed_traffic(pipelines, requests, seed, presets)
+        arrivals = mixed_traffic(pipelines, requests, seed, presets, adaptive_only)
         rows: list[EngineRow] = []
         served: dict[str, Served] = {}
         clock = time.process_time if cpu_clock else time.perf_counter
@@ -78,7 +79,7 @@ def engine(
         }
         _show(rows, figures)
         if doc is not None:
-            which = "engine, presets" if presets else "engine"
+            which = ", ".join(["engine", *["presets"] * presets, *["adaptive only"] * adaptive_only])
             replace_between(doc, which, COLUMNS, map(_line, rows))
             replace_between(doc, f"{which} at equal p95", AT_EQUAL_P95, map(_equal_line, figures["at_equal_p95"]))
         if out is not None:

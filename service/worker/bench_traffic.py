@@ -49,11 +49,15 @@ class Arrival:
         return Job(id=f"{request.seed}", status=JobStatus.RUNNING, request=request, created_at=0.0)
 
 
-def mixed_traffic(pipelines: dict[str, Pipeline], count: int, seed: int, presets: bool = False) -> list[Arrival]:
+def mixed_traffic(
+    pipelines: dict[str, Pipeline], count: int, seed: int, presets: bool = False, adaptive_only: bool = False
+) -> list[Arrival]:
     """Requests with exponential gaps, ``count`` gaps long in all: scaled, the same traffic at any rate.
 
-    With ``presets`` those for adaptive are as the model serves them when a quality is all that is said.
+    With ``presets`` those for adaptive are as the model serves them when a quality is all that is said. With
+    ``adaptive_only`` nobody asks for another sampler.
     """
+    samplers = [each for each in SAMPLERS if each[1]["name"] == "adaptive" or not adaptive_only]
     chance = Random(seed)
     times = list(accumulate(chance.expovariate(1.0) for _ in range(count)))
     times = [at * count / times[-1] for at in times]
@@ -63,7 +67,7 @@ def mixed_traffic(pipelines: dict[str, Pipeline], count: int, seed: int, presets
         model = chance.choice(names)
         classes = pipelines[model].manifest.class_names
         subject = {"class_label": chance.choice(classes)} if classes else {"prompt": chance.choice(PROMPTS)}
-        [(_, sampler, steps)] = chance.choices(SAMPLERS, [weight for weight, _, _ in SAMPLERS])
+        [(_, sampler, steps)] = chance.choices(samplers, [weight for weight, _, _ in samplers])
         fields: dict[str, Any] = {"model": model, "sampler": sampler, "steps": chance.choice(steps), **subject}
         fields |= {"guidance": chance.choice(GUIDANCE), "n": chance.choice(PICTURES), "seed": 100 * number}
         if presets and sampler["name"] == "adaptive":

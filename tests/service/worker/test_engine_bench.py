@@ -104,6 +104,12 @@ def test_presets_are_served_as_the_models_would(pipelines: dict[str, Pipeline]) 
     assert {repr(each.request.sampler) for each in bare} < {repr(each.request.sampler) for each in [*bare, *presets]}
 
 
+def test_traffic_for_adaptive_only_names_no_other_sampler(pipelines: dict[str, Pipeline]) -> None:
+    traffic = mixed_traffic(pipelines, 50, seed=1, adaptive_only=True)
+    assert {each.request.sampler.name for each in traffic if each.request.sampler} == {"adaptive"}
+    assert len({each.kind for each in traffic}) == 6  # of two models, in three numbers of steps
+
+
 BASE = EngineRow(REQUEST, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
