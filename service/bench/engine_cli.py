@@ -33,13 +33,14 @@ def engine(
     bundle_dir: Annotated[Path, typer.Option(help="Folder of model bundles; those of one grid are served.")] = Path(
         "model/bundles"
     ),
-    requests: Annotated[int, typer.Option(min=4, help="Length of the traffic.")] = 60,
+    requests: Annotated[int, typer.Option(min=4, help="Length of a traffic.")] = 60,
+    rounds: Annotated[int, typer.Option(min=1, help="How many traffics, with seeds of their own, to serve.")] = 1,
     load: Annotated[list[float] | None, typer.Option(min=0.05, help="Shares of capacity; default 0.5 to 1.5.")] = None,
     presets: Annotated[
         bool, typer.Option(help="Requests for adaptive are of the presets, not of its own defaults.")
     ] = False,
     adaptive_only: Annotated[bool, typer.Option(help="Nobody asks for another sampler.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first traffic; the next count up.")] = 0,
     patch_budget: Annotated[int | None, typer.Option(min=1, help="Default: profiled, as a worker does.")] = None,
     cpu_clock: Annotated[
         bool, typer.Option(help="Count CPU seconds, where other programs run too; needs one thread.")
@@ -63,17 +64,19 @@ def engine(
         use_threads(threads)
         pipelines = _of_one_grid(bundle_dir)
         budgets = {name: patch_budget or profiled(pipeline) for name, pipeline in pipelines.items()}
-        arrivals = mixed_traffic(pipelines, requests, seed, presets, adaptive_only)
+        traffics = [
+            mixed_traffic(pipelines, requests, seed + number, presets, adaptive_only) for number in range(rounds)
+        ]
         rows: list[EngineRow] = []
-        served: dict[str, Served] = {}
+        served: dict[str, list[Served]] = {}
         clock = time.process_time if cpu_clock else time.perf_counter
-        for row, result in bench_engine(pipelines, arrivals, sorted(load or LOADS), budgets, clock):
+        for row, result in bench_engine(pipelines, traffics, sorted(load or LOADS), budgets, clock):
             rows.append(row)
             served[row.policy] = result
         figures: dict[str, Any] = {
             "patch_budgets": budgets,
-            "largest_latent_difference_from_running_alone": largest_difference(pipelines, arrivals, served[OURS]),
-            "median_psnr_against_dense_evaluation": psnr_of_ours(pipelines, arrivals, served[OURS], served[ONE]),
+            "largest_latent_difference_from_running_alone": largest_difference(pipelines, traffics, served[OURS]),
+            "median_psnr_against_dense_evaluation": psnr_of_ours(pipelines, traffics, served[OURS], served[ONE]),
             "at_equal_p95": _at_equal_p95(rows),
             "rows": [_finite(asdict(row)) for row in rows],
         }

@@ -131,17 +131,19 @@ def _chooser(policy: str, kinds: dict[str, tuple[object, ...]], budgets: dict[st
     return StepLevel(kinds) if policy == STEP else Scheduler(budgets)
 
 
-def row(policy: str, load: float, gap: float, served: Served) -> EngineRow:
-    """What was measured, summed up."""
+def row(policy: str, load: float, gap: float, rounds: list[Served]) -> EngineRow:
+    """What was measured in all rounds, summed up."""
     arrived, finished, shown = torch.tensor(
         [
             (at, served.finished[job], served.first_preview.get(job, served.finished[job]))
+            for served in rounds
             for job, at in served.arrived.items()
         ],
         dtype=torch.float64,
     ).T
     latency, shown = finished - arrived, shown - arrived
-    span = float(finished.max())
+    span = sum(max(served.finished.values()) for served in rounds)
+    patches = sum(served.patches for served in rounds)
     return EngineRow(
         policy=policy,
         load=load,
@@ -152,35 +154,37 @@ def row(policy: str, load: float, gap: float, served: Served) -> EngineRow:
         p99=float(latency.quantile(0.99)),
         preview_p50=float(shown.quantile(0.5)),
         preview_p95=float(shown.quantile(0.95)),
-        patches_per_evaluation=served.patches / served.evaluations,
-        patch_evaluations=served.patches / len(finished),
-        busy=served.seconds / span,
+        patches_per_evaluation=patches / sum(served.evaluations for served in rounds),
+        patch_evaluations=patches / len(finished),
+        busy=sum(served.seconds for served in rounds) / span,
     )
 
 
 def bench_engine(
     pipelines: dict[str, Pipeline],
-    arrivals: list[Arrival],
+    traffics: list[list[Arrival]],
     loads: list[float],
     budgets: dict[str, int],
     clock: Clock = time.perf_counter,
-) -> Iterator[tuple[EngineRow, Served]]:
+) -> Iterator[tuple[EngineRow, list[Served]]]:
     """Every policy with everything waiting from the start, which gives their capacities; then at every load.
 
-    After a warm-up of each; whose turn is first changes with the load, for machines drift.
+    After a warm-up of each. Machines drift, so each load is served in rounds, one a traffic, in which all policies take
+    turns; whose turn is first changes with round and load. With every row come its rounds, in the traffics' order.
     """
     for policy in POLICIES:
-        serve(pipelines, policy, arrivals[:WARM_UP], 0.0, budgets, clock)
-    saturated = {policy: serve(pipelines, policy, arrivals, 0.0, budgets, clock) for policy in POLICIES}
-    for policy, served in saturated.items():
-        yield row(policy, float("inf"), 0.0, served), served
-    capacity = row(REQUEST, float("inf"), 0.0, saturated[REQUEST]).completed
-    for turn, load in enumerate(loads, start=1):
-        gap = 1 / (capacity * load)
-        order = [POLICIES[(index + turn) % len(POLICIES)] for index in range(len(POLICIES))]
-        found = {policy: serve(pipelines, policy, arrivals, gap, budgets, clock) for policy in order}
-        for policy in POLICIES:
-            yield row(policy, load, gap, found[policy]), found[policy]
+        serve(pipelines, policy, traffics[0][:WARM_UP], 0.0, budgets, clock)
+    gap, turn = 0.0, 0
+    for load in (float("inf"), *loads):
+        found: dict[str, list[Served]] = {policy: [] for policy in POLICIES}
+        for arrivals in traffics:
+            for index in range(len(POLICIES)):
+                policy = POLICIES[(index + turn) % len(POLICIES)]
+                found[policy].append(serve(pipelines, policy, arrivals, gap / load, budgets, clock))
+            turn += 1
+        rows = [row(policy, load, gap / load, rounds) for policy, rounds in found.items()]
+        yield from zip(rows, found.values(), strict=True)
+        gap = gap or 1 / capacity_of(rows, REQUEST)  # of load 1
 
 
 def capacity_of(rows: list[EngineRow], policy: str) -> float:
@@ -205,29 +209,36 @@ def rate_at(rows: list[EngineRow], policy: str, p95: float) -> float:
     return min(best, capacity_of(rows, policy))
 
 
-def largest_difference(pipelines: dict[str, Pipeline], arrivals: list[Arrival], served: Served) -> float:
+def largest_difference(pipelines: dict[str, Pipeline], traffics: list[list[Arrival]], rounds: list[Served]) -> float:
     """Largest absolute difference of a final latent from the same request run all by itself, without the engine."""
+    pairs = zip(traffics, rounds, strict=True)
+    return max(_difference(pipelines, arrival, served) for arrivals, served in pairs for arrival in arrivals)
+
+
+def _difference(pipelines: dict[str, Pipeline], arrival: Arrival, served: Served) -> float:
+    job = arrival.job(dense=False)
+    request, pipeline = job.request, pipelines[job.request.model or ""]
+    options = request.sampler.model_dump() if request.sampler else {"name": "euler"}
+    sampler = pipeline.sampler(options.pop("name"), request.steps or 1, request.guidance or 0.0, **options)
+    condition, _ = pipeline.condition(request.prompt, request.class_label)
     worst = 0.0
-    for arrival in arrivals:
-        job = arrival.job(dense=False)
-        request, pipeline = job.request, pipelines[job.request.model or ""]
-        options = request.sampler.model_dump() if request.sampler else {"name": "euler"}
-        sampler = pipeline.sampler(options.pop("name"), request.steps or 1, request.guidance or 0.0, **options)
-        condition, _ = pipeline.condition(request.prompt, request.class_label)
-        for index, latent in enumerate(served.latents[job.id]):
-            alone = Trajectory(sampler, condition, sampler.start(pipeline.noise((request.seed or 0) + index)))
-            run(pipeline.denoiser, [alone])
-            worst = max(worst, float((alone.state.x - latent).abs().max()))
+    for index, latent in enumerate(served.latents[job.id]):
+        alone = Trajectory(sampler, condition, sampler.start(pipeline.noise((request.seed or 0) + index)))
+        run(pipeline.denoiser, [alone])
+        worst = max(worst, float((alone.state.x - latent).abs().max()))
     return worst
 
 
-def psnr_of_ours(pipelines: dict[str, Pipeline], arrivals: list[Arrival], ours: Served, dense: Served) -> float:
+def psnr_of_ours(
+    pipelines: dict[str, Pipeline], traffics: list[list[Arrival]], ours: list[Served], dense: list[Served]
+) -> float:
     """Median PSNR in dB of our pictures against those of dense evaluation of the same samplers; at most 60."""
     found = []
-    for arrival in arrivals:
-        job = arrival.job(dense=False)
-        decode = pipelines[job.request.model or ""].decode
-        a, b = (decode(torch.stack(each.latents[job.id])).float() for each in (ours, dense))
-        error = (a - b).square().flatten(1).mean(dim=1)
-        found.append(10 * torch.log10(255**2 / error.clamp(min=255**2 / 1e6)))
+    for arrivals, *served in zip(traffics, ours, dense, strict=True):
+        for arrival in arrivals:
+            job = arrival.job(dense=False)
+            decode = pipelines[job.request.model or ""].decode
+            a, b = (decode(torch.stack(each.latents[job.id])).float() for each in served)
+            error = (a - b).square().flatten(1).mean(dim=1)
+            found.append(10 * torch.log10(255**2 / error.clamp(min=255**2 / 1e6)))
     return float(torch.cat(found).median())

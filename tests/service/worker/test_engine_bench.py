@@ -59,8 +59,8 @@ def test_step_level_lets_equals_join_and_kinds_take_turns() -> None:
 
 
 @pytest.fixture(scope="module")
-def arrivals(pipelines: dict[str, Pipeline]) -> list[Arrival]:
-    return mixed_traffic(pipelines, 10, seed=3)
+def traffics(pipelines: dict[str, Pipeline]) -> list[list[Arrival]]:
+    return [mixed_traffic(pipelines, 10, seed) for seed in (3, 4)]
 
 
 def test_traffic_repeats_with_its_seed_and_mixes_everything(pipelines: dict[str, Pipeline]) -> None:
@@ -75,23 +75,25 @@ def test_traffic_repeats_with_its_seed_and_mixes_everything(pipelines: dict[str,
 
 
 def test_every_policy_serves_the_same_traffic_and_ours_changes_no_picture(
-    pipelines: dict[str, Pipeline], arrivals: list[Arrival]
+    pipelines: dict[str, Pipeline], traffics: list[list[Arrival]]
 ) -> None:
     budgets = dict.fromkeys(pipelines, 128)
-    results = list(bench_engine(pipelines, arrivals, [1.0], budgets))
+    results = list(bench_engine(pipelines, traffics, [1.0], budgets))
     assert [row.load for row, _ in results] == [float("inf")] * 5 + [1.0] * 5
     assert [row.policy for row, _ in results] == [*POLICIES, *POLICIES]
-    for row, served in results:
-        assert len(served.finished) == len(arrivals)
+    for row, rounds in results:
+        assert [len(served.finished) for served in rounds] == [len(arrivals) for arrivals in traffics]
         assert row.p50 <= row.p95 <= row.p99
         assert 0 < row.busy < 1.001
     by_policy = {row.policy: (row, served) for row, served in results}
-    assert by_policy[OURS][1].arrived == by_policy[ONE][1].arrived
+    arrived = {policy: [served.arrived for served in rounds] for policy, (_, rounds) in by_policy.items()}
+    assert arrived[OURS] == arrived[ONE]
+    assert arrived[OURS][0] != arrived[OURS][1]
     packed = {row.policy: row.patches_per_evaluation for row, _ in results if row.load == float("inf")}
     assert packed[OURS] > packed[STEP] >= packed[REQUEST] >= packed[ONE]
     assert by_policy[OURS][0].patch_evaluations <= by_policy[ONE][0].patch_evaluations
-    assert largest_difference(pipelines, arrivals, by_policy[OURS][1]) <= (0 if products_are_alike() else 1e-4)
-    assert psnr_of_ours(pipelines, arrivals, by_policy[OURS][1], by_policy[OURS][1]) == pytest.approx(60)
+    assert largest_difference(pipelines, traffics, by_policy[OURS][1]) <= (0 if products_are_alike() else 1e-4)
+    assert psnr_of_ours(pipelines, traffics, by_policy[OURS][1], by_policy[OURS][1]) == pytest.approx(60)
 
 
 def test_presets_are_served_as_the_models_would(pipelines: dict[str, Pipeline]) -> None:
