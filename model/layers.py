@@ -116,10 +116,10 @@ def turns(angles: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """RoPE on the first half of each head: ``x`` ``(…, heads, d_head)``, ``turns`` ``(2, …, heads, d_head/4)``."""
-    cos, sin = turns
-    quarter = turns.shape[-1]
+def rotate(x: Tensor, turned: Tensor) -> Tensor:
+    """RoPE on the first half of each head: ``x`` ``(…, heads, d_head)``, its `turns` ``(2, …, heads, d_head/4)``."""
+    cos, sin = turned
+    quarter = turned.shape[-1]
     a, b, rest = x.split([quarter, quarter, x.shape[-1] - 2 * quarter], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 

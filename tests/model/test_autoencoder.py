@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model.autoencoder import ATTENTION_NAMES, Codec
 from model.autoencoder_config import KLConfig, TinyConfig
-from model.bundle import read_autoencoder_config
+from model.bundle import open_bundle, read_autoencoder_config
 from model.errors import BundleError
 from model.manifest import Latent
 
@@ -45,6 +45,14 @@ def test_it_decodes_and_encodes_as_the_library_does(folder: Path) -> None:
     with torch.inference_mode():
         encoded = theirs.encode(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mode()
     torch.testing.assert_close(codec.encode(pictures), encoded, rtol=1e-4, atol=1e-4)
+
+
+def test_a_picture_does_not_depend_on_what_is_decoded_with_it() -> None:
+    bundle = open_bundle(Path(__file__).parents[2] / "model/bundles/emoji-text")
+    codec = Codec(bundle.autoencoder, bundle.manifest.latent, CPU)
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    alone = [codec.decode(each[None]) for each in latents]
+    assert torch.equal(codec.decode(latents), torch.cat(alone))
 
 
 def test_attention_under_its_older_names_is_read(folder: Path) -> None:
