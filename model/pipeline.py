@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from model.pft import PFT
 from model.samplers import Sampler, make_sampler
 from model.text import MiniLM
 from model.text_pft import TextPFT
+
+TEXT_BYTES = 64 << 20
+"""What prompts that were read are kept in: asking again, with another seed, is what people do."""
 
 
 class Pipeline:
@@ -46,6 +50,7 @@ class Pipeline:
             self.encoder = MiniLM(manifest.text_encoder.max_tokens, self.device)
         self._classes = {name: index for index, name in enumerate(manifest.class_names)}
         self._null_text: TextContext | None = None
+        self._read = lru_cache(self._texts_kept)(self._refine)
 
     @classmethod
     def open(cls, folder: Path, device: torch.device | None = None) -> Pipeline:
@@ -64,10 +69,22 @@ class Pipeline:
             return {Branch.NULL: self.network.null_class, Branch.CONDITIONAL: self._classes[class_label]}, False
         if prompt is None:
             raise ParameterError("prompt", f"{self.manifest.name} is a text-to-image model and needs a prompt")
-        context, truncated = self._refine(self.network, prompt)
+        context, truncated = self._read(self.network, prompt)
         if self._null_text is None:
             self._null_text, _ = self._refine(self.network, "")
         return {Branch.NULL: self._null_text, Branch.CONDITIONAL: context}, truncated
+
+    @property
+    def _texts_kept(self) -> int:
+        """How many prompts fit into `TEXT_BYTES`."""
+        if self.encoder is None:
+            return 0
+        layers, pair, heads, _, head_dim = self.network.cache_shape
+        return TEXT_BYTES // (layers * pair * heads * head_dim * self.encoder.max_tokens * 4)
+
+    def forget_texts(self) -> None:
+        """Read every prompt anew; only a measurement needs that."""
+        self._read.cache_clear()
 
     @torch.inference_mode()
     def _refine(self, network: TextPFT, prompt: str) -> tuple[TextContext, bool]:

