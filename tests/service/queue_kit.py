@@ -101,3 +101,11 @@ async def claimed(queue: JobQueue, worker: str = "w1") -> Claim:
 
 async def watched(queue: JobQueue, job_id: str, after: str = "0") -> list[tuple[str, Event]]:
     return [pair async for pair in queue.watch(job_id, after)]
+
+
+async def taken_over(queue: JobQueue, claim: Claim, worker: str = "w") -> Claim:
+    """The claim on the job that ``worker`` gets once the one who held it has been silent for too long."""
+    await silenced(queue, claim)
+    fresh = await queue.reclaim(worker, ["emoji"])
+    assert fresh is not None
+    return fresh
