@@ -13,12 +13,17 @@ from model.kv_cache import CachePool
 
 @dataclass(frozen=True)
 class TextContext:
-    """Refined text of b sequences as keys and values, computed once per request."""
+    """Refined text of b sequences as keys and values, computed once per prompt."""
 
     keys_values: tuple[Tensor, ...]
     """Per layer ``(2, b, heads, tokens, d_head)``."""
     mask: Tensor | None
     """``(b, tokens)`` bool, False on padding; None where padding is attended like any token."""
+
+    @property
+    def bytes(self) -> int:
+        """What the keys and values take."""
+        return sum(layer.nbytes for layer in self.keys_values)
 
     @classmethod
     def stack(cls, contexts: list[TextContext]) -> TextContext:

@@ -11,7 +11,7 @@ grid, D = p²·c values a patch and p²·(c + 1) outputs a patch:
 - **ends**: in 2·D·d, out 2·d·p²(c + 1).
 
 Left out is what is not done per patch: conditioning, made once per distinct timestep of a packed evaluation, and the
-text, refined once per request. So the count is linear in patches, and work saved is patches saved times this.
+text, refined once per prompt. So the count is linear in patches, and work saved is patches saved times this.
 """
 
 from __future__ import annotations

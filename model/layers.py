@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.linear import Linear
+from model.row_wise import Linear, silu
 from model.types import Grid
 
 EPS = 1e-6
@@ -50,7 +50,7 @@ class SwiGLU(nn.Module):
     def gated(self, x: Tensor) -> Tensor:
         """``(…, d)`` → ``(…, d)``."""
         a, g = self.up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(a * F.silu(g))
+        return self.down_proj(a * silu(g))
 
 
 class FourierTime(nn.Module):

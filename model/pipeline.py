@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from model.text import MiniLM
 from model.text_pft import TextPFT
 
 TEXT_BYTES = 64 << 20
-"""What prompts that were read are kept in: asking again, with another seed, is what people do."""
+"""What prompts that were read may take: asking again, with another seed, is what people do."""
 
 
 class Pipeline:
@@ -50,7 +50,8 @@ class Pipeline:
             self.encoder = MiniLM(manifest.text_encoder.max_tokens, self.device)
         self._classes = {name: index for index, name in enumerate(manifest.class_names)}
         self._null_text: TextContext | None = None
-        self._read = lru_cache(self._texts_kept)(self._refine)
+        self._texts: OrderedDict[str, tuple[TextContext, bool]] = OrderedDict()
+        """Of the prompts read last, the latest at the end."""
 
     @classmethod
     def open(cls, folder: Path, device: torch.device | None = None) -> Pipeline:
@@ -74,17 +75,19 @@ class Pipeline:
             self._null_text, _ = self._refine(self.network, "")
         return {Branch.NULL: self._null_text, Branch.CONDITIONAL: context}, truncated
 
-    @property
-    def _texts_kept(self) -> int:
-        """How many prompts fit into `TEXT_BYTES`."""
-        if self.encoder is None:
-            return 0
-        layers, pair, heads, _, head_dim = self.network.cache_shape
-        return TEXT_BYTES // (layers * pair * heads * head_dim * self.encoder.max_tokens * 4)
+    def _read(self, network: TextPFT, prompt: str) -> tuple[TextContext, bool]:
+        """`_refine`, unless it was asked lately."""
+        if prompt not in self._texts:
+            self._texts[prompt] = self._refine(network, prompt)
+        self._texts.move_to_end(prompt)
+        read = self._texts[prompt]
+        while len(self._texts) * read[0].bytes > TEXT_BYTES:
+            self._texts.popitem(last=False)
+        return read
 
     def forget_texts(self) -> None:
         """Read every prompt anew; only a measurement needs that."""
-        self._read.cache_clear()
+        self._texts.clear()
 
     @torch.inference_mode()
     def _refine(self, network: TextPFT, prompt: str) -> tuple[TextContext, bool]:

@@ -22,7 +22,7 @@ from model.layers import (
     sequence_frequencies,
     turns,
 )
-from model.linear import Linear
+from model.row_wise import Linear
 from model.types import Grid
 
 
@@ -77,7 +77,7 @@ class TextPFT(nn.Module):
         return config.depth, 2, config.hidden_dim // config.head_dim, self.grid.patches, config.head_dim
 
     def refine(self, text: Tensor, mask: Tensor | None = None) -> TextContext:
-        """Everything that depends on the text alone, done once per request.
+        """Everything that depends on the text alone, done once per prompt.
 
         ``text`` is ``(b, tokens, txt_in_dim)``; ``mask`` ``(b, tokens)`` is False on padding to be ignored.
         """

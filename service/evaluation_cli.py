@@ -52,14 +52,14 @@ def evaluate(
 ) -> None:
     """Fréchet distance, precision, recall, prompts, classes, uncertainty: with intervals, beside floor and ceiling."""
     from model.bundle import read_manifest, write_manifest
-    from model.device import use_threads
+    from model.device import prepare_cpu
     from model.evaluation.evaluate import PARTS
     from model.evaluation.evaluate import evaluate as run
     from model.evaluation.judge import SHIPPED, Judge
     from model.pipeline import Pipeline
     from model.training.data import Pictures
 
-    use_threads(threads)
+    prepare_cpu(threads)
     with typed_errors():
         unknown = set(part or ()) - set(PARTS)
         if unknown:
@@ -102,12 +102,12 @@ def grid(
     threads: ThreadsOption = None,
 ) -> None:
     """A hundred pictures beside the hundred real ones they were asked to be, drawn by chance, each with its prompt."""
-    from model.device import use_threads
+    from model.device import prepare_cpu
     from model.evaluation.grid import write_grid
     from model.pipeline import Pipeline
     from model.training.data import Pictures
 
-    use_threads(threads)
+    prepare_cpu(threads)
     with typed_errors():
         pipeline = Pipeline.open(bundle)
         made_by = pipeline.sampler(**sampler_choice(pipeline, sampler, steps, guidance, []))

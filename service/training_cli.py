@@ -58,11 +58,11 @@ def train_autoencoder_command(
     threads: ThreadsOption = None,
 ) -> None:
     """Train the autoencoder that latents come from."""
-    from model.device import use_threads
+    from model.device import prepare_cpu
     from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
     from model.training.data import Pictures
 
-    use_threads(threads)
+    prepare_cpu(threads)
     with typed_errors():
         psnr = train_autoencoder(Pictures.load(data), out, AutoencoderRecipe(steps=steps), minutes)
     print(f"{out}: {psnr:.2f} dB PSNR on held-out pictures")
@@ -95,13 +95,13 @@ def train_model_command(
 ) -> None:
     """Train a text-to-image or class-conditional model; resumes, and writes a bundle with every sample grid."""
     from model.bundle import open_bundle
-    from model.device import use_threads
+    from model.device import prepare_cpu
     from model.training.data import Pictures
     from model.training.loop import Recipe
     from model.training.run import Size, train_model
     from model.training.timesteps import SCHEDULES
 
-    use_threads(threads)
+    prepare_cpu(threads)
     recipe = Recipe(steps=steps, minutes=minutes, batch=batch, compile=compile_blocks, timesteps=SCHEDULES[timesteps])
     recipe = replace(recipe, muon_rate=rate * (recipe.muon_rate or 0.0), adam_rate=rate * recipe.adam_rate)
     size = Size(width, depth)
@@ -120,11 +120,11 @@ def train_judge_command(
     threads: ThreadsOption = None,
 ) -> None:
     """Train the classifier that `patchforge eval` measures in, for pictures other than the emoji."""
-    from model.device import use_threads
+    from model.device import prepare_cpu
     from model.evaluation.judge_training import JudgeRecipe, train_judge
     from model.training.data import Pictures
 
-    use_threads(threads)
+    prepare_cpu(threads)
     with typed_errors():
         judge = train_judge(Pictures.load(data), out, JudgeRecipe(steps=steps), licence)
     print(f"{out}: {json.dumps(judge.record['accuracy'], indent=1)}")

@@ -52,13 +52,13 @@ def claims(
     threads: ThreadsOption = None,
 ) -> None:
     """The paper's claims: train small models that differ in timesteps alone, then sample at equal evaluations."""
-    from model.device import use_threads
+    from model.device import prepare_cpu
     from model.evaluation.claims import compare
     from model.evaluation.claims_training import TRAINED, Setting, train_claims
     from model.evaluation.judge import SHIPPED, Judge
     from model.training.data import Pictures
 
-    use_threads(threads)
+    prepare_cpu(threads)
     with typed_errors():
         unknown = set(schedule or ()) - set(TRAINED)
         if unknown:

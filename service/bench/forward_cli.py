@@ -36,10 +36,10 @@ def forward(
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: every core.")] = None,
 ) -> None:
     """One network evaluation: dense as the paper against packed active patches; seconds, FLOPs and differences."""
-    from model.device import best_device, use_threads
+    from model.device import best_device, prepare_cpu
     from model.evaluation.forward_bench import bench_forward
 
-    use_threads(threads)
+    prepare_cpu(threads)
     rows: list[ForwardRow] = []
     with typed_errors():
         for name, config in _configurations(size or ["tiny", "PFT-B"], bundle).items():

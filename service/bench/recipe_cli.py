@@ -49,13 +49,13 @@ def recipe(
     threads: ThreadsOption = None,
 ) -> None:
     """The training recipe: short paired trainings, each with one choice changed."""
-    from model.device import use_threads
+    from model.device import prepare_cpu
     from model.evaluation.claims_training import Setting
     from model.evaluation.judge import SHIPPED, Judge
     from model.evaluation.recipe_trials import TRIALS, run_trials
     from model.training.data import Pictures
 
-    use_threads(threads)
+    prepare_cpu(threads)
     with typed_errors():
         if unknown := set(trial or ()) - set(TRIALS):
             raise InvalidRequest(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(TRIALS)}", field="trial")

@@ -58,11 +58,11 @@ def sampler(
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: every core.")] = None,
 ) -> None:
     """Samplers on the same prompts and noise: patch evaluations, seconds, FLOPs, PSNR; with --data, quality."""
-    from model.device import use_threads
+    from model.device import prepare_cpu
     from model.evaluation.sampler_bench import PAPER, PAPER_CHEAPER, UNIFORM, SamplerBench
     from model.pipeline import Pipeline
 
-    use_threads(threads)
+    prepare_cpu(threads)
     console = Console(width=150)
     with typed_errors():
         pipeline = Pipeline.open(bundle)

@@ -13,13 +13,11 @@ from model.pipeline import Pipeline
 from model.types import Plan
 
 ENOUGH = 0.95
-"""The budget is the smallest pack that reaches this share of the best throughput seen: beyond it, packing more only
-makes everyone wait longer for a step."""
+"""The budget is the smallest pack that reaches this share of the best throughput of those quick enough: beyond it,
+packing more only makes everyone wait longer for a step."""
 STEP_SECONDS = 0.1
-"""A pack that takes longer is not chosen if a smaller one was measured: requests join and leave between steps."""
+"""A pack that takes longer is not quick enough, and no larger one is tried: requests join and leave between steps."""
 MOST_PATCHES = 1 << 15
-LONGEST_SECONDS = 0.5
-"""No larger pack is tried once one takes as long as this."""
 SECONDS = 2.0
 """Of profiling, for each model; the round it ends in is finished."""
 
@@ -69,7 +67,7 @@ def profile(pipeline: Pipeline) -> list[Measured]:
     cost = pipeline.denoiser.patches(plan)
     pipeline.denoiser.evaluate([one])  # the first evaluation pays for what is set up once
     began, best = time.monotonic(), {1: _seconds(pipeline, [one])}
-    while max(best) * cost <= MOST_PATCHES / 2 and best[max(best)] < LONGEST_SECONDS:
+    while max(best) * cost <= MOST_PATCHES / 2 and best[max(best)] <= STEP_SECONDS:
         best[2 * max(best)] = _seconds(pipeline, [one] * 2 * max(best))
     while time.monotonic() - began < SECONDS:
         best = {pictures: min(seconds, _seconds(pipeline, [one] * pictures)) for pictures, seconds in best.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from model.evaluation.paper_forward import as_the_paper
 from model.generate import Trajectory, run
 from model.pipeline import Pipeline
+from service.schemas import Job
 from service.worker.bench_policies import OneAtATime, RequestLevel, StepLevel
 from service.worker.bench_traffic import Arrival
 from service.worker.engine import Chooser, Engine
@@ -36,6 +37,8 @@ WARM_UP = 6
 """Requests served before anything is measured."""
 PREVIEW_INTERVAL, PREVIEW_SHARE = 0.1, 0.1
 Clock = Callable[[], float]
+Latents = dict[str, list[Tensor]]
+"""``(P, D)`` of each picture, by job id."""
 
 
 @dataclass
@@ -45,8 +48,7 @@ class Served:
     arrived: dict[str, float] = field(default_factory=dict)
     first_preview: dict[str, float] = field(default_factory=dict)
     finished: dict[str, float] = field(default_factory=dict)
-    latents: dict[str, list[Tensor]] = field(default_factory=dict)
-    """``(P, D)`` of each picture."""
+    latents: Latents = field(default_factory=dict)
     evaluations: int = 0
     patches: int = 0
     seconds: float = 0.0
@@ -210,24 +212,32 @@ def rate_at(rows: list[EngineRow], policy: str, p95: float) -> float:
     return min(best, capacity_of(rows, policy))
 
 
-def largest_difference(pipelines: dict[str, Pipeline], traffics: list[list[Arrival]], rounds: list[Served]) -> float:
-    """Largest absolute difference of a final latent from the same request run all by itself, without the engine."""
-    pairs = zip(traffics, rounds, strict=True)
-    return max(_difference(pipelines, arrival, served) for arrivals, served in pairs for arrival in arrivals)
+def alone(pipelines: dict[str, Pipeline], arrivals: list[Arrival]) -> Latents:
+    """What each request makes all by itself, without the engine."""
+    return {job.id: _drawn(pipelines[job.request.model or ""], job) for job in (each.job(False) for each in arrivals)}
 
 
-def _difference(pipelines: dict[str, Pipeline], arrival: Arrival, served: Served) -> float:
-    job = arrival.job(dense=False)
-    request, pipeline = job.request, pipelines[job.request.model or ""]
+def _drawn(pipeline: Pipeline, job: Job) -> list[Tensor]:
+    request = job.request
     options = request.sampler.model_dump() if request.sampler else {"name": "euler"}
     sampler = pipeline.sampler(options.pop("name"), request.steps or 1, request.guidance or 0.0, **options)
     condition, _ = pipeline.condition(request.prompt, request.class_label)
-    worst = 0.0
-    for index, latent in enumerate(served.latents[job.id]):
-        alone = Trajectory(sampler, condition, sampler.start(pipeline.noise((request.seed or 0) + index)))
-        run(pipeline.denoiser, [alone])
-        worst = max(worst, float((alone.state.x - latent).abs().max()))
-    return worst
+    drawn = []
+    for index in range(request.n):
+        trajectory = Trajectory(sampler, condition, sampler.start(pipeline.noise((request.seed or 0) + index)))
+        run(pipeline.denoiser, [trajectory])
+        drawn.append(trajectory.state.x)
+    return drawn
+
+
+def largest_difference(rounds: list[Served], expected: list[Latents]) -> float:
+    """Largest absolute difference of a final latent served from the one expected."""
+    return max(
+        float((found - wanted).abs().max())
+        for served, latents in zip(rounds, expected, strict=True)
+        for job, drawn in latents.items()
+        for found, wanted in zip(served.latents[job], drawn, strict=True)
+    )
 
 
 def psnr_of_ours(

@@ -10,7 +10,7 @@ from prometheus_client import start_http_server
 from pydantic import ValidationError
 
 from model.bundle import explain, list_bundles
-from model.device import compile_feed_forwards, use_threads
+from model.device import compile_feed_forwards, prepare_cpu
 from model.errors import BundleError
 from model.pipeline import Pipeline
 from service.errors import InvalidRequest
@@ -57,7 +57,7 @@ def find_budgets(settings: Settings, pipelines: dict[str, Pipeline]) -> dict[str
 
 async def serve_worker(settings: Settings, redis_url: str, parent: int | None = None) -> None:
     """Run a worker until SIGTERM or SIGINT, or until the process ``parent`` is gone."""
-    use_threads(settings.threads)
+    prepare_cpu(settings.threads)
     loop = asyncio.get_running_loop()
     # One thread for all tensors: the C library keeps a heap for each thread that allocates, and what one has freed is
     # of no use to the others, so that with several a worker's memory creeps up for hours.

@@ -1,8 +1,9 @@
 """Compiled networks say what the others say, and memory is used again."""
 
 import platform
-import resource
 import shutil
+import subprocess
+import sys
 import warnings
 from copy import deepcopy
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from model.denoiser import Denoiser, Evaluation, Memory
-from model.device import compile_feed_forwards, use_threads
+from model.device import compile_feed_forwards
 from model.types import Plan
 from tests.model.networks import class_conditions, class_network, text_denoiser
 
@@ -32,16 +33,37 @@ def test_compiled_feed_forwards_predict_the_same_for_packs_of_any_size(kind: str
             torch.testing.assert_close(found.velocity, expected.velocity, atol=1e-5, rtol=0)
 
 
+FAULTS = """
+import resource, sys
+import torch
+from model.device import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+torch.set_num_threads(1)
+
+
+def work():
+    x = torch.ones(512, 768)
+    for _ in range(20):
+        x = torch.sigmoid(x * (1 + x.square()))
+    return [torch.ones(512, 1152) for _ in range(20)]
+
+
+for _ in range(5):
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
 def test_memory_that_was_freed_is_used_again() -> None:
-    use_threads(torch.get_num_threads())
+    def page_faults(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
 
-    def page_faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(50):
-            made = [torch.ones(1 << 19) for _ in range(3)]
-            del made
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    page_faults()  # makes the room
-    assert page_faults() < 512  # pages of one of the 150 tensors
+    assert page_faults("given back") > 10_000
+    assert page_faults("kept") < 1000

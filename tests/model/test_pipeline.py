@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model import pipeline as pipeline_module
+from model.guidance import Branch
 from model.pipeline import Pipeline
 from model.text import MiniLM
 
@@ -30,10 +31,15 @@ def test_a_prompt_asked_for_again_is_not_read_again(pipeline: Pipeline) -> None:
 
 
 def test_what_is_kept_of_prompts_is_bounded_in_bytes(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    context, _ = pipeline._refine(pipeline.network, "apple")
-    size = sum(layer.numel() * layer.element_size() for layer in context.keys_values)
-    monkeypatch.setattr(pipeline_module, "TEXT_BYTES", 3 * size + 1)
-    assert pipeline._texts_kept == 3
+    condition, _ = pipeline.condition("apple", None)
+    monkeypatch.setattr(pipeline_module, "TEXT_BYTES", 3 * condition[Branch.CONDITIONAL].bytes + 1)
+    pipeline.forget_texts()
+    for prompt in ("apple", "pear", "plum", "apple", "fig", "apple", "plum", "pear"):
+        pipeline.condition(prompt, None)
+    assert [prompt for prompt in pipeline.read if prompt] == ["apple", "apple", "pear", "plum", "fig", "pear"]
+    monkeypatch.setattr(pipeline_module, "TEXT_BYTES", 0)
+    assert pipeline.condition("kiwi", None)[0][Branch.CONDITIONAL].bytes
+    assert not pipeline._texts
 
 
 def test_what_is_read_does_not_depend_on_padding() -> None:
