@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -79,6 +80,9 @@ class EngineRow:
     """Share of the time spent working."""
 
 
+MEASURED = tuple(each.name for each in fields(EngineRow) if each.name not in ("policy", "load", "offered"))
+
+
 def serve(
     pipelines: dict[str, Pipeline],
     policy: str,
@@ -135,18 +139,22 @@ def _chooser(policy: str, kinds: dict[str, tuple[object, ...]], budgets: dict[st
 
 
 def row(policy: str, load: float, gap: float, rounds: list[Served]) -> EngineRow:
-    """What was measured in all rounds, summed up."""
+    """What was measured, in the median over the rounds: one in which the machine was slow does not count."""
+    each = [_row(policy, load, gap, served) for served in rounds]
+    middle = {name: median(getattr(row, name) for row in each) for name in MEASURED}
+    return replace(each[0], **middle)
+
+
+def _row(policy: str, load: float, gap: float, served: Served) -> EngineRow:
     arrived, finished, shown = torch.tensor(
         [
             (at, served.finished[job], served.first_preview.get(job, served.finished[job]))
-            for served in rounds
             for job, at in served.arrived.items()
         ],
         dtype=torch.float64,
     ).T
     latency, shown = finished - arrived, shown - arrived
-    span = sum(max(served.finished.values()) for served in rounds)
-    patches = sum(served.patches for served in rounds)
+    span = float(finished.max())
     return EngineRow(
         policy=policy,
         load=load,
@@ -157,9 +165,9 @@ def row(policy: str, load: float, gap: float, rounds: list[Served]) -> EngineRow
         p99=float(latency.quantile(0.99)),
         preview_p50=float(shown.quantile(0.5)),
         preview_p95=float(shown.quantile(0.95)),
-        patches_per_evaluation=patches / sum(served.evaluations for served in rounds),
-        patch_evaluations=patches / len(finished),
-        busy=sum(served.seconds for served in rounds) / span,
+        patches_per_evaluation=served.patches / served.evaluations,
+        patch_evaluations=served.patches / len(finished),
+        busy=served.seconds / span,
     )
 
 

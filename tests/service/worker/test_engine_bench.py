@@ -19,11 +19,13 @@ from service.worker.engine_bench import (
     REQUEST,
     STEP,
     EngineRow,
+    Served,
     alone,
     bench_engine,
     largest_difference,
     psnr_of_ours,
     rate_at,
+    row,
 )
 from service.worker.scheduler import Candidate
 from tests.rounding import products_are_alike
@@ -80,17 +82,17 @@ def test_every_policy_serves_the_same_traffic_and_ours_changes_no_picture(
 ) -> None:
     budgets = dict.fromkeys(pipelines, 128)
     results = list(bench_engine(pipelines, traffics, [1.0], budgets))
-    assert [row.load for row, _ in results] == [float("inf")] * 5 + [1.0] * 5
-    assert [row.policy for row, _ in results] == [*POLICIES, *POLICIES]
-    for row, rounds in results:
+    assert [found.load for found, _ in results] == [float("inf")] * 5 + [1.0] * 5
+    assert [found.policy for found, _ in results] == [*POLICIES, *POLICIES]
+    for found, rounds in results:
         assert [len(served.finished) for served in rounds] == [len(arrivals) for arrivals in traffics]
-        assert row.p50 <= row.p95 <= row.p99
-        assert 0 < row.busy < 1.001
-    by_policy = {row.policy: (row, served) for row, served in results}
+        assert found.p50 <= found.p95 <= found.p99
+        assert 0 < found.busy < 1.001
+    by_policy = {found.policy: (found, served) for found, served in results}
     arrived = {policy: [served.arrived for served in rounds] for policy, (_, rounds) in by_policy.items()}
     assert arrived[OURS] == arrived[ONE]
     assert arrived[OURS][0] != arrived[OURS][1]
-    packed = {row.policy: row.patches_per_evaluation for row, _ in results if row.load == float("inf")}
+    packed = {found.policy: found.patches_per_evaluation for found, _ in results if found.load == float("inf")}
     assert packed[OURS] > packed[STEP] >= packed[REQUEST] >= packed[ONE]
     assert by_policy[OURS][0].patch_evaluations <= by_policy[ONE][0].patch_evaluations
     expected = [alone(pipelines, arrivals) for arrivals in traffics]
@@ -114,6 +116,16 @@ def test_traffic_for_adaptive_only_names_no_other_sampler(pipelines: dict[str, P
     traffic = mixed_traffic(pipelines, 50, seed=1, adaptive_only=True)
     assert {each.request.sampler.name for each in traffic if each.request.sampler} == {"adaptive"}
     assert len({each.kind for each in traffic}) == 6  # of two models, in three numbers of steps
+
+
+def test_a_round_in_which_the_machine_was_slow_does_not_count() -> None:
+    def served(pace: float) -> Served:
+        times = {str(number): pace * (number + 1) for number in range(20)}
+        return Served(dict.fromkeys(times, 0.0), {}, times, evaluations=10, patches=100, seconds=20 * pace)
+
+    steady, measured = (row(OURS, 1.0, 0.5, [served(pace) for pace in paces]) for paces in ((1, 1, 1), (1, 9, 1)))
+    assert measured == steady
+    assert (steady.p50, steady.completed, steady.busy) == (10.5, 1.0, 1.0)
 
 
 BASE = EngineRow(REQUEST, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
