@@ -23,7 +23,7 @@ def test_shared_conditioning_saves_a_third_of_a_blocks_products(rows: dict[str, 
     modulation = 2 * 6 * width**2 * patches * branches * depth / 1e9  # of adaLN, per patch
     saved = rows[PAPER].gflop - rows[CONTEXT].gflop
     assert saved > 0.9 * modulation
-    assert rows[DENSE].gflop < rows[CONTEXT].gflop  # one timestep is conditioned on less often than two
+    assert rows[DENSE].gflop == rows[CONTEXT].gflop  # a block of rows serves up to four conditions
 
 
 def test_work_falls_with_the_share_of_active_patches(rows: dict[str, ForwardRow]) -> None:
