@@ -41,6 +41,9 @@ def engine(
     ] = False,
     adaptive_only: Annotated[bool, typer.Option(help="Nobody asks for another sampler.")] = False,
     seed: Annotated[int, typer.Option(help="Of the first traffic; the next count up.")] = 0,
+    long: Annotated[
+        bool, typer.Option(help="Against request-level batching only, for which longer traffic can be afforded.")
+    ] = False,
     patch_budget: Annotated[int | None, typer.Option(min=1, help="Default: profiled, as a worker does.")] = None,
     cpu_clock: Annotated[
         bool, typer.Option(help="Count CPU seconds, where other programs run too; needs one thread.")
@@ -56,7 +59,16 @@ def engine(
     from model.device import prepare_cpu
     from service.worker.bench_traffic import mixed_traffic
     from service.worker.budgets import patch_budget as profiled
-    from service.worker.engine_bench import ONE, OURS, alone, bench_engine, largest_difference, psnr_of_ours
+    from service.worker.engine_bench import (
+        OURS,
+        PAPER,
+        POLICIES,
+        REQUEST,
+        alone,
+        bench_engine,
+        largest_difference,
+        psnr_of_ours,
+    )
 
     with typed_errors():
         if cpu_clock and threads != 1:
@@ -72,7 +84,8 @@ def engine(
         differences: list[float] = []
         served: dict[str, list[Served]] = {}
         clock = time.process_time if cpu_clock else time.perf_counter
-        for row, result in bench_engine(pipelines, traffics, sorted(load or LOADS), budgets, clock):
+        policies = (PAPER, REQUEST, OURS) if long else POLICIES
+        for row, result in bench_engine(pipelines, traffics, sorted(load or LOADS), budgets, clock, policies):
             rows.append(row)
             served[row.policy] = result
             if row.policy == OURS:
@@ -80,13 +93,13 @@ def engine(
         figures: dict[str, Any] = {
             "patch_budgets": budgets,
             "largest_latent_difference_from_running_alone": max(differences),
-            "median_psnr_against_dense_evaluation": psnr_of_ours(pipelines, traffics, served[OURS], served[ONE]),
+            "median_psnr_against_dense_evaluation": psnr_of_ours(pipelines, traffics, served[OURS], served[REQUEST]),
             "at_equal_p95": _at_equal_p95(rows),
             "rows": [_finite(asdict(row)) for row in rows],
         }
         _show(rows, figures)
         if doc is not None:
-            which = ", ".join(["engine", *["presets"] * presets, *["adaptive only"] * adaptive_only])
+            which = ", ".join(["engine", *["presets"] * presets, *["adaptive only"] * adaptive_only, *["long"] * long])
             replace_between(doc, which, COLUMNS, map(_line, rows))
             replace_between(doc, f"{which} at equal p95", AT_EQUAL_P95, map(_equal_line, figures["at_equal_p95"]))
         if out is not None:

@@ -13,8 +13,8 @@ from model.pipeline import Pipeline
 from model.types import Plan
 
 ENOUGH = 0.95
-"""The budget is the smallest pack that reaches this share of the best throughput of those quick enough: beyond it,
-packing more only makes everyone wait longer for a step."""
+"""The budget is the largest pack that is quick enough and reaches this share of the best throughput of those: the packs
+of real traffic, of plans of many kinds, profit more from being large than the profile's, whose pictures are alike."""
 STEP_SECONDS = 0.1
 """A pack that takes longer is not quick enough, and no larger one is tried: requests join and leave between steps."""
 MOST_PATCHES = 1 << 15
@@ -41,7 +41,7 @@ class Measured:
 def patch_budget(pipeline: Pipeline) -> int:
     """Patches an evaluation of this model should have at most; logged."""
     measured = profile(pipeline)
-    chosen = knee(measured)
+    chosen = largest_good(measured)
     log.info(
         "patch budget",
         model=pipeline.manifest.name,
@@ -51,12 +51,12 @@ def patch_budget(pipeline: Pipeline) -> int:
     return chosen
 
 
-def knee(measured: list[Measured]) -> int:
-    """The smallest pack with `ENOUGH` of the best throughput among those that take no more than `STEP_SECONDS`; the
-    smallest of all if none does."""
+def largest_good(measured: list[Measured]) -> int:
+    """Patches of the largest pack with `ENOUGH` of the best throughput among those that take no more than
+    `STEP_SECONDS`; of the smallest pack if none does."""
     quick = [each for each in measured if each.seconds <= STEP_SECONDS] or measured[:1]
     best = max(each.throughput for each in quick)
-    return min(each.patches for each in quick if each.throughput >= ENOUGH * best)
+    return max(each.patches for each in quick if each.throughput >= ENOUGH * best)
 
 
 def profile(pipeline: Pipeline) -> list[Measured]:

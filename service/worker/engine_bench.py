@@ -7,7 +7,7 @@ the next arrival. So waiting costs the benchmark nothing, and every policy meets
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
 
@@ -177,20 +177,22 @@ def bench_engine(
     loads: list[float],
     budgets: dict[str, int],
     clock: Clock = time.perf_counter,
+    policies: Sequence[str] = POLICIES,
 ) -> Iterator[tuple[EngineRow, list[Served]]]:
-    """Every policy with everything waiting from the start, which gives their capacities; then at every load.
+    """Every policy, `REQUEST` always among them, with everything waiting from the start, which gives their capacities;
+    then at every load.
 
     After a warm-up of each. Machines drift, so each load is served in rounds, one a traffic, in which all policies take
     turns; whose turn is first changes with round and load. With every row come its rounds, in the traffics' order.
     """
-    for policy in POLICIES:
+    for policy in policies:
         serve(pipelines, policy, traffics[0][:WARM_UP], 0.0, budgets, clock)
     gap, turn = 0.0, 0
     for load in (float("inf"), *loads):
-        found: dict[str, list[Served]] = {policy: [] for policy in POLICIES}
+        found: dict[str, list[Served]] = {policy: [] for policy in policies}
         for arrivals in traffics:
-            for index in range(len(POLICIES)):
-                policy = POLICIES[(index + turn) % len(POLICIES)]
+            for index in range(len(policies)):
+                policy = policies[(index + turn) % len(policies)]
                 found[policy].append(serve(pipelines, policy, arrivals, gap / load, budgets, clock))
             turn += 1
         rows = [row(policy, load, gap / load, rounds) for policy, rounds in found.items()]

@@ -1,11 +1,11 @@
-"""The budget of an evaluation: the knee of what was measured."""
+"""The budget of an evaluation: as much as is quick enough and costs a patch no more."""
 
 import pytest
 
 from model.pipeline import Pipeline
 from service.settings import Settings
 from service.worker import budgets
-from service.worker.budgets import Measured, knee, profile
+from service.worker.budgets import Measured, largest_good, profile
 from service.worker.main import find_budgets
 
 
@@ -14,23 +14,15 @@ def curve(overhead: float, per_patch: float) -> list[Measured]:
     return [Measured(patches, overhead + per_patch * patches) for patches in (128, 256, 512, 1024, 2048, 4096)]
 
 
-def test_without_overhead_the_smallest_pack_is_best() -> None:
-    assert knee(curve(0.0, 1e-5)) == 128
-
-
-def test_the_more_overhead_the_larger_the_pack() -> None:
-    found = [knee(curve(overhead, 1e-5)) for overhead in (0.00005, 0.0005, 0.005)]
-    assert found == [128, 1024, 4096]
-
-
-def test_a_pack_too_large_for_the_device_is_not_chosen() -> None:
-    measured = [*curve(0.0005, 1e-5), Measured(8192, 5.0)]  # out of its cache
-    assert knee(measured) == 1024
+def test_the_largest_pack_that_is_quick_and_no_slower_a_patch_is_best() -> None:
+    assert largest_good(curve(0.0, 1e-5)) == 4096
+    assert largest_good(curve(0.01, 1e-5)) == 4096
+    assert largest_good([*curve(0.0, 1e-5), Measured(8192, 0.09)]) == 4096  # out of the device's cache
 
 
 def test_no_pack_makes_newcomers_wait_long_unless_one_picture_does() -> None:
-    assert knee(curve(0.01, 1e-4)) == 512  # 61 ms; twice as many are better by 9 % and take 112
-    assert knee(curve(0.5, 1e-4)) == 128
+    assert largest_good(curve(0.01, 1e-4)) == 512  # 61 ms; twice as many are better by 9 % and take 112
+    assert largest_good(curve(0.5, 1e-4)) == 128
 
 
 @pytest.mark.parametrize("name", ["tiny-class", "tiny-text"])
