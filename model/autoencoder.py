@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.autoencoder_config import AutoencoderConfig
 from model.bundle import AUTOENCODER_WEIGHTS, read_autoencoder_config
+from model.device import upload
 from model.errors import BundleError
 from model.manifest import Latent
 from model.weights import check_shapes, load_weights
@@ -31,7 +32,7 @@ class Codec:
         """
         self.network = _load(folder).to(device, memory_format=torch.channels_last)
         self.device = device
-        self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (latent.mean, latent.std))
+        self.mean, self.std = (upload(torch.tensor(v), device).view(-1, 1, 1) for v in (latent.mean, latent.std))
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.attention import Group, Keeping, Kept, Layout, TextContext
-from model.device import serving_autocast, serving_dtype
+from model.device import serving_autocast, serving_dtype, upload
 from model.guidance import Branch, branches, combine
 from model.kv_cache import CachePool, Slot
 from model.pft import PFT
@@ -129,10 +129,10 @@ class Denoiser:
     def _forward(self, values: Tensor, sequences: list[PackedSequence]) -> Tensor:
         layout = self._layout(sequences)
         conditions, rows = self._conditions(sequences)
-        times = torch.tensor([time for time, _ in conditions], dtype=torch.float32, device=self.device)
+        times = upload(torch.tensor([time for time, _ in conditions], dtype=torch.float32), self.device)
         if isinstance(self.network, TextPFT):
             return self.network(values, times, rows, layout)
-        labels = torch.tensor([label for _, label in conditions], device=self.device)
+        labels = upload(torch.tensor([label for _, label in conditions]), self.device)
         return self.network(values, times, labels, rows, layout)
 
     def _layout(self, sequences: list[PackedSequence]) -> Layout:
@@ -200,16 +200,16 @@ class Denoiser:
         A text acts through cross-attention, not through the condition, so its label is always 0.
         """
         distinct: dict[tuple[float, int], int] = {}
-        rows = []
+        ids: list[int] = []  # of each sequence's times, one after the other
+        places = []
         for sequence in sequences:
             label = sequence.condition if isinstance(sequence.condition, int) else 0
-            ids = [distinct.setdefault((time, label), len(distinct)) for time in sequence.plan.times]
-            index = sequence.time_index
-            if index is None:
-                rows.append(torch.full((sequence.active,), ids[0], device=self.device))
-            else:
-                rows.append(torch.tensor(ids, device=self.device)[index])
-        return list(distinct), torch.cat(rows) if len(distinct) > 1 else None
+            first, index = len(ids), sequence.time_index
+            ids += [distinct.setdefault((time, label), len(distinct)) for time in sequence.plan.times]
+            places.append(torch.full((sequence.active,), first, device=self.device) if index is None else first + index)
+        if len(distinct) == 1:
+            return list(distinct), None
+        return list(distinct), upload(torch.tensor(ids), self.device).index_select(0, torch.cat(places))
 
 
 def active_patches(plan: Plan, branch: Branch) -> int:

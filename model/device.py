@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's ``mallopt``."""
@@ -46,7 +46,14 @@ def serving_dtype(device: torch.device) -> torch.dtype:
 def serving_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Mixed precision for serving, in `serving_dtype`."""
     dtype = serving_dtype(device)
-    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """What lies on the CPU, on ``device``; to CUDA it goes by way of pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def compile_feed_forwards(network: nn.Module) -> None:

@@ -14,7 +14,7 @@ from model.attention import TextContext
 from model.autoencoder import Codec
 from model.bundle import Bundle, load_weights, network_shapes, open_bundle
 from model.denoiser import Condition, Denoiser
-from model.device import best_device
+from model.device import best_device, upload
 from model.errors import ParameterError
 from model.generate import Trajectory, run
 from model.guidance import Branch
@@ -106,7 +106,7 @@ class Pipeline:
     def noise(self, seed: int) -> Tensor:
         """``(P, D)``, drawn on the CPU so that a seed gives the same picture on every device."""
         generator = torch.Generator().manual_seed(seed)
-        return self.grid.patchify(torch.randn(self.grid.latent_shape, generator=generator)).to(self.device)
+        return upload(self.grid.patchify(torch.randn(self.grid.latent_shape, generator=generator)), self.device)
 
     def sampler(self, name: str, steps: int, guidance: float, **options: Any) -> Sampler[Any]:
         """A sampler on this model's grid; ParameterError names an option out of range."""

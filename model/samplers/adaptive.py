@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from model.device import upload
 from model.samplers.base import Sampler, State, require
 from model.samplers.track import Track
 from model.types import Plan, Prediction
@@ -242,7 +243,7 @@ class Adaptive(Sampler[AdaptiveState]):
             return replace(state, due=None, null_due=None)
         patches = due.nonzero()[:, 0]
         nulls = null[patches].nonzero()[:, 0]
-        return replace(state, due=patches.to(state.x.device), null_due=nulls.to(state.x.device))
+        return replace(state, due=upload(patches, state.x.device), null_due=upload(nulls, state.x.device))
 
     def _guides(self, start: float, end: float) -> bool:
         """Does guidance act in this step?"""

@@ -177,19 +177,20 @@ class Engine:
             self.caches.release((live.job.id, picture.index))
 
     def _look(self, moved: list[Chosen]) -> list[Outcome]:
-        """Fetch from the device, in one transfer for all pictures, whether all is well and where patches stand."""
+        """Fetch from the device, in one transfer for all pictures, whether all is well and how patches stand."""
         if not moved:
             return []
-        finite = torch.stack([each.picture.finite for each in moved])
-        times = torch.stack([each.picture.trajectory.state.times for each in moved])
-        fetched = torch.cat([finite[:, None].to(times.dtype), times], dim=1).cpu()
+        states = [each.picture.trajectory.state for each in moved]
+        stands = torch.stack([torch.stack([state.times, state.difficulty]) for state in states])
+        finite = torch.stack([each.picture.finite for each in moved]).to(stands.dtype)
+        fetched = torch.cat([finite[:, None], stands.flatten(1)], dim=1).cpu()
         outcomes: list[Outcome] = []
         for (live, picture, _), row in zip(moved, fetched, strict=True):
             if live.job.id not in self.jobs:
                 continue
             if not row[0]:
                 outcomes.append(self._broken(live, NotFinite("the network predicted values that are not finite")))
-            elif finished := picture.note(row[1:]):
+            elif finished := picture.note(*row[1:].view(2, -1)):
                 outcomes.append(PatchesMade(live.job.id, finished))
         return outcomes
 

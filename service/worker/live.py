@@ -29,6 +29,8 @@ class LivePicture:
     """What to evaluate next; None when the picture is finished."""
     times: torch.Tensor
     """``(P,)`` on the CPU: where each patch stands."""
+    difficulty: torch.Tensor
+    """``(P,)`` on the CPU: its latest predicted variance."""
     finished_at: torch.Tensor
     """``(P,)`` long, on the CPU: evaluation after which each patch stood at t = 1; 0 while it does not."""
     finite: torch.Tensor
@@ -41,9 +43,9 @@ class LivePicture:
     @classmethod
     def begin(cls, index: int, seed: int, trajectory: Trajectory) -> LivePicture:
         """One that has not been evaluated yet."""
-        times = trajectory.state.times.cpu()
+        times, difficulty = torch.stack([trajectory.state.times, trajectory.state.difficulty]).cpu()
         finished_at, finite = torch.zeros(times.shape, dtype=torch.long), torch.tensor(True)
-        return cls(index, seed, trajectory, trajectory.plan(), times, finished_at, finite, len(times))
+        return cls(index, seed, trajectory, trajectory.plan(), times, difficulty, finished_at, finite, len(times))
 
     @property
     def done(self) -> bool:
@@ -70,8 +72,9 @@ class LivePicture:
         if self.done:
             self.trajectory.memory = Memory()  # nothing will read it: its bytes are free for others
 
-    def note(self, times: torch.Tensor) -> PatchesFinished | None:
-        """Take where the patches stand now, ``(P,)`` on the CPU; which of them reached t = 1 with this evaluation."""
+    def note(self, times: torch.Tensor, difficulty: torch.Tensor) -> PatchesFinished | None:
+        """Take how the patches stand now, ``(P,)`` each on the CPU; which of them reached t = 1 with this evaluation."""
+        self.difficulty = difficulty
         state, sampler = self.trajectory.state, self.trajectory.sampler
         arrived = ((times >= 1) & (self.finished_at == 0)).nonzero()[:, 0]
         before, self.times = self.times, times
@@ -90,12 +93,11 @@ class LivePicture:
 
     def report(self) -> ImageReport:
         """What this picture cost."""
-        state, sampler = self.trajectory.state, self.trajectory.sampler
         return ImageReport(
             seed=self.seed,
             patch_evaluations=self.trajectory.patch_evaluations,
-            dense_patch_evaluations=sampler.dense_patch_evaluations,
-            difficulty=[float(f"{value:.4g}") for value in state.difficulty.tolist()],
+            dense_patch_evaluations=self.trajectory.sampler.dense_patch_evaluations,
+            difficulty=[float(f"{value:.4g}") for value in self.difficulty.tolist()],
             finished_at=self.finished_at.tolist(),
         )
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
+from model.device import upload
 from model.pipeline import Pipeline
 from service.queue_records import Source
 
@@ -50,7 +51,7 @@ def prepare(pipeline: Pipeline, source: Source, strength: float | None) -> Sourc
     if changes is not None:
         marked = adaptive_max_pool2d(_pixels(changes)[None].float(), (grid.rows, grid.columns))
         times[marked.flatten() == 0] = 1.0
-    return SourceImage(clean, times.to(clean.device), original, changes)
+    return SourceImage(clean, upload(times, clean.device), original, changes)
 
 
 def _opened(png: bytes) -> Image.Image:

@@ -1,0 +1,116 @@
+"""A device beside the CPU where there is none: it refuses what a GPU refuses, and counts what a GPU is waited for.
+
+Tensors on it say that they are on ``meta``, a device that PyTorch always has, but they hold values, which the CPU
+computes. So what serves on a GPU runs from end to end, casts to bf16 left out, and its pictures can be compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+PRETENDED = torch.device("meta")
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+COMPOSED = {aten.to, aten.item, aten.is_nonzero}
+"""What PyTorch takes apart into copies and waits. In inference mode it comes whole."""
+COPIES = {aten._to_copy.default, aten.copy_.default}
+"""What may see tensors of both devices."""
+WAITS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
+"""Their result, or its shape, is known to the host only once the device is done."""
+INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+"""A mask among the indices makes a GPU wait, for it counts how many are true."""
+
+
+class OnDevice(Tensor):
+    """A tensor of the pretended device; ``values`` is the same on the CPU."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Self:
+        layout = {"strides": values.stride(), "storage_offset": values.storage_offset(), "dtype": values.dtype}
+        made: Self = Tensor._make_wrapper_subclass(cls, values.shape, device=PRETENDED, **layout)  # type: ignore
+        return made
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def tolist(self) -> Any:
+        """PyTorch's own takes no subclass."""
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{op} on a pretended device that is not entered")
+
+
+class PretendDevice(TorchDispatchMode):
+    """While it is entered, `PRETENDED` is a device.
+
+    Raises:
+        AssertionError: an operation sees tensors of both devices; or a tensor was made there from a Python list, for
+            which a GPU would wait: `model.device.upload` is for that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        """Operations for whose end the host waits: of copies all but those to the device that need not."""
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if op.overloadpacket in COMPOSED:
+            with self:
+                return op.decompose(*args, **options)
+        tensors = [each for each in tree_flatten((args, options))[0] if isinstance(each, Tensor)]
+        placed = [each for each in tensors if isinstance(each, OnDevice)]
+        asked = options.get("device")
+        if op is aten.copy_.default:
+            target = args[0].device
+        elif asked is not None:
+            target = torch.device(asked)
+        else:
+            target = PRETENDED if placed else CPU
+        self._judge(op, args, options, target, tensors)
+        if asked is not None and target == PRETENDED:
+            options["device"] = CPU
+        made = op(*_values(args), **_values(options))
+        if op._schema.is_mutable and placed:
+            return args[0]
+        if target != PRETENDED:
+            return made
+        with torch.inference_mode(False):  # PyTorch makes no views of wrappers that are inference tensors
+            return tree_map_only(Tensor, OnDevice, made)
+
+    def _judge(
+        self, op: Any, args: Sequence[Any], options: Mapping[str, Any], target: torch.device, tensors: list[Tensor]
+    ) -> None:
+        """Refuse, or count."""
+        for each in tensors:
+            assert isinstance(each, OnDevice) or each.device == CPU, f"{op} sees {each.device}: made from a list?"
+        if op in COPIES:
+            source, free = tensors[-1], options.get("non_blocking") or args[-1] is True
+            waits = source.device != target and not (free and target == PRETENDED)
+        elif not any(isinstance(each, OnDevice) for each in tensors):
+            waits = False
+        else:
+            # Zero-dimensional ones are taken for numbers.
+            strangers = [each for each in tensors if each.device == CPU and each.dim() > 0]
+            assert not strangers, f"{op} sees a tensor of the CPU beside the device's"
+            waits = op in WAITS or (
+                op in INDEXES and any(each is not None and each.dtype is torch.bool for each in args[1])
+            )
+        self.waits[str(op)] += waits
+
+
+def _values(tree: Any) -> Any:
+    return tree_map_only(OnDevice, lambda each: each.values, tree)
