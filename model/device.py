@@ -50,7 +50,7 @@ def serving_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """What lies on the CPU, on ``device``; to CUDA it goes by way of pinned memory, so that nobody waits for the copy."""
+    """What lies on the CPU, on ``device``. To CUDA it goes by way of pinned memory, so that nobody waits for it."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -48,7 +48,8 @@ class OnDevice(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise AssertionError(f"{op} on a pretended device that is not entered")
+        with PretendDevice():  # none is entered: this is the end of a test, when what it leaves is freed
+            return op(*args, **(kwargs or {}))
 
 
 class PretendDevice(TorchDispatchMode):

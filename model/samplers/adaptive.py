@@ -133,14 +133,22 @@ class Adaptive(Sampler[AdaptiveState]):
         )
 
     def advance(self, state: AdaptiveState, prediction: Prediction) -> AdaptiveState:
-        state = self._finish(self._record(state, prediction))
-        while True:
-            state = self._move(state)
-            if state.step == self.steps:
-                return state
-            state = self._look(state)
-            if state.due is None or state.due.numel() > 0:
-                return state
+        return self._look(self._move(self._finish(self._record(state, prediction))))
+
+    def answer(self, state: AdaptiveState, answer: Tensor) -> AdaptiveState:
+        left, due, null = answer
+        state = replace(state, question=None)
+        if not left.any():
+            return replace(state, step=self.steps)
+        unknown = state.conditional is None or (state.delta is None and self._guides_next(state))
+        renewed = self.refresh > 0 and state.step % self.refresh == 0
+        if renewed or unknown:
+            return replace(state, due=None, null_due=None)
+        patches = due.nonzero()[:, 0]
+        if not len(patches):
+            return self._look(self._move(state))
+        nulls = null[patches].nonzero()[:, 0]
+        return replace(state, due=upload(patches, state.x.device), null_due=upload(nulls, state.x.device))
 
     def _at(self, state: AdaptiveState, step: int) -> float:
         return max(state.begin, self.time(step))
@@ -223,27 +231,26 @@ class Adaptive(Sampler[AdaptiveState]):
         )
 
     def _look(self, state: AdaptiveState) -> AdaptiveState:
-        """Decide what has to be evaluated before the next step."""
-        start, end = self._at(state, state.step), self.time(state.step + 1)
+        """Ask what has to be evaluated before the next step: which patches are left, which of them are due, and which
+        of those in the null branch too."""
+        if state.step == self.steps:
+            return state
         if self.exact:
             return replace(state, due=None, null_due=None)
-        guided = self._guides(start, end)
+        start, end = self._at(state, state.step), self.time(state.step + 1)
         going = state.times < 1
         due = null = going
         if state.conditional is not None:
             due = null = going & (state.conditional.error(start, end, self.order) >= self.skip_tolerance)
-        if guided and state.delta is not None:
+        if state.delta is not None and self._guides(start, end):
             # Where a delta is due, its velocity is too: the two are known of the same moment only.
             null = going & (self._push_error(state, start, end) >= self.skip_tolerance)
             due = due | null
-        left, due, null = torch.stack([going, due, null]).cpu()  # the one time a step that the device is waited for
-        renewed = self.refresh > 0 and state.step % self.refresh == 0
-        unknown = state.conditional is None or (guided and state.delta is None)
-        if bool(left.any()) and (renewed or unknown):
-            return replace(state, due=None, null_due=None)
-        patches = due.nonzero()[:, 0]
-        nulls = null[patches].nonzero()[:, 0]
-        return replace(state, due=upload(patches, state.x.device), null_due=upload(nulls, state.x.device))
+        return replace(state, question=torch.stack([going, due, null]))
+
+    def _guides_next(self, state: AdaptiveState) -> bool:
+        """Does guidance act in the step ahead?"""
+        return self._guides(self._at(state, state.step), self.time(state.step + 1))
 
     def _guides(self, start: float, end: float) -> bool:
         """Does guidance act in this step?"""

@@ -28,6 +28,8 @@ class State:
     """Whole steps done."""
     evaluations: int = 0
     """Network evaluations done."""
+    question: Tensor | None = None
+    """``(k, P)`` bool, on the device: what `Sampler.answer` has to be told before the next plan; None: nothing."""
 
     @classmethod
     def initial(cls, noise: Tensor) -> Self:
@@ -90,7 +92,14 @@ class Sampler(Generic[S]):
         raise NotImplementedError
 
     def advance(self, state: S, prediction: Prediction) -> S:
-        """The state after the plan's prediction came back."""
+        """The state after the plan's prediction came back. It may have a `State.question`."""
+        raise NotImplementedError
+
+    def answer(self, state: S, answer: Tensor) -> S:
+        """The state once its question is answered: ``answer`` ``(k, P)`` bool is the same on the CPU.
+
+        It may have another one. Apart from `advance`, so that one wait for the device can serve many pictures.
+        """
         raise NotImplementedError
 
     def time(self, step: int) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from model.device import upload
 from model.samplers.base import Sampler, State, easy_patches, estimate, require
 from model.types import Plan, Prediction
 
@@ -63,6 +64,9 @@ class DualLoop(Sampler[DualLoopState]):
             return self._after_outer(state, prediction)
         return self._after_inner(state, state.hard, prediction)
 
+    def answer(self, state: DualLoopState, answer: Tensor) -> DualLoopState:
+        return replace(state, hard=upload(answer[0].nonzero()[:, 0], state.x.device), question=None)
+
     def inner_time(self, state: DualLoopState) -> float:
         """Where the hard patches stand."""
         return (state.step + state.inner / self.inner_steps) / self.steps
@@ -79,7 +83,7 @@ class DualLoop(Sampler[DualLoopState]):
             difficulty=prediction.difficulty,
             inner=1,
             easy=easy,
-            hard=(~easy).nonzero()[:, 0],
+            question=~easy[None],
             evaluations=state.evaluations + 1,
         )
         return self._close(moved)
@@ -106,4 +110,4 @@ class DualLoop(Sampler[DualLoopState]):
             return state
         end = self.time(state.step + 1)
         times = state.times.new_full(state.times.shape, end)  # exactly, whatever rounding the small steps left
-        return replace(state, times=times, step=state.step + 1, inner=0, easy=None, hard=None)
+        return replace(state, times=times, step=state.step + 1, inner=0, easy=None, hard=None, question=None)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from model.errors import ParameterError
-from model.generate import Trajectory
+from model.generate import Trajectory, settle
 from model.pipeline import Pipeline
 from model.types import Plan, Prediction
 from service.errors import InvalidRequest
@@ -118,6 +118,7 @@ class Engine:
                 moved.append(chosen)
             except Exception as error:  # one job's trouble, of whatever kind, must stay its own
                 outcomes.append(self._broken(live, error))
+        outcomes += self._settle(self._alive(moved))
         outcomes += self._look(self._alive(moved))
         self.previews.worked(time.monotonic() - began)
         return outcomes + self._show(self._alive(moved)) + self._close()
@@ -173,8 +174,21 @@ class Engine:
             picture.advance(prediction, self.pipelines[live.model].denoiser.patches(plan))
         except Exception as error:
             raise error if picture.finite else NotFinite(repr(error)) from error
-        if picture.done:
-            self.caches.release((live.job.id, picture.index))
+
+    def _settle(self, moved: list[Chosen]) -> list[Outcome]:
+        """Have the samplers plan ahead, which may take answers from the device, fetched for all of them together."""
+        outcomes: list[Outcome] = []
+        plans = isolating(settle, [each.picture.trajectory for each in moved])
+        for (live, picture, _), plan in zip(moved, plans, strict=True):
+            if live.job.id not in self.jobs:
+                continue
+            if isinstance(plan, Exception):
+                outcomes.append(self._broken(live, plan if picture.finite else NotFinite(repr(plan))))
+                continue
+            picture.go_on(plan)
+            if picture.done:
+                self.caches.release((live.job.id, picture.index))
+        return outcomes
 
     def _look(self, moved: list[Chosen]) -> list[Outcome]:
         """Fetch from the device, in one transfer for all pictures, whether all is well and how patches stand."""

@@ -68,12 +68,15 @@ class LivePicture:
         """Take what the plan asked for, which cost ``cost`` patch evaluations."""
         self.finite = torch.isfinite(prediction.velocity).all() & torch.isfinite(prediction.log_variance).all()
         self.trajectory.advance(prediction, cost)
-        self.plan = self.trajectory.plan()
+
+    def go_on(self, plan: Plan | None) -> None:
+        """Want ``plan`` next, if any."""
+        self.plan = plan
         if self.done:
             self.trajectory.memory = Memory()  # nothing will read it: its bytes are free for others
 
     def note(self, times: torch.Tensor, difficulty: torch.Tensor) -> PatchesFinished | None:
-        """Take how the patches stand now, ``(P,)`` each on the CPU; which of them reached t = 1 with this evaluation."""
+        """Take how patches stand now, ``(P,)`` each on the CPU; which of them reached t = 1 with this evaluation."""
         self.difficulty = difficulty
         state, sampler = self.trajectory.state, self.trajectory.sampler
         arrived = ((times >= 1) & (self.finished_at == 0)).nonzero()[:, 0]

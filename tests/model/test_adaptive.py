@@ -10,13 +10,14 @@ from torch import Tensor
 
 from model.denoiser import Denoiser, active_patches
 from model.errors import ParameterError
-from model.generate import Trajectory, run
+from model.generate import Trajectory, run, settle
 from model.guidance import Branch
 from model.samplers import Adaptive, Sampler, make_sampler
 from model.samplers.adaptive import MAX_REACH, AdaptiveState
 from model.samplers.track import Track
 from model.types import Grid, Plan, Prediction
 from tests.model.networks import denoisers
+from tests.model.test_samplers import advanced
 from tests.rounding import assert_same
 
 GRID = Grid(4, 4, 2, 3)
@@ -42,7 +43,7 @@ def played(sampler: Adaptive, state: AdaptiveState) -> tuple[AdaptiveState, list
             prediction = Prediction(
                 prediction.velocity, prediction.conditional, prediction.log_variance, prediction.null[plan.null_index]
             )
-        state = sampler.advance(state, prediction)
+        state = advanced(sampler, state, prediction)
         plans.append(plan)
         states.append(state)
     return state, plans, states
@@ -210,7 +211,7 @@ def test_an_evaluation_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatc
     )
     run(denoiser, [whole])
     head = denoiser.network.final_layer
-    while (plan := broken.plan()) is not None:
+    while (plan := settle([broken])[0]) is not None:
         with monkeypatch.context() as patched:
             patched.setattr(head, "forward", failing)
             with pytest.raises(RuntimeError, match="half-way"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.errors import ParameterError
-from model.generate import Trajectory
+from model.generate import Trajectory, settle
 from model.samplers import Adaptive, DualLoop, Euler, Heun, LookAhead, Multistep, State, make_sampler
 from model.samplers.base import easy_patches
 from model.types import Grid, Plan, Prediction
@@ -24,11 +24,19 @@ def oracle(plan: Plan, noise: torch.Tensor, hard: torch.Tensor) -> Prediction:
     return Prediction(velocity, velocity, log_variance)
 
 
+def advanced(sampler, state: State, prediction: Prediction) -> State:
+    """The state after a prediction, with all its questions answered."""
+    state = sampler.advance(state, prediction)
+    while state.question is not None:
+        state = sampler.answer(state, state.question)
+    return state
+
+
 def finish(sampler, noise: torch.Tensor, hard: torch.Tensor) -> tuple[State, list[Plan]]:
     state, plans = sampler.start(noise), []
     while (plan := sampler.plan(state)) is not None:
         plans.append(plan)
-        state = sampler.advance(state, oracle(plan, noise, hard))
+        state = advanced(sampler, state, oracle(plan, noise, hard))
     return state, plans
 
 
@@ -66,14 +74,14 @@ def test_dual_loop_moves_easy_patches_at_once_and_evaluates_only_hard_ones() -> 
     noise = torch.randn(16, 12)
     sampler = DualLoop(GRID, 2, 2.0, 0.4, 4)
     state = sampler.start(noise)
-    state = sampler.advance(state, oracle(sampler.plan(state), noise, hard))
+    state = advanced(sampler, state, oracle(sampler.plan(state), noise, hard))
     assert state.times[~hard].tolist() == pytest.approx([0.5] * 6)
     assert state.times[hard].tolist() == pytest.approx([0.125] * 10)
     refresh = sampler.plan(state)
     assert refresh.patches is None
     assert refresh.keep
     assert [refresh.times[i] for i in refresh.time_index] == pytest.approx(state.times.tolist())
-    state = sampler.advance(state, oracle(refresh, noise, hard))
+    state = advanced(sampler, state, oracle(refresh, noise, hard))
     inner = sampler.plan(state)
     assert inner.patches.tolist() == hard.nonzero()[:, 0].tolist()
     assert inner.times == (0.25,)
@@ -85,7 +93,7 @@ def test_dual_loop_saves_what_the_share_of_easy_patches_promises(quantile: float
     generator = torch.Generator().manual_seed(0)
     sampler = DualLoop(GRID, 5, 1.0, quantile, 4)
     run = Trajectory.begin(sampler, {}, torch.randn(16, 12, generator=generator))
-    while (plan := run.plan()) is not None:
+    while (plan := settle([run])[0]) is not None:
         values = torch.randn(plan.active, 12, generator=generator)
         uncertain = torch.randn(plan.active, 4, generator=generator)
         run.advance(Prediction(values, values, uncertain), plan.active)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from model.pipeline import Pipeline
+from model.samplers.adaptive import Adaptive, AdaptiveState
 from service.errors import InvalidRequest
 from service.schemas import OutputFormat
 from service.worker.engine import Engine
@@ -227,6 +228,22 @@ def test_a_picture_that_cannot_be_decoded_fails_alone(
     [broken] = [o for o in outcomes if isinstance(o, JobBroken)]
     assert (broken.job_id, broken.error.code) == (bad.id, "evaluation_failed")
     assert [o.job_id for o in outcomes if isinstance(o, JobDone)] == [good.id]
+
+
+class Undecided(Adaptive):
+    """Cannot make anything of the answers it gets."""
+
+    def answer(self, state: AdaptiveState, answer: torch.Tensor) -> AdaptiveState:
+        raise RuntimeError("no idea")
+
+
+def test_a_picture_that_cannot_be_planned_fails_alone(engine: Engine) -> None:
+    culprit, *others = [engine.admit(job(sampler="adaptive", seed=seed)) for seed in range(4)]
+    trajectory = culprit.pictures[0].trajectory
+    trajectory.sampler = Undecided(trajectory.sampler.grid, 3, 2.0)
+    outcomes = run(engine)
+    assert [o.job_id for o in outcomes if isinstance(o, JobBroken)] == [culprit.job.id]
+    assert {o.job_id for o in outcomes if isinstance(o, JobDone)} == {each.job.id for each in others}
 
 
 def test_a_dropped_job_is_not_evaluated_again(engine: Engine) -> None:

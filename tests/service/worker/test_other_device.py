@@ -67,15 +67,24 @@ def test_jobs_of_all_kinds_end_as_on_the_cpu(there: Engine, pipelines: dict[str,
     assert any(isinstance(each, PreviewMade) for each in found)
 
 
-def test_a_step_waits_once_for_all_pictures(there: Engine, device: PretendDevice) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        ("euler", [1, 1, 2, 2]),  # once to see how all stand, and at the end for the pictures that are done
+        ({"name": "adaptive", "tolerance": 0.0, "skip_tolerance": 0.0}, [2, 2, 3, 2]),  # and to know what is due
+    ],
+)
+def test_a_step_waits_for_all_pictures_at_once(
+    there: Engine, device: PretendDevice, sampler: str | dict[str, object], expected: list[int]
+) -> None:
     for number in range(5):
-        there.admit(job(seed=number, steps=3 + number % 2, previews=False))
+        there.admit(job(seed=number, sampler=sampler, steps=3 + number % 2, previews=False))
     waits = []
     while there.jobs:
         device.waits.clear()
         there.step()
         waits.append(device.waits.total())
-    assert waits == [1, 1, 2, 2], "once to look, and in the last two steps once more for the finished pictures"
+    assert waits == expected
 
 
 def reports(outcomes: list[Outcome]) -> list[tuple[int, list[int]]]:
