@@ -30,12 +30,14 @@ def has_fast_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    if device.type == "cpu":
+        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return False
 
 
 def training_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Mixed precision for training: bf16 where it is fast, else plain float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16) if has_fast_bf16(device) else nullcontext()
 
 
 def serving_dtype(device: torch.device) -> torch.dtype:

@@ -26,6 +26,7 @@ from model.training.run import Kind, Size, build, train_model
 from model.training.timesteps import SCHEDULES
 from model.weights import load_weights
 from service.cli import app
+from tests.pretend_device import PRETENDED, PretendDevice
 
 
 def small_trainer(pictures: Pictures, out: Path, steps: int, minutes: float | None = None) -> Trainer:
@@ -172,6 +173,20 @@ def test_runs_that_differ_in_timesteps_see_the_same_pictures_and_noise(folder: P
             trainer.train_step()
     for one, other in zip(seen["ltg"], seen["uniform"], strict=True):
         assert (one - other).abs().median() < 1e-4  # where hardly any noise is left it cannot be told back
+
+
+def test_on_another_device_the_same_steps_are_taken(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = folder_pictures(folder, 32)
+    here = small_trainer(pictures, tmp_path / "here", 3)
+    losses = [here.train_step().flow.item() for _ in range(3)]
+    monkeypatch.setattr("model.training.loop.best_device", lambda: PRETENDED)
+    with PretendDevice():
+        there = small_trainer(pictures, tmp_path / "there", 3)
+        # A CPU with fast bf16 trains in that.
+        assert [there.train_step().flow.item() for _ in range(3)] == pytest.approx(losses, rel=0.02)
+        assert {each.device for each in there.network.parameters()} == {PRETENDED}
 
 
 def test_latents_are_encoded_once(folder: Path, tmp_path: Path) -> None:
