@@ -16,6 +16,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
+    from tests.pretend_device import PretendDevice
 
 # What tests share asserts too, and shall say what it found.
 pytest.register_assert_rewrite("tests.faults", "tests.service", "tests.model", "tests.e2e")
@@ -86,3 +87,12 @@ def pipelines(bundle_dir: Path) -> dict[str, Pipeline]:
 
     cpu = torch.device("cpu")
     return {name: Pipeline.open(bundle_dir / name, cpu) for name in ("tiny-class", "tiny-text")}
+
+
+@pytest.fixture
+def pretend_device() -> Iterator[PretendDevice]:
+    """A second device, entered for one test."""
+    from tests.pretend_device import PretendDevice
+
+    with PretendDevice() as entered:
+        yield entered

@@ -36,7 +36,7 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, values: Tensor) -> Self:
         layout = {"strides": values.stride(), "storage_offset": values.storage_offset(), "dtype": values.dtype}
-        made: Self = Tensor._make_wrapper_subclass(cls, values.shape, device=PRETENDED, **layout)  # type: ignore
+        made: Self = Tensor._make_wrapper_subclass(cls, values.shape, device=PRETENDED, **layout)
         return made
 
     def __init__(self, values: Tensor) -> None:

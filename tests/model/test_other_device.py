@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,12 +24,6 @@ WAITS = {
 """Of samplers that wait at all; one wait serves all pictures."""
 
 
-@pytest.fixture
-def device() -> Iterator[PretendDevice]:
-    with PretendDevice() as entered:
-        yield entered
-
-
 def begin(pipeline: Pipeline, sampler: str) -> list[Trajectory]:
     chosen = pipeline.default_sampler(sampler, STEPS)
     conditions = [pipeline.condition_on(words) for words in WORDS[pipeline.manifest.name]]
@@ -43,13 +37,13 @@ def pictures(pipeline: Pipeline, runs: list[Trajectory]) -> Tensor:
 @pytest.mark.parametrize("kind", WORDS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws_what_it_draws_on_the_cpu_and_waits_no_more_than_it_must(
-    pipelines: dict[str, Pipeline], bundle_dir: Path, device: PretendDevice, kind: str, sampler: str
+    pipelines: dict[str, Pipeline], bundle_dir: Path, pretend_device: PretendDevice, kind: str, sampler: str
 ) -> None:
     there, here = Pipeline.open(bundle_dir / kind, PRETENDED), pipelines[kind]
     runs, expected = begin(there, sampler), begin(here, sampler)
-    device.waits.clear()
+    pretend_device.waits.clear()
     run(there.denoiser, runs)
-    assert device.waits.total() == WAITS.get(sampler, 0)
+    assert pretend_device.waits.total() == WAITS.get(sampler, 0)
     run(here.denoiser, expected)
     assert all(each.state.x.device == PRETENDED for each in runs)
     made, wanted = pictures(there, runs).int(), pictures(here, expected).int()
@@ -58,7 +52,7 @@ def test_every_sampler_draws_what_it_draws_on_the_cpu_and_waits_no_more_than_it_
 
 
 def test_a_picture_to_start_from_is_encoded_there(
-    pipelines: dict[str, Pipeline], bundle_dir: Path, device: PretendDevice
+    pipelines: dict[str, Pipeline], bundle_dir: Path, pretend_device: PretendDevice
 ) -> None:
     images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     there = Pipeline.open(bundle_dir / "tiny-class", PRETENDED)
@@ -77,7 +71,7 @@ def test_a_picture_to_start_from_is_encoded_there(
     ],
 )
 def test_the_pretended_device_refuses_what_a_gpu_refuses_or_waits_for(
-    device: PretendDevice, mistake: Callable[[Tensor], Tensor]
+    pretend_device: PretendDevice, mistake: Callable[[Tensor], Tensor]
 ) -> None:
     with pytest.raises(AssertionError, match="sees"):
         mistake(torch.ones(3).to(PRETENDED))
@@ -101,9 +95,9 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses_or_waits_for(
 )
 @pytest.mark.parametrize("inference", [True, False])
 def test_the_pretended_device_tells_what_waits(
-    device: PretendDevice, waits: int, look: Callable[[Tensor], object], inference: bool
+    pretend_device: PretendDevice, waits: int, look: Callable[[Tensor], object], inference: bool
 ) -> None:
     with torch.inference_mode(inference):
         there = upload(torch.tensor([0.0, 1.0, 2.0]), PRETENDED)
         look(there)
-    assert device.waits.total() == waits
+    assert pretend_device.waits.total() == waits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -28,13 +27,7 @@ def engine(pipelines: dict[str, Pipeline]) -> Engine:
 
 
 @pytest.fixture
-def device() -> Iterator[PretendDevice]:
-    with PretendDevice() as entered:
-        yield entered
-
-
-@pytest.fixture
-def there(device: PretendDevice, bundle_dir: Path) -> Engine:
+def there(pretend_device: PretendDevice, bundle_dir: Path) -> Engine:
     return engine({name: Pipeline.open(bundle_dir / name, PRETENDED) for name in ("tiny-class", "tiny-text")})
 
 
@@ -75,15 +68,15 @@ def test_jobs_of_all_kinds_end_as_on_the_cpu(there: Engine, pipelines: dict[str,
     ],
 )
 def test_a_step_waits_for_all_pictures_at_once(
-    there: Engine, device: PretendDevice, sampler: str | dict[str, object], expected: list[int]
+    there: Engine, pretend_device: PretendDevice, sampler: str | dict[str, object], expected: list[int]
 ) -> None:
     for number in range(5):
         there.admit(job(seed=number, sampler=sampler, steps=3 + number % 2, previews=False))
     waits = []
     while there.jobs:
-        device.waits.clear()
+        pretend_device.waits.clear()
         there.step()
-        waits.append(device.waits.total())
+        waits.append(pretend_device.waits.total())
     assert waits == expected
 
 
