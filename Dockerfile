@@ -8,15 +8,11 @@ ARG PYTHON=3.12-slim-bookworm
 FROM python:${PYTHON} AS base
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# The stubs are generated, and everything becomes one wheel; neither tools nor sources get into an image.
+# Everything becomes one wheel, models and gRPC stubs included; neither tools nor sources get into an image.
 FROM base AS wheel
 WORKDIR /build
-COPY constraints.txt ./
-RUN pip install -c constraints.txt grpcio-tools
 COPY . .
-RUN find proto -name '*.proto' -exec \
-      python -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --grpc_python_out=. --pyi_out=. {} + \
- && pip wheel --no-deps --wheel-dir /wheels .
+RUN pip wheel --no-deps --wheel-dir /wheels .
 
 FROM base AS gateway-env
 RUN python -m venv /opt/patchforge
@@ -62,7 +58,6 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
 CMD ["patchforge", "gateway"]
 
 FROM runtime AS worker-base
-COPY model/bundles /srv/patchforge/model/bundles
 ENV PATCHFORGE_WORKER_METRICS_PORT=9100
 USER 10001:10001
 EXPOSE 9100

@@ -1,46 +1,52 @@
 # Two commands do everything on a fresh machine (Python ≥ 3.11, no Docker, no root):
 #   make serve    pictures at http://127.0.0.1:8000
 #   make test     lint, types and tests
-# and one takes a few minutes more:
-#   make test-faults   real processes, killed, paused and starved; REPEAT=20 runs all of them so often
+# and two take longer:
+#   make test-faults   real processes, killed, paused and starved; REPEAT=20 runs everything 20 times
+#   make test-busy     make test beside six busy loops on two cores: no test may depend on how fast the machine is
+# Tests run in one process per core, at most four, and each file in one of them; JOBS=0 uses a single process.
 PYTHON ?= python3
 REPEAT ?= 1
+ROWS ?= slow or not slow
+JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 2 ? 0 : cores < 4 ? cores : 4)))
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-STUBS := $(patsubst proto/%.proto,service/pb/%_pb2.py,$(shell find proto -name '*.proto'))
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 TOOLS := $(VENV)/tools
-# Left to constraints.txt: which build of torch is right, and with it all that comes along, depends on the machine.
+# Not in the lock files but in constraints.txt: the right build of torch, and its dependencies, depend on the machine.
 UNLOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti \
   cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink \
   nvshmem-cu13 nvtx)
 
-.PHONY: setup serve test test-faults test-clients lint types format lock audit clean
+.PHONY: setup serve test test-busy test-faults test-clients lint types format diagrams screenshots package lock audit clean
 
-setup: $(READY) $(STUBS)
+setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+# The installation also generates the gRPC stubs, so it is due anew when the .proto files change.
+$(READY): pyproject.toml setup.py constraints.txt $(shell find proto -name '*.proto')
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[worker,dev]'
-	touch $@
-
-$(STUBS): service/pb/%_pb2.py: proto/%.proto $(READY)
-	$(BIN)/python -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --grpc_python_out=. --pyi_out=. $<
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	touch $@
 
 serve: setup
 	$(BIN)/patchforge serve
 
 test: lint types
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
+
+test-busy: setup
+	$(BIN)/python tests/busy.py $(MAKE) test
 
 test-faults: setup
-	$(BIN)/python -m pytest tests/faults --count $(REPEAT) --repeat-scope session
+	$(PYTEST) tests/faults -m '$(ROWS)' --count $(REPEAT) --repeat-scope session
 
-# Triton's clients against a live server; installs them beside, for they need an older protobuf.
+# Real clients from their registries, in environments of their own, against a live server; nginx and Prometheus too, where
+# they are installed. Writes the table of clients in docs/compatibility.md.
 test-clients: setup
-	$(BIN)/python -m pytest tests/e2e/test_triton_clients.py
+	$(BIN)/python -m pytest tests/clients/test_clients.py
+	$(BIN)/python -m pytest tests/clients/test_page.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -53,14 +59,30 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The drawings of docs/architecture.md; needs Graphviz.
+diagrams: setup
+	$(BIN)/python -m tests.test_diagrams
+
+# The playground on a desktop and a phone, in light and dark, in every state: screenshots/, to be looked at, and those
+# that docs/images shows. Needs Chromium.
+screenshots: setup
+	$(BIN)/python -m tests.e2e.screenshots
+
+# The sdist, and the wheel that it builds, in dist/: both checked, and every extra tried in a fresh environment.
+package: setup $(TOOLS)
+	rm -rf dist
+	$(TOOLS)/bin/python -m build
+	$(TOOLS)/bin/python -m twine check --strict dist/*
+	$(BIN)/python -m tests.deploy.package dist
+
 # What gateway and worker need, for every platform, with the hashes the package index states; and of that what a gateway
 # needs.
 lock: $(TOOLS)
 	echo '# Everything that serves, with hashes; see docs/operation.md. Made by: make lock' > requirements.lock
-	$(TOOLS)/bin/uv pip compile pyproject.toml --extra worker --extra otel -c constraints.txt --universal --python-version 3.11 \
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra all --extra otel -c constraints.txt --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header --upgrade $(addprefix --no-emit-package ,$(UNLOCKED)) -q >> requirements.lock
 	echo '# What a gateway needs of requirements.lock. Made by: make lock' > requirements-gateway.lock
-	$(TOOLS)/bin/uv pip compile pyproject.toml --extra otel -c requirements.lock --universal --python-version 3.11 \
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra server --extra otel -c requirements.lock --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header -q >> requirements-gateway.lock
 
 # Known vulnerabilities; asks the public advisory service. Names and versions only: pip-audit would pass over what
@@ -73,7 +95,7 @@ audit: $(TOOLS)
 
 $(TOOLS):
 	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --disable-pip-version-check -q uv pip-audit
+	$@/bin/python -m pip install --disable-pip-version-check -q build pip-audit twine uv
 
 clean:
-	rm -rf $(VENV) service/pb/patchforge service/pb/inference *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) service/pb/patchforge service/pb/inference build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

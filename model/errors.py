@@ -1,20 +1,24 @@
-"""The errors the model side raises; each message says what to change."""
+"""The errors that `model` raises. Each message says what is wrong, and how to correct it where that is known."""
 
 
 class ModelError(Exception):
-    """Base of every error raised by `model`."""
+    """Base class of all errors that `model` raises."""
 
 
 class DataError(ModelError):
-    """Training data that cannot be found, fetched or read."""
+    """Pictures, settings or results that cannot be used for training or measuring."""
 
 
 class BundleError(ModelError):
-    """A model bundle, checkpoint or golden file that is incomplete, malformed or refused."""
+    """A bundle, checkpoint or golden file that is incomplete, malformed or refused."""
+
+
+class DeviceError(ModelError):
+    """A device or precision that does not exist, or is not available here."""
 
 
 class ParameterError(ModelError, ValueError):
-    """A sampling or network parameter out of range; ``field`` names it."""
+    """A sampling parameter that is unknown or out of range. `field` is its name."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: the only place that knows there are two branches."""
+"""Classifier-free guidance (spec §6): its two branches, and how their outputs combine."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from enum import Enum
 
 from torch import Tensor
 
-from model.types import Grid, Plan, Prediction
+from patchforge.model.types import Grid, Plan, Prediction
 
 
 class Branch(Enum):
-    """What a forward pass is conditioned on."""
+    """A guidance branch: with the null condition, or with the request's condition."""
 
     NULL = "null"
     CONDITIONAL = "conditional"
 
 
 def branches(plan: Plan) -> tuple[Branch, ...]:
-    """The branches a plan needs: at scale 1 guidance is the conditional branch."""
+    """List the branches that a plan needs. At guidance scale 1, only the conditional one."""
     return (Branch.CONDITIONAL,) if plan.guidance == 1 else (Branch.NULL, Branch.CONDITIONAL)
 
 
 def combine(outputs: dict[Branch, Tensor], plan: Plan, grid: Grid) -> Prediction:
-    """``v_u + s·(v_c − v_u)``, and the same for the log-variance (spec §6).
+    """Combine the branches: `v_u + s·(v_c − v_u)`, and the same for the log-variance (spec §6).
 
-    ``outputs`` holds, per branch, the network's ``(a, size² · (channels + 1))``. Patches for which the null branch
-    did not run keep the conditional prediction.
+    `outputs` maps each branch to the network's output `(a, size² · (channels + 1))`. Patches that did not run in the
+    null branch keep the conditional prediction.
     """
     conditional = guided = outputs[Branch.CONDITIONAL]
     null = outputs.get(Branch.NULL)
@@ -46,6 +46,6 @@ def combine(outputs: dict[Branch, Tensor], plan: Plan, grid: Grid) -> Prediction
 
 
 def _split(output: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Velocity ``(a, D)`` and log-variance ``(a, size²)``."""
+    """Split the network's output into velocity `(a, D)` and log-variance `(a, size²)`."""
     pixels = output.unflatten(-1, (grid.size**2, grid.channels + 1))
     return pixels[..., :-1].flatten(1), pixels[..., -1]

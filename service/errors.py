@@ -1,27 +1,32 @@
-"""The errors a caller can meet; each maps to one HTTP status and one gRPC status code.
+"""The errors a caller can meet; each class has one HTTP status and one gRPC status code.
 
 PatchforgeError
-├── Unauthenticated       401 / UNAUTHENTICATED      no API key, or one that is not known
-├── InvalidRequest        422 / INVALID_ARGUMENT     a field is wrong; ``field`` names it
-│   └── InvalidEventId    400 / INVALID_ARGUMENT     no event ever had this id
-├── NotFound              404 / NOT_FOUND            no such job, image, model
-├── NotReady              409 / FAILED_PRECONDITION  the job has no picture yet, or never will
-├── IdempotencyConflict   422 / ALREADY_EXISTS       same key, another body
-├── PayloadTooLarge       413 / RESOURCE_EXHAUSTED
-├── RateLimited           429 / RESOURCE_EXHAUSTED   this API key asks too often; with ``retry_after`` seconds
-│   └── TooManyJobs       429 / RESOURCE_EXHAUSTED   it has as many jobs in flight as it may
-├── QueueFull             503 / UNAVAILABLE          with ``retry_after`` seconds
-├── Unavailable           503 / UNAVAILABLE          Redis away, draining
-└── JobFailed             500 / INTERNAL             the job itself ended in `failed`
-    ├── JobCancelled      409 / CANCELLED            somebody cancelled it
-    └── JobExpired        504 / DEADLINE_EXCEEDED    its own deadline passed before a worker was free
+├── Unauthenticated       401 / UNAUTHENTICATED      no API key, or an unknown one
+├── InvalidRequest        422 / INVALID_ARGUMENT     a field is wrong; `field` names it
+│   └── InvalidEventId    400 / INVALID_ARGUMENT     no event has this id
+├── NotFound              404 / NOT_FOUND            no such job, image or model
+├── NotReady              409 / FAILED_PRECONDITION  the job has no picture yet, or will never have one
+├── IdempotencyConflict   422 / ALREADY_EXISTS       same Idempotency-Key, different request
+├── PayloadTooLarge       413 / RESOURCE_EXHAUSTED   the request body is too large
+├── RateLimited           429 / RESOURCE_EXHAUSTED   too many pictures for this API key; see `retry_after`
+│   └── TooManyJobs       429 / RESOURCE_EXHAUSTED   this API key has reached its concurrent-job limit
+├── QueueFull             503 / UNAVAILABLE          too many jobs are waiting; see `retry_after`
+├── TooLittleTime         503 / UNAVAILABLE          no worker could finish in the time asked for
+├── Unavailable           503 / UNAVAILABLE          Redis is down, or the server is shutting down
+│   └── QueueRefused      503 / UNAVAILABLE          Redis answers and refuses this server: its password, its ACL
+├── Unsupported           501 / UNIMPLEMENTED        only another version of the servers can do or read this
+├── JobFailed             500 / INTERNAL             the job failed
+│   ├── JobCancelled      409 / CANCELLED            the job was cancelled
+│   └── JobExpired        504 / DEADLINE_EXCEEDED    no worker was free before the job's deadline
+├── Unreachable           only in the client         the server cannot be reached
+└── UnexpectedAnswer      only in the client         the answer does not come from a compatible Patchforge server
 """
 
 from __future__ import annotations
 
 
 class PatchforgeError(Exception):
-    """Base: ``code`` is a stable machine-readable word, ``field`` the request field at fault or None."""
+    """Base class: `code` is a stable name for programs, `field` the request field at fault or None."""
 
     status = 500
     grpc_status = "INTERNAL"
@@ -35,7 +40,7 @@ class PatchforgeError(Exception):
 
 
 class Unauthenticated(PatchforgeError):
-    """The caller sent no API key, or one that is not known here."""
+    """The request has no API key, or an unknown one."""
 
     status, grpc_status, code = 401, "UNAUTHENTICATED", "unauthenticated"
 
@@ -47,19 +52,19 @@ class InvalidRequest(PatchforgeError):
 
 
 class InvalidEventId(InvalidRequest):
-    """A place in an event stream that is not one: a client that sends it is broken, and trying again will not help."""
+    """The event id in a request for a stream is invalid; another try will not help."""
 
     status = 400
 
 
 class NotFound(PatchforgeError):
-    """The named thing does not exist, or has expired."""
+    """The named object does not exist, or has expired."""
 
     status, grpc_status, code = 404, "NOT_FOUND", "not_found"
 
 
 class NotReady(PatchforgeError):
-    """The job exists but what was asked of it is not there (yet)."""
+    """The job exists, but the requested result does not exist (yet)."""
 
     status, grpc_status, code = 409, "FAILED_PRECONDITION", "not_ready"
 
@@ -77,37 +82,53 @@ class PayloadTooLarge(PatchforgeError):
 
 
 class RateLimited(PatchforgeError):
-    """This API key asked for more pictures than its share; try again after ``retry_after`` seconds."""
+    """This API key has reached its rate limit; try again after `retry_after` seconds."""
 
     status, grpc_status, code = 429, "RESOURCE_EXHAUSTED", "rate_limited"
 
 
 class TooManyJobs(RateLimited):
-    """This API key has as many jobs waiting or running as it may."""
+    """This API key has reached its limit of waiting and running jobs."""
 
     code = "too_many_jobs"
 
 
 class QueueFull(PatchforgeError):
-    """The queue holds as many waiting jobs as it may; try again after ``retry_after`` seconds."""
+    """The queue has reached its limit of waiting jobs; try again after `retry_after` seconds."""
 
     status, grpc_status, code = 503, "UNAVAILABLE", "queue_full"
 
 
+class TooLittleTime(PatchforgeError):
+    """No worker could finish the pictures within `finish_within_seconds`; the message says how long it would take."""
+
+    status, grpc_status, code = 503, "UNAVAILABLE", "too_little_time"
+
+
 class Unavailable(PatchforgeError):
-    """A part the request needs is away: Redis is down, or the server is draining."""
+    """A part that the request needs is not available: Redis is down, or the server is shutting down."""
 
     status, grpc_status, code = 503, "UNAVAILABLE", "unavailable"
 
 
+class QueueRefused(Unavailable):
+    """The queue server refuses what this process needs; until someone changes its settings or ours, it always will."""
+
+
+class Unsupported(PatchforgeError):
+    """No worker that is there can do this, or this gateway cannot read what another version wrote."""
+
+    status, grpc_status, code = 501, "UNIMPLEMENTED", "unsupported"
+
+
 class JobFailed(PatchforgeError):
-    """The job ran and failed."""
+    """The job failed."""
 
     status, grpc_status, code = 500, "INTERNAL", "job_failed"
 
 
 class JobCancelled(JobFailed):
-    """The job was cancelled, by its caller or by another with the same key, before its pictures were there."""
+    """The job was cancelled before its pictures were finished, by its caller or by another one with the same key."""
 
     status, grpc_status, code = 409, "CANCELLED", "job_cancelled"
 

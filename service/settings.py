@@ -1,95 +1,176 @@
-"""Settings, read from ``PATCHFORGE_…`` environment variables."""
+"""Settings from `PATCHFORGE_…` environment variables, grouped by what they steer."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
+ROOT_PATH = r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+"
 ApiKey = Annotated[str, Field(pattern=f"^{KEY_NAME}:[0-9a-f]{{64}}$")]
 
 
-class Settings(BaseSettings):
-    """Every knob of gateway and worker; defaults suit one laptop, bound to loopback."""
+class NetworkSettings(BaseSettings):
+    """Addresses and TLS"""
 
-    # Errors do not repeat what was set: it may be a key in the wrong place, or a URL with a password. What is empty
-    # counts as not set: Compose, for one, can hardly pass a variable on only if it is.
+    host: str = Field("127.0.0.1", description="Address of the HTTP and gRPC servers.")
+    http_port: int = Field(8000, ge=0, le=65535, description="REST, OpenAI API and playground; 0 = any free port.")
+    grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC; 0 = any free port.")
+    worker_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus metrics of a worker; 0 = off.")
+    root_path: str = Field(
+        "",
+        description="Path under which a proxy shows this server, such as `/images`; `X-Forwarded-Prefix` overrides it.",
+    )
+    tls_cert: Path | None = Field(None, description="PEM certificate chain for HTTPS and gRPC; empty = no TLS.")
+    tls_key: Path | None = Field(None, description="PEM private key of the certificate, without a password.")
+
+
+class ModelSettings(BaseSettings):
+    """Models"""
+
+    bundle_dir: Annotated[list[Path], NoDecode] = Field(
+        [],
+        description="Bundles, or folders with one subfolder per bundle, separated by `:`; `shipped` = those in the "
+        "package, which is the default.",
+    )
+    models: Annotated[list[str], NoDecode] = Field(
+        [], description="Names of the bundles to serve; empty = all bundles."
+    )
+    default_models: Annotated[list[str], NoDecode] = Field(
+        [],
+        description="Models for requests that name none: the first that is served and fits; others follow by name.",
+    )
+
+
+class AccessSettings(BaseSettings):
+    """Callers and their limits"""
+
+    api_keys: Annotated[list[ApiKey], NoDecode] = Field(
+        [],
+        repr=False,
+        description="API keys, as name:sha256 entries from `patchforge hash-key`; empty = no key required.",
+    )
+    cors_origins: Annotated[list[str], NoDecode] = Field(
+        [], description="Origins whose pages may call from a browser; `*` = any; empty = none."
+    )
+    rate_limit: int = Field(0, ge=0, description="Pictures per minute for one API key, else 429; 0 = no limit.")
+    rate_burst: int = Field(20, ge=1, description="Pictures that one API key may request at once after a quiet time.")
+    max_in_flight: int = Field(0, ge=0, description="Waiting and running jobs of one API key, else 429; 0 = no limit.")
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="Largest HTTP body in bytes; larger ones are refused.")
+    max_upload_bytes: int = Field(8 << 20, ge=1024, description="The same for bodies with pictures and gRPC messages.")
+    client_timeout_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="Longest silence of a client that sends a request or reads a stream; also the time for the head of "
+        "a request, and, with a second more for each 8 KiB received, for its body.",
+    )
+    sse_ping_seconds: float = Field(10.0, gt=0, description="Longest silence on an idle stream, SSE or gRPC.")
+
+
+class QueueSettings(BaseSettings):
+    """Queue"""
+
+    redis_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("PATCHFORGE_REDIS_URL", "REDIS_URL"),
+        description="Queue server, with a percent-encoded password; empty = `patchforge serve` starts its own.",
+    )
+    data_dir: Path = Field(Path(".patchforge"), description="Data folder of the embedded queue server.")
+    max_waiting: int = Field(256, ge=1, description="Waiting jobs; beyond that, new jobs are refused with 503.")
+    max_attempts: int = Field(3, ge=1, description="Starts of a job before it is dead-lettered.")
+    claim_idle_seconds: float = Field(30.0, gt=0, description="Silence of a worker before its jobs are reclaimed.")
+    result_ttl_seconds: int = Field(3600, ge=1, description="Lifetime of finished jobs, their pictures and events.")
+    idempotency_ttl_seconds: int = Field(86400, ge=1, description="Lifetime of an Idempotency-Key.")
+
+
+class WorkerSettings(BaseSettings):
+    """Worker"""
+
+    max_running: int = Field(16, ge=1, description="Concurrent jobs per worker.")
+    patch_budget: int | None = Field(
+        None, ge=1, description="Patches per network evaluation; default: profiled when the worker starts."
+    )
+    cache_bytes: int = Field(
+        2 << 30, ge=1, description="Memory for the keys and values of running pictures; pictures wait if it is full."
+    )
+    degrade: bool = Field(
+        True, description="Lower the quality under load, unless a request fixes it, rather than let all wait."
+    )
+    min_quality: Literal["draft", "standard", "high"] = Field(
+        "draft", description="The preset below which load lowers no picture; more load makes requests wait."
+    )
+    target_latency: float = Field(
+        5.0, gt=0, description="How many times as long as alone a request may take before its quality is lowered."
+    )
+    preview_interval_seconds: float = Field(0.1, ge=0, description="Minimum time between previews of one picture.")
+    preview_share: float = Field(0.1, gt=0, description="Maximum share of a worker's time for previews.")
+    compile: bool = Field(
+        False, description="Compile parts of the networks with torch.compile, for GPUs; needs a C++ compiler."
+    )
+    device: str = Field(
+        "auto", description="Device of a worker, by PyTorch's name: cpu, cuda, cuda:1, mps, xpu; auto = an accelerator."
+    )
+    text_device: str = Field(
+        "auto",
+        description="Device of text encoders in bundles, such as cpu to spare a GPU; auto = that of the worker.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Type of matrix products; auto = bfloat16 on CUDA and XPU, float32 elsewhere."
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of a worker; default: all cores that it may use.")
+
+
+class ProcessSettings(BaseSettings):
+    """Shutdown and logs"""
+
+    drain_seconds: int = Field(10, ge=0, description="Time for running jobs to finish when a gateway or worker stops.")
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_json: bool = Field(False, description="Log one JSON object per line instead of text for people.")
+
+
+GROUPS = NetworkSettings, ModelSettings, AccessSettings, QueueSettings, WorkerSettings, ProcessSettings
+
+
+class Settings(NetworkSettings, ModelSettings, AccessSettings, QueueSettings, WorkerSettings, ProcessSettings):
+    """All settings of gateway and worker; the defaults suit one laptop and listen on loopback only."""
+
+    # Errors hide the value, which may be a misplaced key or a URL with a password. An empty variable counts as unset,
+    # because Compose cannot easily leave a variable out.
     model_config = SettingsConfigDict(
         env_prefix="PATCHFORGE_", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True
     )
 
-    host: str = Field("127.0.0.1", description="Address the HTTP and gRPC servers bind to.")
-    http_port: int = Field(8000, ge=0, le=65535, description="REST, OpenAI API and playground; 0 = any free one.")
-    grpc_port: int = Field(50051, ge=0, le=65535, description="0 = any free one.")
-    worker_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of a worker; 0 = off.")
-    data_dir: Path = Field(Path(".patchforge"), description="Where the embedded queue server keeps its data.")
-    bundle_dir: Path = Field(Path("model/bundles"), description="Folder whose subfolders are model bundles.")
-    models: Annotated[list[str], NoDecode] = Field(
-        [], description="Bundles to serve, by name, with commas between; empty = all found."
-    )
-    redis_url: str | None = Field(
-        None,
-        validation_alias=AliasChoices("PATCHFORGE_REDIS_URL", "REDIS_URL"),
-        description="Queue server, its password percent-encoded; left out, `patchforge serve` starts an embedded one.",
-    )
-    api_keys: Annotated[list[ApiKey], NoDecode] = Field(
-        [],
-        repr=False,
-        description="Who may call, as name:sha256 from `patchforge hash-key`, with commas between; empty = everyone.",
-    )
-    tls_cert: Path | None = Field(None, description="PEM certificate chain for HTTPS and gRPC; empty = no TLS.")
-    tls_key: Path | None = Field(None, description="PEM private key that belongs to it, without a password.")
-    max_waiting: int = Field(256, ge=1, description="Waiting jobs before submits are refused with 503.")
-    rate_limit: int = Field(0, ge=0, description="Pictures a minute one API key may ask for, else 429; 0 = no limit.")
-    rate_burst: int = Field(20, ge=1, description="Pictures it may ask for at once after a quiet time.")
-    max_in_flight: int = Field(
-        0, ge=0, description="Jobs one API key may have waiting and running, else 429; 0 = no limit."
-    )
-    cors_origins: Annotated[list[str], NoDecode] = Field(
-        [], description="Origins whose pages may call from a browser, with commas between; `*` = any; empty = none."
-    )
-    max_body_bytes: int = Field(1 << 20, ge=1024, description="Of an HTTP body; more is refused.")
-    max_upload_bytes: int = Field(
-        8 << 20, ge=1024, description="Of a body that may carry pictures, and of a gRPC message; more is refused."
-    )
-    result_ttl_seconds: int = Field(3600, ge=1, description="How long finished jobs, pictures and events are kept.")
-    idempotency_ttl_seconds: int = Field(86400, ge=1, description="How long an Idempotency-Key is remembered.")
-    max_attempts: int = Field(3, ge=1, description="Starts before a job is dead-lettered.")
-    claim_idle_seconds: float = Field(30.0, gt=0, description="Silence after which a worker's jobs are reclaimed.")
-    sse_ping_seconds: float = Field(10.0, gt=0, description="Longest silence on an idle stream, SSE or gRPC.")
-    client_timeout_seconds: float = Field(
-        30.0, gt=0, description="How long a client may take to send a request, or to read one piece of a stream."
-    )
-    drain_seconds: int = Field(10, ge=0, description="How long a stopping gateway or worker lets what runs finish.")
-    max_running: int = Field(16, ge=1, description="Jobs a worker keeps in flight.")
-    patch_budget: int | None = Field(
-        None, ge=1, description="Patches a worker packs into one evaluation; default: profiled at its start."
-    )
-    cache_bytes: int = Field(
-        2 << 30, ge=1, description="Keys and values a worker keeps for running pictures; beyond that, some wait."
-    )
-    preview_interval_seconds: float = Field(0.1, ge=0, description="Least time between previews of one picture.")
-    preview_share: float = Field(0.1, gt=0, description="Part of a worker's time that all previews may take.")
-    compile: bool = Field(
-        False, description="Compile parts of the networks with torch.compile: meant for GPUs; needs a C++ compiler."
-    )
-    threads: int | None = Field(None, ge=1, description="CPU threads of a worker; default: every core.")
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
-    log_json: bool = Field(False, description="One JSON object a line instead of lines for people.")
-
     @property
     def stop_seconds(self) -> int:
-        """How long a gateway or worker may take from SIGTERM to its end, before whoever waits sends SIGKILL."""
+        """Time from SIGTERM to the end of a gateway or worker; after that, send SIGKILL."""
         return self.drain_seconds + 10
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, path: str) -> str:
+        path = path.rstrip("/")
+        if path and not re.fullmatch(ROOT_PATH, path):
+            raise ValueError("must be a path such as /images, of letters, digits and . _ ~ -")
+        return path
+
+    @field_validator("log_level")
+    @classmethod
+    def _check_log_level(cls, name: str) -> str:
+        if name.upper() not in logging.getLevelNamesMapping():
+            raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
+        return name.upper()
 
     @field_validator("redis_url")
     @classmethod
-    def _redis_can_read_it(cls, url: str | None) -> str | None:
-        """Its client would raise in the middle of starting, with what it took for a port: part of a password."""
+    def _check_redis_url(cls, url: str | None) -> str | None:
+        """Check it here: the Redis client would raise later, with part of the password as the port."""
         from redis.connection import parse_url
 
         if url is not None:
@@ -98,13 +179,20 @@ class Settings(BaseSettings):
             except ValueError:
                 raise ValueError(
                     "must be redis://[[user]:password@]host[:port][/number], or rediss:// or unix://; in a password, "
-                    "what has a meaning in URLs, such as / # ? @, must be percent-encoded"
+                    "characters with a meaning in URLs, such as / # ? @, must be percent-encoded"
                 ) from None
         return url
 
-    @field_validator("models", "api_keys", "cors_origins", mode="before")
+    @field_validator("bundle_dir", mode="before")
     @classmethod
-    def _list_from_text(cls, value: Any) -> Any:
+    def _split_paths(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [part for part in value.split(os.pathsep) if part]
+        return [value] if isinstance(value, Path) else value
+
+    @field_validator("models", "default_models", "api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _split_list(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         return json.loads(value) if value.lstrip().startswith("[") else value.replace(",", " ").split()

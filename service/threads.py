@@ -1,4 +1,4 @@
-"""Work in a thread, awaited; the one way from asyncio to threads here."""
+"""Awaits work in a thread; all asyncio code here uses this."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """``call(…)`` in a thread of the loop's own; whatever it raises is raised here.
+    """Run `call(…)` in a thread of the event loop; its errors are raised here.
 
     Raises:
-        RuntimeError: for a StopIteration, which no future takes (it would end a coroutine's ``await`` as if all were
-            well): with `asyncio.to_thread` alone the caller waits for ever.
+        RuntimeError: `call` raised StopIteration. A future cannot hold that error, so with `asyncio.to_thread`
+            alone the caller would wait for ever.
     """
 
     def guarded() -> T:

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, as the standard ``OTEL_…`` variables ask for them; without those, nothing is loaded."""
+"""OpenTelemetry traces, set up by the standard `OTEL_…` variables; without them, the SDK is not loaded."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.schemas import Job, JobStatus
+from patchforge.service.messages.schemas import Job, JobStatus
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-FLUSH_SECONDS = 3.0  # that a stopping process waits for its last spans to be taken
-LONGEST_STATE = 512  # of tracestate, which is the caller's own text; what W3C asks everyone to pass on
-SAID_AGAIN_SECONDS = 60.0
+FLUSH_SECONDS = 3.0  # a stopping process waits this long for the export of its last spans
+MAX_TRACESTATE = 512  # characters of the caller's text; W3C asks everyone to pass on this many
+REPEAT_SECONDS = 60.0
 TRACER = trace.get_tracer("patchforge")
-"""Until `traced` is entered, and without exporters, its spans are nothing."""
+"""Its spans have no effect outside of `traced`, and without exporters."""
 
 log = structlog.get_logger(__name__)
 _trace_context = TraceContextTextMapPropagator()
@@ -34,10 +34,10 @@ _trace_context = TraceContextTextMapPropagator()
 
 @contextmanager
 def traced(process: str) -> Iterator[None]:
-    """Exports what the body traces, if the environment asks for that; ``process`` is gateway or worker.
+    """Export the spans of the body if the environment asks for it; `process` is gateway or worker.
 
-    Nothing that is wrong with tracing keeps the body from running, and no collector holds it up: spans leave through
-    a bounded queue on a thread of its own, and the last ones get ``FLUSH_SECONDS``.
+    The body runs even if tracing fails, and never waits for the collector: a thread exports spans from a bounded
+    queue, and the last spans get `FLUSH_SECONDS`.
     """
     provider = None
     if exporters := exporters_wanted(os.environ):
@@ -46,7 +46,7 @@ def traced(process: str) -> Iterator[None]:
             trace.set_tracer_provider(provider)
             log.info("exporting traces", exporters=exporters, service=provider.resource.attributes["service.name"])
         except Exception as error:
-            log.warning("traces are asked for and cannot be exported", reason=str(error))
+            log.warning("traces cannot be exported", reason=str(error))
     try:
         yield
     finally:
@@ -55,16 +55,16 @@ def traced(process: str) -> Iterator[None]:
             flushing.start()
             flushing.join(FLUSH_SECONDS)
             if flushing.is_alive():
-                log.warning("the last traces were not taken in time")
+                log.warning("the last traces were not exported in time")
 
 
 def is_on() -> bool:
-    """Whether spans go anywhere."""
+    """Whether spans are exported."""
     return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
 
 
 def exporters_wanted(environment: Mapping[str, str]) -> list[str]:
-    """Names of exporters, as their packages register them; none if traces are off."""
+    """Registered names of the exporters to use; empty if traces are off."""
 
     def value(name: str) -> str:
         return environment.get(name, "").strip()
@@ -79,23 +79,23 @@ def exporters_wanted(environment: Mapping[str, str]) -> list[str]:
 
 
 def carrier() -> dict[str, str]:
-    """The span in progress as W3C trace context, to travel with a job; empty if nothing is traced."""
+    """The current span as a W3C trace context, to store with a job; empty if nothing is traced."""
     headers: dict[str, str] = {}
     _trace_context.inject(headers)
-    if len(headers.get("tracestate", "")) > LONGEST_STATE:
+    if len(headers.get("tracestate", "")) > MAX_TRACESTATE:
         del headers["tracestate"]
     return headers
 
 
 def context_of(job: Job) -> Context:
-    """What a job's spans hang from: the call that submitted it; nothing if that was not traced."""
+    """Parent of a job's spans: the call that submitted it; empty if that call was not traced."""
     return _trace_context.extract(job.trace)
 
 
 def ended_in_queue(job: Job) -> None:
-    """The span of a job that ended in no worker's hands, for `JobQueue.on_ended`.
+    """Record the span of a job that did not end at a worker, for `JobQueue.on_ended`.
 
-    One that ran has its whole life here, for the spans of its workers died with them.
+    If the job ran, the span covers its whole life, because the spans of its dead workers are lost.
     """
     name = "queue wait" if job.started_at is None else "job"
     begin = job.created_at if job.started_at is None else job.started_at
@@ -112,7 +112,7 @@ def ended_in_queue(job: Job) -> None:
 
 
 def job_attributes(job: Job) -> dict[str, str | int]:
-    """What the spans of a job say of it; never its prompt."""
+    """Attributes of a job's spans; never its prompt."""
     request = job.request
     return {
         "patchforge.job": job.id,
@@ -126,22 +126,24 @@ def job_attributes(job: Job) -> dict[str, str | int]:
 
 
 def _nanoseconds(seconds: float) -> int:
-    return round(seconds * 1e6) * 1000  # Redis tells microseconds
+    return round(seconds * 1e6) * 1000  # Redis counts microseconds
 
 
 def _provider(process: str, exporters: list[str]) -> TracerProvider:
-    """Samplers, limits, queues and attributes are the SDK's affair, which reads their variables itself."""
+    """The SDK reads the variables for samplers, limits, queues and attributes itself."""
     classes = []
     for name in exporters:
         found = list(entry_points(group="opentelemetry_traces_exporter", name=name))
         if not found:
-            raise LookupError(f"no exporter {name} is installed; pip install 'patchforge[otel]' brings otlp_proto_http")
+            raise LookupError(
+                f"exporter {name} is not installed; otlp_proto_http comes with pip install 'patchforge[otel]'"
+            )
         classes.append(found[0].load())
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    _hear_out("opentelemetry")
+    _log_warnings_of("opentelemetry")
     resource = Resource({"service.version": version("patchforge")}).merge(Resource.create())
     if str(resource.attributes["service.name"]).startswith("unknown_service"):
         resource = resource.merge(Resource({"service.name": f"patchforge-{process}"}))
@@ -151,21 +153,21 @@ def _provider(process: str, exporters: list[str]) -> TracerProvider:
     return provider
 
 
-class _IntoOurLog(logging.Handler):
-    """What a library says, in our log; the same only once a minute, for a collector may be away for long."""
+class _LogHandler(logging.Handler):
+    """Sends a library's warnings to our log; the same one once a minute, because a collector may be away for long."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._said: dict[str, float] = {}
+        self._last: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         now = time.monotonic()
-        if now - self._said.get(record.msg, -SAID_AGAIN_SECONDS) >= SAID_AGAIN_SECONDS:
-            self._said[record.msg] = now
+        if now - self._last.get(record.msg, -REPEAT_SECONDS) >= REPEAT_SECONDS:
+            self._last[record.msg] = now
             log.warning("tracing", logger=record.name, reason=record.getMessage())
 
 
-def _hear_out(library: str) -> None:
+def _log_warnings_of(library: str) -> None:
     logger = logging.getLogger(library)
     logger.propagate = False
-    logger.addHandler(_IntoOurLog())
+    logger.addHandler(_LogHandler())

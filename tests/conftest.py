@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,22 +10,37 @@ from typing import TYPE_CHECKING
 import pytest
 from redis.asyncio import Redis
 
-from service.embedded import EmbeddedServer
-from service.queue import JobQueue
-from service.schemas import Job
-from service.settings import Settings
+from patchforge.service.embedded import EmbeddedServer
+from patchforge.service.messages.schemas import Job
+from patchforge.service.queue import JobQueue, connection, job_queue
+from patchforge.service.settings import Settings
+from tests.patience import PATIENCE
 
 if TYPE_CHECKING:
-    from model.pipeline import Pipeline
+    from patchforge.model.pipeline import Pipeline
     from tests.pretend_device import PretendDevice
 
-# What tests share asserts too, and shall say what it found.
-pytest.register_assert_rewrite("tests.faults", "tests.service", "tests.model", "tests.e2e")
+# Everything that a test starts uses one thread by default, because the machine may be busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# And for the same reason, load must not change what a worker draws, unless a test is about that.
+os.environ.setdefault("PATCHFORGE_DEGRADE", "false")
+
+# Helpers contain asserts too; pytest must rewrite them to show the values.
+pytest.register_assert_rewrite("tests.processes", "tests.faults", "tests.service", "tests.model", "tests.e2e")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unhurried() -> Iterator[None]:
+    """In this process, announcements outlive every test, and a slow queue server does not count as down."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_queue, "ANNOUNCED", 3600)
+        patch.setattr(connection, "COMMAND_TIMEOUT", PATIENCE)
+        yield
 
 
 @pytest.fixture(scope="session")
 def queue_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """One real server for the whole run."""
+    """A real server for the whole test run."""
     with EmbeddedServer(tmp_path_factory.mktemp("server")) as server:
         yield server
 
@@ -62,7 +78,7 @@ async def other_queue(queue_server: EmbeddedServer, settings: Settings, queue: J
 
 @pytest.fixture
 def ended(queue: JobQueue) -> list[Job]:
-    """Jobs that ``queue`` ended without a worker."""
+    """Jobs that `queue` ended without a worker."""
     jobs: list[Job] = []
     queue.on_ended = jobs.append
     return jobs
@@ -70,7 +86,7 @@ def ended(queue: JobQueue) -> list[Job]:
 
 @pytest.fixture(scope="session")
 def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the bundles ``tiny-class`` (classes cat and dog) and ``tiny-text``."""
+    """A folder with the bundles `tiny-class` (classes cat and dog) and `tiny-text`."""
     from tests.tiny_bundles import write_tiny_bundles
 
     root = tmp_path_factory.mktemp("bundles")
@@ -80,10 +96,10 @@ def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pipelines(bundle_dir: Path) -> dict[str, Pipeline]:
-    """Both, loaded on the CPU."""
+    """Both bundles, loaded on the CPU."""
     import torch
 
-    from model.pipeline import Pipeline
+    from patchforge.model.pipeline import Pipeline
 
     cpu = torch.device("cpu")
     return {name: Pipeline.open(bundle_dir / name, cpu) for name in ("tiny-class", "tiny-text")}
@@ -91,7 +107,7 @@ def pipelines(bundle_dir: Path) -> dict[str, Pipeline]:
 
 @pytest.fixture
 def pretend_device() -> Iterator[PretendDevice]:
-    """A second device, entered for one test."""
+    """A simulated second device, for one test."""
     from tests.pretend_device import PretendDevice
 
     with PretendDevice() as entered:

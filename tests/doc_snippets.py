@@ -1,6 +1,6 @@
-"""The snippets of README.md and docs/: which of them tests run as they stand, and how the others are held to be sound.
+"""The snippets of README.md and docs/: which of them tests run, and how the others are checked.
 
-A fenced block in a language is a snippet. One that consists of ``EXCUSED`` commands is not run: each of them is parsed
+A fenced block in a language is a snippet. One that consists of `EXCUSED` commands is not run: each of them is parsed
 by the program it calls. All others are run, by tests/e2e/test_doc_snippets.py.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +17,15 @@ from typing import Any
 
 import typer
 
-from service.settings import Settings
+from patchforge.service.settings import Settings
+from tests.processes import run
 
 ROOT = Path(__file__).parents[1]
 TOOLS = Path(sys.executable).parent
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SETTINGS_OF_OTHERS = {"nginx"}
+"""Tests of nginx in front have the same lines in tests/service/gateway/nginx.py."""
 VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*=")
 SERVER = ["patchforge", "serve"]
 
@@ -42,13 +44,13 @@ class Snippet:
 
     @property
     def commands(self) -> list[list[str]]:
-        """The words of each shell command, the variables set for it included."""
+        """Returns the words of each shell command, including variables set for it."""
         found, pending = [], ""
         for line in self.text.replace("\\\n", " ").splitlines(keepends=True):
             pending += line
             try:
                 words = shlex.split(pending, comments=True)
-            except ValueError:  # a quotation goes on in the next line
+            except ValueError:  # a quoted string continues in the next line
                 continue
             found, pending = ([*found, words] if words else found), ""
         assert not pending, f"{self}: no closing quotation"
@@ -56,18 +58,18 @@ class Snippet:
 
 
 def snippets() -> list[Snippet]:
-    """All of them; blocks in no language are drawings and listings."""
+    """Returns all snippets. Blocks without a language are drawings and listings, and do not count."""
     found = []
     for document in DOCUMENTS:
         text = document.read_text("utf-8")
         for match in FENCE.finditer(text):
-            if match[1]:
+            if match[1] and match[1] not in SETTINGS_OF_OTHERS:
                 found.append(Snippet(document, text[: match.start()].count("\n") + 1, match[1], match[2]))
     return found
 
 
 def mentions() -> list[tuple[Path, str]]:
-    """Commands of ours, and of make, that the running text names."""
+    """Returns our commands, and those of make, that the running text names."""
     found = []
     for document in DOCUMENTS:
         text = FENCE.sub("", document.read_text("utf-8"))
@@ -76,7 +78,7 @@ def mentions() -> list[tuple[Path, str]]:
 
 
 def program(command: list[str]) -> list[str]:
-    """The command without the variables set for it."""
+    """Returns the command without variables set for it."""
     words = list(command)
     while words and VARIABLE.match(words[0]):
         words.pop(0)
@@ -88,18 +90,18 @@ def excused(command: list[str]) -> bool:
 
 
 def is_run(snippet: Snippet) -> bool:
-    """Against a server that is there."""
+    """Commands that need a running server."""
     return snippet.language == "python" or not any(map(excused, snippet.commands))
 
 
 def brings_its_server(snippet: Snippet) -> bool:
-    """It starts one, and then does with it what a test can do as well."""
+    """Starts a server, and does with it what a test can do too."""
     others = [command for command in snippet.commands if program(command) != SERVER]
     return snippet.language == "sh" and 0 < len(others) < len(snippet.commands) and not any(map(excused, others))
 
 
 def parse(command: list[str]) -> None:
-    """Raises AssertionError if the program an excused command calls would not know what is asked of it."""
+    """Raises AssertionError if the program that an excused command calls would reject it."""
     for word in command:
         if VARIABLE.match(word):
             check_variable(word.partition("=")[0])
@@ -114,10 +116,10 @@ def check_variable(name: str) -> None:
 
 
 def check_patchforge(words: list[str], *, whole: bool = True) -> None:
-    """Every command and option exists, and with ``whole`` none that is needed is missing."""
-    import service.cli
+    """Checks that every command and option exists, and with `whole` that no required one is missing."""
+    import patchforge.service.cli.main
 
-    command: Any = typer.main.get_command(service.cli.app)
+    command: Any = typer.main.get_command(patchforge.service.cli.main.app)
     context, arguments = None, words[1:]
     while hasattr(command, "commands") and arguments:
         context = command.make_context(words[0], [], parent=context, resilient_parsing=True)
@@ -134,12 +136,12 @@ def check_patchforge(words: list[str], *, whole: bool = True) -> None:
 
 
 def check_make(words: list[str]) -> None:
-    """There is such a target, and what it needs."""
+    """Checks that the target exists, and what it needs."""
     helped("make", "-n", *words[1:])
 
 
 def check_docker(words: list[str]) -> None:
-    """Compose is among our tools; docker need not be there."""
+    """Checks with Compose itself, which is among our tools. Docker is not needed."""
     if words[1] == "compose":
         helped(str(TOOLS / "docker-compose"), *words[2:], "--help")
         services = (ROOT / "docker-compose.yml").read_text("utf-8")
@@ -162,7 +164,7 @@ def check_kubectl(words: list[str]) -> None:
 
 
 def check_pip(words: list[str]) -> None:
-    """Pip knows the options, and versions are those that were tested."""
+    """Checks that pip knows the options, and that versions are those that were tested."""
     known = helped(sys.executable, "-m", "pip", "install", "--help")
     pinned = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     for word in words[2:]:
@@ -178,10 +180,8 @@ def check_export(words: list[str]) -> None:
 
 
 def helped(*command: str) -> str:
-    """What a command that changes nothing says."""
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+    """Returns the output of a command that changes nothing."""
+    return run(*command).stdout
 
 
 EXCUSED: dict[str, tuple[str, Callable[[list[str]], None]]] = {
@@ -194,9 +194,12 @@ EXCUSED: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "patchforge bench": ("minutes to hours", check_patchforge),
     "patchforge data": ("downloads pictures, or reads your own", check_patchforge),
     "patchforge import-checkpoint": ("gigabytes of a checkpoint that is not ours", check_patchforge),
+    "patchforge compare": ("needs the samples that the command before would make", check_patchforge),
+    "patchforge sample": ("hours, with a checkpoint that is not ours", check_patchforge),
+    "patchforge generate lighthouse": ("draws with a checkpoint that is not ours", check_patchforge),
     "docker": ("needs a Docker engine", check_docker),
     "kubectl": ("needs a cluster", check_kubectl),
     "pip": ("gigabytes, into an environment of its own", check_pip),
     "export": ("is for the commands after it", check_export),
 }
-"""What tests do not run, why, and how it is checked instead."""
+"""Commands that tests do not run: why, and how they are checked instead."""

@@ -1,7 +1,7 @@
-"""A device beside the CPU where there is none: it refuses what a GPU refuses, and counts what a GPU is waited for.
+"""A simulated second device: it refuses what a GPU refuses, and counts how often the host waits for it.
 
-Tensors on it say that they are on ``meta``, a device that PyTorch always has, but they hold values, which the CPU
-computes. So what serves on a GPU runs from end to end, casts to bf16 left out, and its pictures can be compared.
+Its tensors say that they are on `meta`, a device that PyTorch always has, but they hold values, computed on the CPU.
+So serving code for a GPU runs from end to end, without casts to bf16, and its pictures can be compared.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ PRETENDED = torch.device("meta")
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 COMPOSED = {aten.to, aten.item, aten.is_nonzero}
-"""What PyTorch takes apart into copies and waits. In inference mode it comes whole."""
+"""Operations that PyTorch splits into copies and waits. In inference mode they arrive unsplit."""
 COPIES = {aten._to_copy.default, aten.copy_.default}
-"""What may see tensors of both devices."""
+"""Operations that may use tensors of both devices."""
 WAITS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
-"""Their result, or its shape, is known to the host only once the device is done."""
+"""The host knows their result, or its shape, only when the device has finished."""
 INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-"""A mask among the indices makes a GPU wait, for it counts how many are true."""
+"""A mask among the indices makes a GPU wait, because the true entries must be counted."""
 
 
 class OnDevice(Tensor):
-    """A tensor of the pretended device; ``values`` is the same on the CPU."""
+    """A tensor on the simulated device. `values` holds the same on the CPU."""
 
     values: Tensor
 
@@ -43,27 +43,27 @@ class OnDevice(Tensor):
         self.values = values
 
     def tolist(self) -> Any:
-        """PyTorch's own takes no subclass."""
+        """PyTorch's own method does not work for subclasses."""
         return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with PretendDevice():  # none is entered: this is the end of a test, when what it leaves is freed
+        with PretendDevice():  # none is active: this runs after the test, when its tensors are freed
             return op(*args, **(kwargs or {}))
 
 
 class PretendDevice(TorchDispatchMode):
-    """While it is entered, `PRETENDED` is a device.
+    """Inside this block, `PRETENDED` is a device.
 
     Raises:
-        AssertionError: an operation sees tensors of both devices; or a tensor was made there from a Python list, for
-            which a GPU would wait: `model.device.upload` is for that.
+        AssertionError: an operation uses tensors of both devices; or a tensor is created there from a Python list,
+            which would make a GPU wait. Use `patchforge.model.device.upload`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
-        """Operations for whose end the host waits: of copies all but those to the device that need not."""
+        """Operations that the host waits for. Copies count too, except non-blocking ones to the device."""
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -95,14 +95,14 @@ class PretendDevice(TorchDispatchMode):
     def _judge(
         self, op: Any, args: Sequence[Any], options: Mapping[str, Any], target: torch.device, tensors: list[Tensor]
     ) -> None:
-        """Refuse, or count."""
+        """Refuse the operation, or count its wait."""
         if op in COPIES:
             source, free = tensors[-1], options.get("non_blocking") or args[-1] is True
             waits = source.device != target and not (free and target == PRETENDED)
         elif not any(isinstance(each, OnDevice) for each in tensors):
             waits = False
         else:
-            # Zero-dimensional ones are taken for numbers.
+            # Zero-dimensional tensors count as numbers.
             strangers = [each for each in tensors if not isinstance(each, OnDevice) and each.dim() > 0]
             assert not strangers, f"{op} sees a tensor that is not on the device"
             waits = op in WAITS or (

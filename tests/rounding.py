@@ -1,4 +1,4 @@
-"""Whether packing may change a bit here: that depends on the matrix library, not on us."""
+"""Whether packing may change a bit on this machine. That depends on the matrix library, not on us."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.row_wise import FEW_ROWS, ROW_BLOCK
+from patchforge.model import parallel
+from patchforge.model.networks.row_wise import FEW_ROWS, ROW_BLOCK
 
 SHAPES = ((32, 48), (48, 32), (48, 144), (96, 192), (192, 96), (192, 576), (768, 192))
-"""(in, out) of products like the networks' here and the shipped ones'."""
+"""(in, out) of matrix products like those of the networks in tests and of the shipped ones."""
 
 
 def products_are_alike() -> bool:
-    """Do whole blocks of rows, and many rows, come out of a matrix product the same whatever their number?
+    """Tells whether a row's result is the same for every number of rows, in whole blocks and in large numbers.
 
-    Asked of PyTorch itself, for as many threads as it now uses.
+    Computes this with PyTorch, in a thread like those that compute pictures.
     """
-    return all(_alike(shape, torch.get_num_threads()) for shape in SHAPES)
+    return parallel.crew(torch.device("cpu")).run([_all_alike])[0]
 
 
 @cache
-def _alike(shape: tuple[int, int], threads: int) -> bool:
-    generator = torch.Generator().manual_seed(threads)
+def _all_alike() -> bool:
+    return all(_alike(shape) for shape in SHAPES)
+
+
+def _alike(shape: tuple[int, int]) -> bool:
+    generator = torch.Generator().manual_seed(1)
     rows = torch.randn(4 * FEW_ROWS, shape[0], generator=generator)
     weight = torch.randn(shape[1], shape[0], generator=generator)
     made = F.linear(rows, weight)
@@ -33,5 +38,5 @@ def _alike(shape: tuple[int, int], threads: int) -> bool:
 
 
 def assert_same(packed: Tensor, alone: Tensor) -> None:
-    """Bit for bit where the library allows it, else within what packing may change."""
+    """Compare bit for bit if the library allows it, otherwise within what packing may change."""
     torch.testing.assert_close(packed, alone, atol=0.0 if products_are_alike() else 1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""Every command in README.md and docs/ is one that exists: run by tests/e2e as it stands, or parsed here."""
+"""Every command in README.md and docs/ exists: tests/e2e runs it unchanged, or it is parsed here."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service.gateway.inference import INPUTS, OUTPUTS
-from service.schemas import GenerationRequest
+from patchforge.service.gateway.inference.protocol import INPUTS, OUTPUTS
+from patchforge.service.messages.schemas import GenerationRequest
 from tests.doc_snippets import (
     EXCUSED,
     ROOT,
@@ -35,7 +35,7 @@ def test_all_documents_have_their_snippets_counted() -> None:
 
 @pytest.mark.parametrize("snippet", PARSED, ids=str)
 def test_what_is_not_run_is_parsed(snippet: Snippet) -> None:
-    """All of it: a snippet of which only some commands could be run has to be split, or its rest excused."""
+    """A snippet is run as a whole. If only some commands can be run, split it, or excuse all of it."""
     for command in snippet.commands:
         assert excused(command), f"{shlex.join(command)} is neither run nor excused"
         parse(command)

@@ -1,6 +1,6 @@
-"""What the documents say about settings and the lock file is what the code says.
+"""The documentation agrees with the code about settings and lock files.
 
-``python -m tests.test_docs`` writes the settings table into docs/operation.md anew.
+`python -m tests.test_docs` writes the settings table into docs/operation.md anew.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic_core import PydanticUndefined
 
-from service.settings import Settings
+from patchforge.service.settings import GROUPS, Settings
 
 ROOT = Path(__file__).parents[1]
 OPERATION = ROOT / "docs" / "operation.md"
@@ -24,11 +24,12 @@ UNLOCKED = {"torch"}
 
 def settings_table() -> str:
     rows = ["| variable | default | meaning |", "|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        default = field.default
-        shown = "" if default in (None, [], PydanticUndefined) else f"`{default}`"
-        also = " Also `REDIS_URL`." if name == "redis_url" else ""
-        rows.append(f"| `PATCHFORGE_{name.upper()}` | {shown} | {field.description}{also} |")
+    for group in GROUPS:
+        rows.append(f"| **{group.__doc__}** | | |")
+        for name, field in group.model_fields.items():
+            shown = "" if field.default in (None, [], PydanticUndefined) else f"`{field.default}`"
+            also = " Also `REDIS_URL`." if name == "redis_url" else ""
+            rows.append(f"| `PATCHFORGE_{name.upper()}` | {shown} | {field.description}{also} |")
     return "\n".join(rows) + "\n"
 
 
@@ -59,7 +60,7 @@ def test_the_lock_file_pins_what_was_tested_and_names_no_host() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    asked = [*project["dependencies"], *extras["worker"], *extras["otel"]]
+    asked = [*project["dependencies"], *extras["server"], *extras["worker"], *extras["otel"]]
     names = {_plain(match[0]) for each in asked if (match := re.match(r"[A-Za-z0-9._-]+", each))}
     assert names - locked.keys() == UNLOCKED, "run: make lock"
 
@@ -68,13 +69,14 @@ def test_a_gateway_is_locked_to_the_same() -> None:
     entries = _entries(ROOT / "requirements-gateway.lock")
     assert {*entries} < {*_entries(LOCK)}, "run: make lock"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["otel"]]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["server"], *extras["otel"]]
     names = {_plain(match[0]) for each in asked if (match := re.match(r"[A-Za-z0-9._-]+", each))}
     assert names <= {_plain(entry.partition("==")[0]) for entry in entries}, "run: make lock"
 
 
 def _entries(lock: Path) -> list[str]:
-    """Each package with its version, marker and hashes."""
+    """Returns each package with its version, marker and hashes."""
     return [entry.strip() for entry in re.split(r"\n(?=[a-zA-Z])", lock.read_text("utf-8"))[1:]]
 
 

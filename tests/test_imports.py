@@ -1,4 +1,4 @@
-"""Imports point one way: the architecture, enforced."""
+"""Imports point one way: the architecture, enforced. docs/architecture.md draws it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+OURS = ("model", "service", "patchforge", "tests")
 TENSORS = {"torch", "safetensors", "diffusers", "transformers", "numpy"}
+ROOMS = ("messages", "queue", "client", "gateway", "worker", "bench", "soak", "cli")
+"""Rooms of `service/`. Each may import earlier ones and the files at the root of `service/`, but no later ones."""
+APART = {"queue": {"client"}, "gateway": {"client"}, "worker": {"client", "gateway"}}
+"""Rooms that must not import each other, although the order would allow it."""
+WITHOUT_TENSORS = ("messages", "queue", "client", "gateway")
 
 
 def imported(path: Path, *, everywhere: bool) -> set[str]:
-    """Modules a file imports: at its top level, or ``everywhere`` in it, type-checking blocks included."""
+    """Returns the modules that a file imports: at its top level, or `everywhere`, including type-checking blocks."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = ast.walk(tree) if everywhere else tree.body
     found: set[str] = set()
@@ -32,7 +38,7 @@ def file_of(module: str) -> Path | None:
 
 
 def reached(module: str) -> set[str]:
-    """Everything importing ``module`` imports, as far as it is ours."""
+    """Returns everything that importing `module` imports, including parent packages, as far as it is ours."""
     seen: set[str] = set()
     ahead = [module]
     while ahead:
@@ -40,46 +46,72 @@ def reached(module: str) -> set[str]:
         if current in seen:
             continue
         seen.add(current)
+        parent = current.rpartition(".")[0]
+        if parent:
+            ahead.append(parent)
         path = file_of(current)
         if path is not None:
             ahead += imported(path, everywhere=False)
     return seen
 
 
-def packages(modules: set[str]) -> set[str]:
-    return {module.partition(".")[0] for module in modules}
+def loads_tensors(modules: set[str]) -> bool:
+    return any(m.partition(".")[0] in TENSORS or f"{m}.".startswith("patchforge.model.") for m in modules)
 
 
-MODEL = sorted((ROOT / "model").rglob("*.py"))
-GATEWAY = sorted((ROOT / "service" / "gateway").rglob("*.py"))
+def files_of(folder: str) -> list[Path]:
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found
+    return found
 
 
-@pytest.mark.parametrize("path", MODEL, ids=lambda path: str(path.relative_to(ROOT)))
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", [p for d in OURS for p in files_of(d)], ids=named)
+def test_everything_of_ours_is_imported_by_its_full_name(path: Path) -> None:
+    """Otherwise a user's own `model.py` or `service/` could be imported instead."""
+    if "pb" not in path.parts:
+        assert not {m.partition(".")[0] for m in imported(path, everywhere=True)} & {"model", "service", "proto"}
+
+
+@pytest.mark.parametrize("path", files_of("model"), ids=named)
 def test_model_never_imports_service(path: Path) -> None:
-    assert "service" not in packages(imported(path, everywhere=True))
+    assert not [m for m in imported(path, everywhere=True) if m.startswith("patchforge.service")]
 
 
-@pytest.mark.parametrize("path", GATEWAY, ids=lambda path: str(path.relative_to(ROOT)))
-def test_gateway_never_imports_model_or_tensors(path: Path) -> None:
-    assert not packages(imported(path, everywhere=True)) & ({"model"} | TENSORS)
+@pytest.mark.parametrize("path", [p for room in WITHOUT_TENSORS for p in files_of(f"service/{room}")], ids=named)
+def test_no_tensors_in_messages_queue_client_and_gateway(path: Path) -> None:
+    assert not loads_tensors(imported(path, everywhere=True))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downwards(room: str) -> None:
+    forbidden = {*ROOMS[ROOMS.index(room) + 1 :], *APART.get(room, ())}
+    for path in files_of(f"service/{room}"):
+        rooms = {m.split(".")[2] for m in imported(path, everywhere=True) if m.startswith("patchforge.service.")}
+        assert not rooms & forbidden, path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "service").glob("*.py")), ids=named)
+def test_what_all_rooms_share_imports_no_room_but_messages(path: Path) -> None:
+    if path.stem == "supervisor":  # it starts them
+        return
+    rooms = {m.split(".")[2] for m in imported(path, everywhere=True) if m.startswith("patchforge.service.")}
+    assert not rooms & set(ROOMS[1:])
 
 
 @pytest.mark.parametrize(
-    "module", ["service.gateway.app", "service.supervisor", "service.cli", "service.queue", "service.online"]
+    "module",
+    ["patchforge", "patchforge.service.cli.main", "patchforge.service.gateway.app", "patchforge.service.supervisor"],
 )
-def test_nothing_the_gateway_or_a_client_loads_brings_tensors(module: str) -> None:
+def test_nothing_the_gateway_the_command_line_or_a_client_loads_brings_tensors(module: str) -> None:
     found = reached(module)
     assert file_of(module) is not None
-    assert len(found) > 10
-    assert not packages(found) & ({"model"} | TENSORS)
+    assert len(found) > 5
+    assert not loads_tensors(found)
 
 
 def test_the_scheduler_touches_no_tensor() -> None:
-    assert not packages(imported(ROOT / "service/worker/scheduler.py", everywhere=True)) & ({"model"} | TENSORS)
-
-
-@pytest.mark.parametrize("leaf", ["errors", "messages", "sampler_options", "schemas", "events", "settings", "keys"])
-def test_leaves_import_no_other_part_of_the_service(leaf: str) -> None:
-    ours = {m for m in imported(ROOT / f"service/{leaf}.py", everywhere=True) if m.startswith("service.")}
-    leaves = ("service.errors", "service.messages", "service.sampler_options", "service.schemas")
-    assert {m for m in ours if not m.startswith(leaves)} == set()
+    assert not loads_tensors(imported(ROOT / "service/worker/scheduler.py", everywhere=True))

@@ -1,10 +1,8 @@
-"""What must not be: a pickle on a serving path, a secret in a log, a port open to the network unasked."""
+"""What must never happen: a pickle on a serving path, a secret in a log, a port open to the network by default."""
 
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from hashlib import sha256
@@ -13,19 +11,23 @@ from pathlib import Path
 import grpc
 import pytest
 
-from service.embedded import EmbeddedServer
-from service.gateway.app import Gateway
-from service.pb.patchforge.v1 import image_service_pb2 as pb
-from service.queue import JobQueue
-from service.settings import Settings
+from patchforge.service.embedded import EmbeddedServer
+from patchforge.service.gateway.app import Gateway
+from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
 from tests.faults.gateways import SHORT
+from tests.faults.gateways import Gateway as GatewayProcess
 from tests.faults.harness import Stack
+from tests.processes import PATCHFORGE, run
 from tests.test_imports import reached
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ROOT / "model" / "training"
 SERVING = [path for part in ("model", "service") for path in sorted((ROOT / part).rglob("*.py"))]
 SERVING = [path for path in SERVING if TRAINING not in path.parents]
+EVALUATING = {ROOT / "model" / "evaluation" / "efficientnet.py"}
+"""Code that measures pictures, and does not serve them."""
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}
 LOADERS = {"torch.load", "torch.jit.load", "torch.hub.load", "np.load", "numpy.load", "yaml.load", "eval", "exec"}
 
@@ -49,8 +51,12 @@ def test_nothing_that_serves_can_run_a_pickle(path: Path) -> None:
     assert not {name.partition(".")[0] for name in found} & UNPICKLERS
     assert not found & LOADERS
     for call in calls(tree):
-        assert ast.unparse(call.func) not in LOADERS
         options = {option.arg: option.value for option in call.keywords}
+        if ast.unparse(call.func) == "torch.load" and path in EVALUATING:
+            # A file from a package, not from a user; PyTorch's reader then builds only tensors.
+            assert ast.unparse(options["weights_only"]) == "True"
+            continue
+        assert ast.unparse(call.func) not in LOADERS
         assert not {"trust_remote_code", "allow_pickle"} & options.keys()
         if isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained":
             local, safe = options.get("local_files_only"), options.get("use_safetensors")
@@ -62,10 +68,10 @@ def test_nothing_that_serves_can_run_a_pickle(path: Path) -> None:
 
 
 def test_no_server_loads_the_training_code_and_that_reads_only_weights() -> None:
-    for server in ("service.worker.main", "service.gateway.app", "service.supervisor"):
+    for server in ("patchforge.service.worker.main", "patchforge.service.gateway.app", "patchforge.service.supervisor"):
         modules = reached(server)
         assert len(modules) > 10
-        assert not [module for module in modules if module.startswith("model.training")]
+        assert not [module for module in modules if module.startswith("patchforge.model.training")]
     for path in TRAINING.rglob("*.py"):
         for call in calls(ast.parse(path.read_text("utf-8"))):
             if ast.unparse(call.func) == "torch.load":
@@ -93,7 +99,7 @@ async def test_the_ports_opened_by_default_are_of_the_loopback_address(
 
 
 def listening() -> set[tuple[str, int]]:
-    """(address, port) of every TCP port open on this machine; true IPv6 addresses as hexadecimal."""
+    """Returns (address, port) of every open TCP port of this machine; real IPv6 addresses in hexadecimal."""
     found = set()
     for table in ("tcp", "tcp6"):
         path = Path("/proc/net") / table
@@ -103,7 +109,7 @@ def listening() -> set[tuple[str, int]]:
             local, state = line.split()[1], line.split()[3]
             if state == "0A":
                 address, _, port = local.partition(":")
-                address = address.removeprefix("0000000000000000FFFF0000")  # IPv4 in the clothes of IPv6
+                address = address.removeprefix("0000000000000000FFFF0000")  # IPv4 written as IPv6
                 host = (
                     ".".join(str(byte) for byte in reversed(bytes.fromhex(address))) if len(address) == 8 else address
                 )
@@ -116,7 +122,7 @@ def listening() -> set[tuple[str, int]]:
 def test_no_secret_is_ever_logged(
     together: bool, tmp_path: Path, bundle_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Passwords, keys and their hashes, wrong ones too: through start-up, use, refusals and a lost queue server."""
+    """No password, key or hash, right or wrong, during start-up, use, refusals and after losing the queue server."""
     password, guess, key, wrong = "redis-pa55word", "gue55ed-password", "caller-s3cret", "wrong-s3cret"
     digest = sha256(key.encode()).hexdigest()
     settings = {"api_keys": [f"tester:{digest}"], "log_level": "DEBUG", "drain_seconds": 1}
@@ -127,7 +133,10 @@ def test_no_secret_is_ever_logged(
             gateway = worker = stack.start_serve(tmp_path / "serve", redis_url=url)
         else:
             gateway, worker = stack.start_pair(redis_url=url)
-        shut_out = [stack.launch_worker(redis_url=bad_url), stack.start_gateway(redis_url=bad_url)]
+        shut_out = [
+            stack.launch_worker(redis_url=bad_url),
+            stack._launch(GatewayProcess, "gateway", None, {"redis_url": bad_url}),
+        ]
 
         for secret in (wrong, key):
             gateway.http.headers["authorization"] = f"Bearer {secret}"
@@ -137,15 +146,15 @@ def test_no_secret_is_ever_logged(
             with gateway.grpc() as stub, pytest.raises(grpc.RpcError):
                 stub.GetJob(pb.GetJobRequest(job_id="x"), metadata=[("x-api-key", secret)])
         assert gateway.ended(gateway.submit())["status"] == "completed"
-        for process, event in zip(shut_out, ("queue server cannot be used", "not ready"), strict=True):
-            process.wait_for(event)
+        assert [process.wait() for process in shut_out] == [1, 1]
+        assert all("refuses the user or password" in process.transcript() for process in shut_out)
         stack.server.stop()
         worker.wait_for("queue server cannot be used")
         gateway.wait_for("not ready")
         assert gateway.ready().status_code == 503
-        processes = {gateway, worker, *shut_out}
+        processes = {gateway, worker}
         assert [process.terminate() for process in processes] == [0] * len(processes)
-        written = "".join((*(process.transcript() for process in processes), *capfd.readouterr()))
+        written = "".join((*(process.transcript() for process in (*processes, *shut_out)), *capfd.readouterr()))
     assert "worker ready" in written
     assert "job completed" in written
     for secret in (password, guess, key, wrong, digest, sha256(wrong.encode()).hexdigest()):
@@ -155,16 +164,8 @@ def test_no_secret_is_ever_logged(
 @pytest.mark.parametrize("role", ["gateway", "worker", "serve"])
 @pytest.mark.parametrize("url", ["redis://:pa55/word@host:6379/0", "redis://:pa55word@[host/0", "pa55word"])
 def test_a_queue_server_that_cannot_be_read_is_one_line_without_it(role: str, url: str) -> None:
-    """Of a password with a stroke, a URL's reader takes the first part for a port."""
-    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
-    ran = subprocess.run(
-        [sys.executable, "-m", "service.cli", role],
-        env=environment | {"PATCHFORGE_REDIS_URL": url},
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
-    assert ran.returncode == 2
+    """A URL parser takes the first part of a password with a slash for a port."""
+    ran = run(*PATCHFORGE, role, status=2, PATCHFORGE_REDIS_URL=url)
     assert "PATCHFORGE_REDIS_URL" in ran.stderr
     assert "percent-encoded" in ran.stderr
     assert "Traceback" not in ran.stderr

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from model.bundle import write_bundle
-from model.manifest import BundleManifest
-from model.networks import build_network
+from patchforge.model.networks.build import build_network
+from patchforge.model.storage.bundle import write_bundle
+from patchforge.model.storage.manifest import BundleManifest
 
 CLASS_SIZES = {
     "in_channels": 4,
@@ -36,7 +36,10 @@ TEXT_SIZES = {
 
 
 def write_tiny_bundles(root: Path) -> None:
-    """``tiny-class`` (classes cat and dog) and ``tiny-text``; both make 32×32 pictures of noise."""
+    """Write `tiny-class` (classes cat and dog) and `tiny-text`. Both draw 32×32 pictures of noise.
+
+    `tiny-text` draws 16×16 and 32×16 pictures too.
+    """
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
@@ -51,13 +54,14 @@ def write_tiny_bundles(root: Path) -> None:
                 "latent": {"channels": 4, "height": 8, "width": 8, "mean": [0.0] * 4, "std": [1.0] * 4},
                 "autoencoder": {"downscale": 4},
                 "text_encoder": {"kind": "minilm", "max_tokens": 8, "mask_padding": True} if kind == "text" else None,
+                "sizes": [[16, 16], [32, 16]] if kind == "text" else [],
                 "class_names": ["cat", "dog"] if kind == "class" else [],
                 "licence": "none",
                 "defaults": {"sampler": {"name": "dual_loop"}, "steps": 3, "guidance": 2.0},
                 "created": 1,
             }
         )
-        network = build_network(manifest.network)
+        network = build_network(manifest.network.config)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 around = 4.0 if name.endswith("attn.scale") else 0.0

@@ -1,4 +1,4 @@
-"""Is the predicted uncertainty true? Predicted variance of a patch against the squared error measured on it."""
+"""Measure whether the predicted uncertainty is right: each patch's predicted variance against its squared error."""
 
 from __future__ import annotations
 
@@ -9,61 +9,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.denoiser import Condition, Evaluation, Memory
-from model.evaluation.frechet import Interval, mean_interval
-from model.evaluation.samples import words_for
-from model.manifest import ClassNetwork
-from model.pipeline import Pipeline
-from model.training.data import Pictures
-from model.training.loss import interpolate
-from model.training.progress import progress_bar
-from model.training.timesteps import LTG
-from model.types import Plan
+from patchforge.model.denoiser import Condition, Evaluation, Memory
+from patchforge.model.evaluation.frechet import Interval, mean_interval
+from patchforge.model.evaluation.samples import words_for
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.storage.manifest import ClassNetwork
+from patchforge.model.training.data import Pictures
+from patchforge.model.training.loss import interpolate
+from patchforge.model.training.progress import progress_bar
+from patchforge.model.training.timesteps import LTG
+from patchforge.model.types import Plan
 
 TIMES = tuple(round(0.05 + 0.1 * index, 2) for index in range(10))
 DRAWS = 4
-"""Draws of LTG timesteps a picture."""
+"""LTG draws per picture."""
 BINS = 10
 BATCH = 32
 RESAMPLES = 500
 LEAST = 50
-"""Patches for a correlation to be worth telling."""
+"""Fewest patches for which we report a correlation."""
 
 
 @dataclass(frozen=True)
 class AtTime:
-    """How well the variance predicted at one timestep ranks the errors."""
+    """How well the predicted variance ranks the errors, in one range of timesteps."""
 
     low: float
     high: float
-    """The timesteps lie in ``[low, high]``."""
+    """The timesteps lie in `[low, high]`."""
     patches: int
     spearman: Interval
-    """Over all patches; of the one-step estimate's error too, which at one timestep is a multiple of this one."""
+    """Rank correlation over all patches. It also holds for the error of the one-step estimate, which at one timestep is
+    a multiple of the velocity's error."""
     within: Interval | None
-    """Mean over pictures of the correlation over the patches of one: what samplers choose patches by. None where
-    no picture has enough patches."""
+    """Rank correlation over the patches of one picture, mean over pictures. Samplers choose patches by this order.
+    None: no picture has enough patches."""
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Patches of like predicted variance: a tenth of all."""
+    """A tenth of all patches, with similar predicted variance."""
 
     predicted: float
-    """Mean variance predicted."""
+    """Mean predicted variance."""
     measured: Interval
     """Mean squared error of the velocity."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """For one way of drawing timesteps."""
+    """The results for one way of drawing timesteps."""
 
     times: tuple[AtTime, ...]
     reliability: tuple[Bin, ...]
 
     def figures(self) -> dict[str, Any]:
-        """For JSON."""
+        """The results for JSON."""
         return {
             "times": [
                 {
@@ -82,8 +83,11 @@ class Calibration:
 
 
 def measure_calibration(pipeline: Pipeline, pictures: Pictures, seed: int = 0) -> dict[str, Calibration]:
-    """On ``pictures`` the model was not trained on: ``uniform``, all patches at the same of ten times, and ``ltg``."""
-    clean, conditions = _prepared(pipeline, pictures)
+    """Measure calibration on `pictures`, which the model must not have been trained on.
+
+    Returns `uniform` (all patches of a picture at the same time, ten times each) and `ltg` (LTG timesteps, spec §2).
+    """
+    clean, conditions = _encode_pictures(pipeline, pictures)
     count, patches = clean.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     schedule = LTG(loc=0.7 if isinstance(pipeline.manifest.network, ClassNetwork) else 0.5)
@@ -92,23 +96,23 @@ def measure_calibration(pipeline: Pipeline, pictures: Pictures, seed: int = 0) -
     found = {}
     for name, times in (("uniform", alike), ("ltg", drawn)):
         rows = torch.arange(count).repeat(len(times) // count)
-        predicted, measured = _errors(pipeline, clean, conditions, rows, times, generator)
+        predicted, measured = _measure_errors(pipeline, clean, conditions, rows, times, generator)
         found[name] = summarise(times, predicted, measured, rows)
     return found
 
 
 def velocity_error(pipeline: Pipeline, pictures: Pictures, seed: int = 0) -> Tensor:
-    """``(n,)``: squared error of the velocity of each picture, the mean over its patches, all at one of ten times."""
-    clean, conditions = _prepared(pipeline, pictures)
+    """Squared error of the velocity per picture, `(n,)`: mean over patches, and over ten times for all patches."""
+    clean, conditions = _encode_pictures(pipeline, pictures)
     count, patches = clean.shape[:2]
     times = torch.tensor(TIMES).repeat_interleave(count)[:, None].expand(-1, patches)
     rows = torch.arange(count).repeat(len(TIMES))
-    _, measured = _errors(pipeline, clean, conditions, rows, times, torch.Generator().manual_seed(seed))
+    _, measured = _measure_errors(pipeline, clean, conditions, rows, times, torch.Generator().manual_seed(seed))
     return measured.view(len(TIMES), count, patches).mean((0, 2))
 
 
-def _prepared(pipeline: Pipeline, pictures: Pictures) -> tuple[Tensor, list[Condition]]:
-    """Latents ``(n, P, D)`` of the pictures, and what the model would be asked to get them."""
+def _encode_pictures(pipeline: Pipeline, pictures: Pictures) -> tuple[Tensor, list[Condition]]:
+    """Encode the pictures to latents `(n, P, D)`, and prepare the conditions that ask for them."""
     encoded = [pipeline.codec.encode(part) for part in torch.from_numpy(pictures.images).split(64)]
     words = words_for(pipeline, pictures)
     known = {each: pipeline.condition_on(each) for each in dict.fromkeys(words)}
@@ -116,7 +120,7 @@ def _prepared(pipeline: Pipeline, pictures: Pictures) -> tuple[Tensor, list[Cond
 
 
 @torch.inference_mode()
-def _errors(
+def _measure_errors(
     pipeline: Pipeline,
     clean: Tensor,
     conditions: list[Condition],
@@ -124,7 +128,7 @@ def _errors(
     times: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Predicted variance and measured squared error of the velocity, ``(n, P)`` each, at ``times`` ``(n, P)``."""
+    """Predicted variance and squared error of the velocity, `(n, P)` each, of `clean[rows]` at `times` `(n, P)`."""
     predicted, measured = [], []
     with progress_bar() as bar:
         for part in bar.track(torch.arange(len(rows)).split(BATCH), description="uncertainty"):
@@ -147,7 +151,7 @@ def _plan(latent: Tensor, times: Tensor) -> Plan:
 
 
 def summarise(times: Tensor, predicted: Tensor, measured: Tensor, pictures: Tensor) -> Calibration:
-    """From ``(n, P)`` each, of the picture ``pictures`` ``(n,)``; intervals are bootstraps over pictures."""
+    """Compute the figures from `(n, P)` values. `pictures` `(n,)` is each row's picture; bootstraps are over these."""
     edges = torch.arange(0, 1.01, 0.1)
     rows = []
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -158,7 +162,13 @@ def summarise(times: Tensor, predicted: Tensor, measured: Tensor, pictures: Tens
         at = times[inside]
         pooled = spearman_interval(predicted[inside], measured[inside], owners)
         rows.append(
-            AtTime(float(at.min()), float(at.max()), len(at), pooled, _within(predicted, measured, inside, pictures))
+            AtTime(
+                float(at.min()),
+                float(at.max()),
+                len(at),
+                pooled,
+                _correlate_within_pictures(predicted, measured, inside, pictures),
+            )
         )
     order = predicted.flatten().argsort()
     owners = pictures[:, None].expand_as(times).flatten()
@@ -170,13 +180,13 @@ def summarise(times: Tensor, predicted: Tensor, measured: Tensor, pictures: Tens
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Rank correlation along the last dimension of ``(…, n)``."""
+    """Rank correlation along the last dimension of `a` and `b`, `(…, n)` each."""
     a, b = (_centred_ranks(each) for each in (a, b))
     return (a * b).sum(dim=-1) / (a.square().sum(dim=-1) * b.square().sum(dim=-1)).sqrt()
 
 
 def spearman_interval(a: Tensor, b: Tensor, groups: Tensor, seed: int = 0) -> Interval:
-    """`spearman` of ``(n,)`` with a bootstrap over ``groups`` ``(n,)``; ranks are those among all, taken once."""
+    """`spearman` of `a` and `b` `(n,)`, with a bootstrap over `groups` `(n,)`. Ranks are computed once, among all."""
     x, y = _centred_ranks(a), _centred_ranks(b)
     index = torch.unique(groups, return_inverse=True)[1]
     size = int(index.max()) + 1
@@ -194,8 +204,10 @@ def _centred_ranks(values: Tensor) -> Tensor:
     return ranks - ranks.mean(dim=-1, keepdim=True)
 
 
-def _within(predicted: Tensor, measured: Tensor, inside: Tensor, pictures: Tensor) -> Interval | None:
-    """Mean over the evaluations that have at least eight patches inside."""
+def _correlate_within_pictures(
+    predicted: Tensor, measured: Tensor, inside: Tensor, pictures: Tensor
+) -> Interval | None:
+    """Mean of `spearman` over the rows that have at least eight patches inside."""
     values, owners = [], []
     for row in torch.nonzero(inside.sum(dim=1) >= 8)[:, 0].tolist():
         chosen = inside[row]

@@ -1,4 +1,4 @@
-"""All of ``patchforge eval``: a bundle measured against real pictures, every figure beside its bounds."""
+"""Measure a bundle against real pictures, as `patchforge eval` does. Every figure comes with its bounds."""
 
 from __future__ import annotations
 
@@ -7,39 +7,43 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from model.evaluation.calibration import Calibration, measure_calibration
-from model.evaluation.judge import Judge
-from model.evaluation.measure import Measure
-from model.evaluation.prompts import measure_prompts
-from model.evaluation.quality import measure_classes, measure_quality, measure_styles, split_pictures
-from model.evaluation.samples import make_pictures, reconstructions, words_for
-from model.manifest import ClassNetwork
-from model.pipeline import Pipeline
-from model.samplers import Sampler
-from model.training.data import Pictures
+from patchforge.model.evaluation.calibration import Calibration, measure_calibration
+from patchforge.model.evaluation.judge import Judge
+from patchforge.model.evaluation.lineup import measure_outside
+from patchforge.model.evaluation.measure import Measure
+from patchforge.model.evaluation.outside import OutsideJudge
+from patchforge.model.evaluation.prompts import measure_prompts
+from patchforge.model.evaluation.quality import measure_classes, measure_quality, measure_styles, split_pictures
+from patchforge.model.evaluation.samples import make_pictures, reconstruct_pictures, words_for
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.samplers import Sampler
+from patchforge.model.storage.manifest import ClassNetwork
+from patchforge.model.training.data import Pictures
 
-Part = Literal["quality", "prompts", "calibration"]
+Part = Literal["outside", "quality", "prompts", "calibration"]
 PARTS: tuple[Part, ...] = get_args(Part)
+OUTSIDE = 560
+"""Prompts that the outside judge sees, at most: 80 in each of seven styles."""
 
 
 @dataclass
 class Report:
-    """What was found."""
+    """All results."""
 
     pictures: int
-    """How many were made for distances and classes."""
+    """How many pictures were made to measure distances and classes."""
     held_out: int
-    """How many real pictures uncertainty was measured on."""
+    """How many real pictures calibration was measured on."""
     measures: dict[str, Measure] = field(default_factory=dict)
     calibration: dict[str, Calibration] = field(default_factory=dict)
     patch_evaluations: float | None = None
-    """Per picture, guidance branches included."""
+    """Per picture, in all guidance branches."""
     saved: float | None = None
-    """Share of a dense run's patch evaluations."""
+    """Patch evaluations saved, as a share of a dense run's."""
     seconds: float = 0.0
 
     def figures(self) -> dict[str, Any]:
-        """For JSON and ``bundle.json``."""
+        """The results for JSON and for `bundle.json`."""
         cost = None if self.patch_evaluations is None else round(self.patch_evaluations, 1)
         return {
             "pictures": self.pictures,
@@ -61,19 +65,21 @@ def evaluate(
     parts: Collection[Part] = PARTS,
     seed: int = 0,
 ) -> Report:
-    """Measure ``parts`` with ``count`` pictures made by ``sampler``.
+    """Measure `parts` of a model on `count` pictures made with `sampler`.
 
     Raises:
-        DataError: there are too few pictures to compare with, or the judge is one of other classes.
+        DataError: there are too few real pictures, or the judge was trained on other classes.
     """
     started = time.monotonic()
     by_class = isinstance(pipeline.manifest.network, ClassNetwork)
     held_out = pictures.where(pictures.held_out())
     report = Report(count, len(held_out))
+    if "outside" in parts:
+        report.measures |= measure_outside(pipeline, OutsideJudge(), pictures, sampler, min(count, OUTSIDE), seed)
     if "quality" in parts:
         split = split_pictures(pictures, count, seed)
         made = make_pictures(pipeline, sampler, words_for(pipeline, split.real), range(seed, seed + count))
-        again = reconstructions(pipeline, split.real)
+        again = reconstruct_pictures(pipeline, split.real)
         report.patch_evaluations, report.saved = made.patch_evaluations, made.saved
         report.measures |= measure_quality(judge, pictures, split, made.pictures, again, seed)
         if len(pictures.class_names) > 1:

@@ -1,4 +1,4 @@
-"""The eye test: a hundred pictures made, beside the hundred real ones they were asked to be."""
+"""The eye test: a hundred generated pictures beside the hundred real ones with the same prompts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from model.errors import DataError
-from model.evaluation.samples import make_pictures, words_for
-from model.pipeline import Pipeline
-from model.samplers import Sampler
-from model.training.data import Pictures
+from patchforge.model.errors import DataError
+from patchforge.model.evaluation.samples import make_pictures, words_for
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.samplers import Sampler
+from patchforge.model.training.data import Pictures
 
 SIDE = 10
 MARGIN = 4
@@ -24,14 +24,16 @@ GAP = 24
 
 
 def write_grid(pipeline: Pipeline, pictures: Pictures, sampler: Sampler[Any], out: Path, seed: int = 0) -> None:
-    """Draw `SIDE`² trained-on pictures by weight, no two of one concept, and write both grids to ``out``.
+    """Write two grids of `SIDE`² pictures to `out`: generated, and real.
+
+    The real pictures are drawn by weight from those used in training, no two of the same concept.
 
     Raises:
-        DataError: there are too few concepts, or ``out`` is of no known kind.
+        DataError: there are too few concepts, or `out` has an unknown picture format.
     """
     if out.suffix.lower() not in Image.registered_extensions():
-        raise DataError(f"{out}: unknown kind of picture")
-    shown = pictures.where(_one_a_concept(pictures, SIDE**2, seed))
+        raise DataError(f"{out}: unknown picture format")
+    shown = pictures.where(_draw_concepts(pictures, SIDE**2, seed))
     words = words_for(pipeline, shown)
     made = make_pictures(pipeline, sampler, words, range(seed, seed + len(words)), "grid").pictures
     size = shown.images.shape[1]
@@ -42,14 +44,14 @@ def write_grid(pipeline: Pipeline, pictures: Pictures, sampler: Sampler[Any], ou
         for number, (picture, name) in enumerate(zip(images, words, strict=True)):
             x, y = left + number % SIDE * cell[0] + MARGIN, number // SIDE * cell[1] + MARGIN
             canvas.paste(Image.fromarray(picture.numpy()), (x, y))
-            for line, text in enumerate(_lines(name, font, size + MARGIN)):
+            for line, text in enumerate(_break_lines(name, font, size + MARGIN)):
                 draw.text((x, y + size + line * LINE_HEIGHT), text, "black", font)
     out.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(out)
 
 
-def _one_a_concept(pictures: Pictures, count: int, seed: int) -> np.ndarray:
-    """Boolean mask ``(n,)``."""
+def _draw_concepts(pictures: Pictures, count: int, seed: int) -> np.ndarray:
+    """Draw `count` pictures of different concepts, as a boolean mask `(n,)`."""
     weights = np.where(pictures.held_out(), 0.0, pictures.weights.astype(float))
     chosen = np.zeros(len(pictures), bool)
     concepts: set[str] = set()
@@ -63,8 +65,8 @@ def _one_a_concept(pictures: Pictures, count: int, seed: int) -> np.ndarray:
     return chosen
 
 
-def _lines(text: str, font: Any, width: int) -> list[str]:
-    """At most `LINES` lines that fit, broken at spaces where that is possible."""
+def _break_lines(text: str, font: Any, width: int) -> list[str]:
+    """Break text into at most `LINES` lines that fit, at spaces where possible."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""Training of the judge, in a few minutes of one core."""
+"""Train the judge. This takes a few minutes on one core."""
 
 from __future__ import annotations
 
@@ -14,17 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.device import best_device, training_autocast
-from model.evaluation.judge import MAX_TOKENS, Judge, JudgeNetwork, centred, on_device, sentences, to_pixels, unseen
-from model.text import MiniLM
-from model.training.data import Pictures
-from model.training.progress import progress_bar
-from model.weights import write_weights
+from patchforge.model.device import best_device, training_autocast
+from patchforge.model.evaluation.judge import (
+    MAX_TOKENS,
+    Judge,
+    JudgeNetwork,
+    centred,
+    on_device,
+    sentences,
+    shrink,
+    to_pixels,
+    unseen,
+)
+from patchforge.model.networks.text_encoder import MiniLM
+from patchforge.model.storage.weights import write_weights
+from patchforge.model.training.data import Pictures
+from patchforge.model.training.progress import progress_bar
 
 
 @dataclass(frozen=True)
 class JudgeRecipe:
-    """The defaults take about six minutes of one core with fast bf16."""
+    """How to train a judge. The defaults take about six minutes on one core with fast bf16."""
 
     steps: int = 2800
     batch: int = 64
@@ -34,15 +44,19 @@ class JudgeRecipe:
     style_weight: float = 0.2
     text_weight: float = 0.5
     shift: int = 4
-    """Pixels by which a picture may be moved either way."""
+    """Random shift of each picture, at most this many pixels in each direction."""
+    size: int = 64
+    """Pixels on a side of the pictures it looks at; larger ones are made so small."""
     seed: int = 0
 
 
 def train_judge(pictures: Pictures, out: Path, recipe: JudgeRecipe, licence: str) -> Judge:
-    """Train on all but the held-out concepts and the `unseen` pictures, measure it on those, save it to ``out``.
+    """Train a judge, measure its accuracy, and save it to `out`.
+
+    It trains on all pictures except those of held-out concepts and the `unseen` ones. These measure it.
 
     Raises:
-        DataError: there are not two concepts to tell apart.
+        DataError: there are fewer than two concepts.
     """
     shown = pictures.where(~pictures.held_out() & ~unseen(pictures))
     styles = tuple(sorted(set(pictures.styles)))
@@ -59,7 +73,7 @@ def train_judge(pictures: Pictures, out: Path, recipe: JudgeRecipe, licence: str
         torch.tensor([captions.index(name) for name in first]),
     )
     _fit(network, shown, targets, centred(raw, mean), recipe)
-    network.half().float().eval()  # stored in half precision, so measured in it
+    network.half().float().eval()  # weights are stored in half precision, so measure them so
     record: dict[str, Any] = {
         "class_names": pictures.class_names,
         "styles": list(styles),
@@ -72,8 +86,8 @@ def train_judge(pictures: Pictures, out: Path, recipe: JudgeRecipe, licence: str
     }
     judge = Judge(network, tuple(pictures.class_names), styles, mean, record)
     record["accuracy"] = {
-        "unseen pictures of known concepts": _accuracy(judge, pictures.where(unseen(pictures))),
-        "held-out concepts": _accuracy(judge, pictures.where(pictures.held_out())),
+        "unseen pictures of known concepts": _measure_accuracy(judge, pictures.where(unseen(pictures))),
+        "held-out concepts": _measure_accuracy(judge, pictures.where(pictures.held_out())),
     }
     save_judge(judge, out)
     return judge
@@ -81,7 +95,7 @@ def train_judge(pictures: Pictures, out: Path, recipe: JudgeRecipe, licence: str
 
 @dataclass(frozen=True)
 class _Targets:
-    """``(n,)`` each: indices of class, style and caption."""
+    """Indices of class, style and caption, `(n,)` each."""
 
     classes: Tensor
     styles: Tensor
@@ -101,7 +115,7 @@ def _fit(network: JudgeNetwork, shown: Pictures, targets: _Targets, texts: Tenso
             decay = 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
             optimiser.param_groups[0]["lr"] = recipe.learning_rate * warm_up * decay
             picked = torch.multinomial(weights, recipe.batch, replacement=True)
-            batch = _moved(to_pixels(images[picked]), recipe.shift).to(device)
+            batch = _shift(shrink(to_pixels(images[picked]), recipe.size), recipe.shift).to(device)
             with training_autocast(device):
                 features = network(batch).float()
             classes, styles, captions = (
@@ -116,8 +130,8 @@ def _fit(network: JudgeNetwork, shown: Pictures, targets: _Targets, texts: Tenso
             bar.update(task, advance=1, note=f"loss {loss.item():.3f}")
 
 
-def _moved(pixels: Tensor, most: int) -> Tensor:
-    """Each picture moved by up to ``most`` pixels, its border repeated; never mirrored, for arrows and letters."""
+def _shift(pixels: Tensor, most: int) -> Tensor:
+    """Shift each picture by up to `most` pixels and repeat its border. No mirroring, because of arrows and letters."""
     batch, _, height, width = pixels.shape
     padded = F.pad(pixels, (most,) * 4, mode="replicate")
     down, right = torch.randint(0, 2 * most + 1, (2, batch, 1, 1, 1))
@@ -126,8 +140,8 @@ def _moved(pixels: Tensor, most: int) -> Tensor:
     return padded[index].contiguous(memory_format=torch.channels_last)
 
 
-def _accuracy(judge: Judge, pictures: Pictures) -> dict[str, float | int]:
-    """Share of real pictures whose class and style it names, each picture counted alike."""
+def _measure_accuracy(judge: Judge, pictures: Pictures) -> dict[str, float | int]:
+    """Share of real pictures for which the judge names the right class and style. Each picture counts the same."""
     if not len(pictures):
         return {"pictures": 0}
     features = judge.features(pictures.images)
@@ -142,7 +156,7 @@ def _accuracy(judge: Judge, pictures: Pictures) -> dict[str, float | int]:
 
 
 def save_judge(judge: Judge, out: Path) -> None:
-    """Write ``judge.json`` and float16 weights to the folder ``out``."""
+    """Write `judge.json` and float16 weights to the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     state = {name: each for name, each in judge.network.state_dict().items() if each.ndim}
     state["text_mean"] = judge.text_mean

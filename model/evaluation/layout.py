@@ -1,6 +1,6 @@
-"""A second opinion that needs no trained judge: pictures compared by their colours at 8×8 and 16×16 pixels.
+"""A second opinion without a trained judge: compare pictures by their colours at 8×8 and 16×16 pixels.
 
-Crude, but it cannot flatter a model trained beside a judge. It sees layout and colour, not identity.
+This is crude, but no model can be trained to please it. It sees layout and colour, not what the picture shows.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def layout_features(images: Tensor) -> Tensor:
-    """``(n, height, width, 3)`` uint8 → ``(n, 960)``: colours at two resolutions, weighted alike."""
+    """Pictures `(n, height, width, 3)` uint8 → features `(n, 960)`: colours at two resolutions, with equal weight."""
     pixels = images.permute(0, 3, 1, 2).float() / 255
     return torch.cat([F.adaptive_avg_pool2d(pixels, side).flatten(1) / side for side in (8, 16)], dim=1)
 
 
 def nearest_of_classes(images: Tensor, real: Tensor, classes: Tensor, count: int) -> Tensor:
-    """Layout distance ``(n, count)`` of each image to the nearest of the ``real`` ones of each class; inf if none."""
+    """Layout distance of each image to the nearest `real` picture of each class, `(n, count)`; infinite if none."""
     distances = torch.cdist(layout_features(images), layout_features(real))
     nearest = torch.full((len(images), count), torch.inf)
     return nearest.scatter_reduce_(1, classes.expand_as(distances), distances, "amin")

@@ -1,4 +1,4 @@
-"""One figure of a model beside its bounds, and how often the right one is found."""
+"""A figure of a model together with its bounds, and how often the right candidate is found."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.evaluation.frechet import Interval, mean_interval
+from patchforge.model.evaluation.frechet import Interval, mean_interval
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of the pictures made, and the same of pictures nothing is wrong with."""
+    """A figure of the generated pictures, and the same figure of flawless pictures."""
 
     made: Interval
     reconstructed: Interval | None = None
-    """Of real pictures through the autoencoder."""
+    """The figure of real pictures after the autoencoder."""
     real: Interval | None = None
-    """Of real pictures: a judge's ceiling, a distance's floor."""
+    """The figure of real pictures: the highest accuracy or lowest distance to expect."""
     chance: float | None = None
-    """Of a model that makes anything at all."""
+    """The figure of a model that ignores the prompt."""
 
     @classmethod
     def of(cls, figures: dict[str, Interval], chance: float | None = None) -> Measure:
-        """From an entry ``made``, and maybe ``reconstructed`` and ``real``."""
+        """Make a measure from the entries `made` and, if present, `reconstructed` and `real`."""
         return cls(figures["made"], figures.get("reconstructed"), figures.get("real"), chance)
 
     def figures(self) -> dict[str, Any]:
-        """For JSON; what is None is left out."""
+        """The figures for JSON, without those that are None."""
         found = {name: each.rounded() for name, each in vars(self).items() if isinstance(each, Interval)}
         return found if self.chance is None else found | {"chance": round(self.chance, 4)}
 
 
 def rank_of_own(distances: Tensor, own: Tensor) -> Tensor:
-    """How many others lie as close as the own candidate or closer: ``(n, m)``, ``(n,)`` index → ``(n,)``.
+    """Count the candidates that are at least as close as the right one: `(n, m)` and index `(n,)` → `(n,)`.
 
-    A tie counts against: real pictures repeat (a blank button has many names), and must not count as found.
+    A tie counts as a miss: real pictures repeat (a blank button has many names) and must not count as found.
     """
     mine = distances.gather(1, own[:, None])
     return (distances <= mine).sum(dim=1) - 1
@@ -45,28 +45,30 @@ def rank_of_own(distances: Tensor, own: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where the right one came, ``(n,)`` with 0 for the best, and what it shows, n names."""
+    """Rank of the right candidate, `(n,)` from 0 for the best, and the n concepts that it shows."""
 
     ranks: Tensor
     concepts: list[str]
 
     @classmethod
     def of(cls, distances: Tensor, own: Tensor, concepts: list[str]) -> Ranks:
-        """Of ``distances`` ``(n, m)`` to m candidates, of which ``own`` ``(n,)`` is right."""
+        """Rank by `distances` `(n, m)` to m candidates. `own` `(n,)` is the index of the right one."""
         return cls(rank_of_own(distances, own), concepts)
 
     @classmethod
     def join(cls, parts: list[Ranks]) -> Ranks:
-        """All in one."""
+        """Join several sets of ranks."""
         return cls(torch.cat([each.ranks for each in parts]), [name for each in parts for name in each.concepts])
 
     def share(self, top: int) -> Interval:
-        """How often it is among the first ``top``; the bootstrap draws concepts, whose pictures are not independent."""
+        """Share of ranks below `top`. The bootstrap draws concepts: pictures of a concept depend on each other."""
         return mean_interval((self.ranks < top).float(), group_of(self.concepts))
 
 
-def found(name: str, ranks: dict[str, Ranks], candidates: int, tops: tuple[int, ...] = (1, 5)) -> dict[str, Measure]:
-    """Measures ``{name}_top1`` and so on; ``ranks`` has an entry ``made``, and maybe ``reconstructed`` and ``real``."""
+def measure_top(
+    name: str, ranks: dict[str, Ranks], candidates: int, tops: tuple[int, ...] = (1, 5)
+) -> dict[str, Measure]:
+    """Measures `{name}_top1` and so on, from the ranks `made` and, if present, `reconstructed` and `real`."""
     return {
         f"{name}_top{top}": Measure.of(
             {of: each.share(top) for of, each in ranks.items()}, chance=min(1.0, top / candidates)
@@ -76,6 +78,6 @@ def found(name: str, ranks: dict[str, Ranks], candidates: int, tops: tuple[int, 
 
 
 def group_of(names: list[str]) -> Tensor:
-    """``(n,)`` long: equal where the names are."""
+    """Number the names: `(n,)` long, equal numbers for equal names."""
     index = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return torch.tensor([index[name] for name in names])

@@ -1,4 +1,4 @@
-"""Does a text-to-image model draw what the prompt names? Its picture is looked for among those of other prompts."""
+"""Does a text-to-image model draw what the prompt names? Search its picture among those of other prompts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.evaluation.judge import Judge, unseen
-from model.evaluation.layout import layout_features
-from model.evaluation.measure import Measure, Ranks, found
-from model.evaluation.samples import make_pictures, reconstructions
-from model.pipeline import Pipeline
-from model.samplers import Sampler
-from model.training.data import Pictures
-from model.training.run import prompt_of
+from patchforge.model.evaluation.judge import Judge, unseen
+from patchforge.model.evaluation.layout import layout_features
+from patchforge.model.evaluation.measure import Measure, Ranks, measure_top
+from patchforge.model.evaluation.samples import make_pictures, reconstruct_pictures
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.samplers import Sampler
+from patchforge.model.training.data import Pictures
+from patchforge.model.training.run import prompt_of
 
 CANDIDATES = 100
 
@@ -23,12 +23,15 @@ CANDIDATES = 100
 def measure_prompts(
     pipeline: Pipeline, judge: Judge, pictures: Pictures, sampler: Sampler[Any], seed: int = 0
 ) -> dict[str, Measure]:
-    """How often the judge finds a prompt's own picture among `CANDIDATES` made for prompts of the same style.
+    """Measure how often a prompt's own picture is found among `CANDIDATES` pictures of the same style.
 
-    ``prompt`` asks for concepts that the model was trained on, by pictures that the judge was not trained on;
-    ``prompt_held_out`` for concepts that neither has seen, among others. The ceiling is what the judge finds among
-    the real pictures of the same prompts. ``layout`` and ``layout_held_out`` look instead for the real picture among
-    the real ones, by its likeness to the one made: no judge, so no ceiling.
+    - `prompt`: the judge searches among generated pictures, for concepts that the model was trained on. The judge was
+      not trained on the real pictures of these prompts.
+    - `prompt_held_out`: the same, for concepts that neither model nor judge has seen, mixed with others.
+    - `layout`, `layout_held_out`: the layout of the generated picture searches the real one among real pictures.
+
+    The upper bound of the first two is what the judge finds among real pictures of the same prompts. The last two have
+    no upper bound.
     """
     collected: dict[str, dict[str, list[Ranks]]] = {}
     sizes: dict[str, list[int]] = {}
@@ -39,7 +42,7 @@ def measure_prompts(
         label = f"prompts, {style}" if style else "prompts"
         images = {
             "made": make_pictures(pipeline, sampler, prompts, seeds, label).pictures,
-            "reconstructed": reconstructions(pipeline, part),
+            "reconstructed": reconstruct_pictures(pipeline, part),
             "real": torch.from_numpy(part.images),
         }
         texts = judge.embed(prompts)
@@ -56,14 +59,14 @@ def measure_prompts(
     measures: dict[str, Measure] = {}
     for key, by_set in collected.items():
         size = min(sizes["_held_out" if key.endswith("_held_out") else ""])
-        measures |= found(key, {name: Ranks.join(each) for name, each in by_set.items()}, size)
+        measures |= measure_top(key, {name: Ranks.join(each) for name, each in by_set.items()}, size)
     return measures
 
 
 def candidates(pictures: Pictures, style: str, seed: int = 0) -> tuple[Pictures, np.ndarray]:
-    """Pictures of one style, one a concept: up to `CANDIDATES` that only the judge has not seen, and the held-out ones.
+    """Choose pictures of one style, one per concept: up to `CANDIDATES` `unseen` ones, and as many held-out ones.
 
-    Returns them with a boolean mask ``(n,)`` of the held-out ones.
+    Returns the pictures, and a boolean mask `(n,)` of the held-out ones.
     """
     random = np.random.default_rng(seed)
     of_style = np.array([each == style for each in pictures.styles])
@@ -77,7 +80,7 @@ def candidates(pictures: Pictures, style: str, seed: int = 0) -> tuple[Pictures,
 
 
 def _questions(new: np.ndarray) -> list[tuple[str, Tensor, int]]:
-    """(suffix, rows that are candidates, how many of them, from the first, are asked for)."""
+    """List the questions: (suffix, rows of the candidates, how many of the first candidates are searched for)."""
     old, held_out = torch.from_numpy(np.flatnonzero(~new)), torch.from_numpy(np.flatnonzero(new))
     mixed = torch.cat([held_out, old])[:CANDIDATES]
     questions = [("", old, len(old)), ("_held_out", mixed, min(len(held_out), len(mixed)))]

@@ -1,4 +1,4 @@
-"""Pictures made to be measured: many at a time, with progress."""
+"""Make many pictures to measure, with a progress bar."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.denoiser import Condition
-from model.manifest import ClassNetwork
-from model.pipeline import Pipeline
-from model.samplers import Sampler
-from model.training.data import Pictures
-from model.training.progress import progress_bar
-from model.training.run import prompt_of
+from patchforge.model.denoiser import Condition
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.samplers import Sampler
+from patchforge.model.storage.manifest import ClassNetwork
+from patchforge.model.training.data import Pictures
+from patchforge.model.training.progress import progress_bar
+from patchforge.model.training.run import prompt_of
 
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Made:
-    """Pictures ``(n, height, width, 3)`` uint8, and what each cost."""
+    """Generated pictures `(n, height, width, 3)` uint8, and their cost."""
 
     pictures: Tensor
     patch_evaluations: float
-    """Per picture, guidance branches included."""
+    """Per picture, in all guidance branches."""
     saved: float
-    """Share of a dense run's patch evaluations."""
+    """Patch evaluations saved, as a share of a dense run's."""
 
 
 def make_pictures(
     pipeline: Pipeline, sampler: Sampler[Any], words: Sequence[str], seeds: Sequence[int], label: str = "pictures"
 ) -> Made:
-    """One picture a prompt or class name and seed."""
+    """Make one picture for each pair of prompt (or class name) and seed."""
     conditions: dict[str, Condition] = {}
     parts, done, dense = [], 0, 0
     with progress_bar() as bar:
@@ -44,7 +44,7 @@ def make_pictures(
                 if each not in conditions:
                     conditions[each] = pipeline.condition_on(each)
             wanted, of = [conditions[each] for each in some], list(seeds[start : start + BATCH])
-            made, runs = pipeline.generate(sampler, wanted, of)
+            made, runs = pipeline.sample(sampler, wanted, of)
             parts.append(made)
             done += sum(run.patch_evaluations for run in runs)
             dense += sum(run.sampler.dense_patch_evaluations for run in runs)
@@ -52,13 +52,13 @@ def make_pictures(
 
 
 def words_for(pipeline: Pipeline, pictures: Pictures) -> list[str]:
-    """What to ask the model for, to get each of ``pictures``: its class, or its first name and style."""
+    """The words that ask the model for each of `pictures`: its class name, or its first caption and style."""
     if isinstance(pipeline.manifest.network, ClassNetwork):
         return [pictures.class_names[label] for label in pictures.classes]
     return [prompt_of(pictures, row) for row in range(len(pictures))]
 
 
-def reconstructions(pipeline: Pipeline, pictures: Pictures) -> Tensor:
-    """The pictures through the autoencoder and back, ``(n, height, width, 3)`` uint8: the best a model can do."""
+def reconstruct_pictures(pipeline: Pipeline, pictures: Pictures) -> Tensor:
+    """Encode and decode the pictures, `(n, height, width, 3)` uint8. No model can be better than this."""
     codec = pipeline.codec
     return torch.cat([codec.decode(codec.encode(part)) for part in torch.from_numpy(pictures.images).split(64)])

@@ -1,19 +1,19 @@
-"""The samplers, by the names users give."""
+"""The samplers, by the names that users give."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-from model.errors import ParameterError
-from model.samplers.adaptive import Adaptive
-from model.samplers.base import Sampler, State
-from model.samplers.dual_loop import DualLoop
-from model.samplers.euler import Euler
-from model.samplers.heun import Heun
-from model.samplers.look_ahead import LookAhead
-from model.samplers.multistep import Multistep
-from model.types import Grid
+from patchforge.model.errors import ParameterError
+from patchforge.model.samplers.adaptive import Adaptive
+from patchforge.model.samplers.base import Sampler, State
+from patchforge.model.samplers.dual_loop import DualLoop
+from patchforge.model.samplers.euler import Euler
+from patchforge.model.samplers.heun import Heun
+from patchforge.model.samplers.look_ahead import LookAhead
+from patchforge.model.samplers.multistep import Multistep
+from patchforge.model.types import Grid
 
 SAMPLERS: dict[str, type[Sampler[Any]]] = {
     "adaptive": Adaptive,
@@ -39,13 +39,13 @@ __all__ = [
 
 
 def make_sampler(name: str, grid: Grid, steps: int, guidance: float, **options: Any) -> Sampler[Any]:
-    """A sampler by name.
+    """Make a sampler.
 
     Raises:
-        ParameterError: no such sampler, an option it does not take, or a value out of range.
+        ParameterError: no such sampler, no such option, or a value is out of range.
     """
     if name not in SAMPLERS:
-        raise ParameterError("sampler", f"unknown: {name!r}; there are {', '.join(SAMPLERS)}")
+        raise ParameterError("sampler", f"unknown: {name!r}; available: {', '.join(SAMPLERS)}")
     taken = set(inspect.signature(SAMPLERS[name]).parameters)
     for option in options:
         if option not in taken:

@@ -1,79 +1,90 @@
-"""Adaptive: each patch is evaluated when its own path bends too much to be extrapolated, and finishes when it can."""
+"""Adaptive: a patch is evaluated only when extrapolating its path would be too wrong, and finishes when it can."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from model.device import upload
-from model.samplers.base import Sampler, State, require
-from model.samplers.track import Track
-from model.types import Plan, Prediction
+from patchforge.model.device import upload
+from patchforge.model.samplers.base import Sampler, State, require
+from patchforge.model.samplers.track import Track
+from patchforge.model.types import Plan, Prediction
 
 CALIBRATION = 0.5
-"""Measured error of a leap to t = 1, over the geometric mean of what the path's bend and the network's own
-uncertainty predict of it; either alone is off by a factor that changes with t. `model.evaluation.leap` measures it,
-and docs/samplers.md has what came out."""
+"""Measured error of a leap to t = 1 ÷ geometric mean of two predictions of it: from the path's bend, and from the
+network's own uncertainty. Each prediction alone is wrong by a factor that changes with t. `experiments.leap` measures
+this; docs/samplers.md shows the results."""
 MAX_REACH = 0.5
-"""Kept keys and values are not extrapolated further than this, in units of what lay between the last two. Further is
-worse: beside neighbours that are shown so, patches come out mottled."""
+"""Limit for the extrapolation of cached keys and values, in units of the change between the last two evaluations. With
+larger values, patches beside extrapolated neighbours look mottled."""
 
 
 @dataclass(frozen=True)
 class AdaptiveState(State):
-    """Adds what is known of each patch's path, and what is to be evaluated next."""
+    """Adds what is known about each patch's path, and what to evaluate next."""
 
     conditional: Track | None = None
-    """Velocity of the conditional branch; None before the first evaluation."""
+    """Velocities of the conditional branch. None: before the first evaluation."""
     delta: Track | None = None
-    """Conditional less null velocity, which guidance adds s − 1 times; None before the null branch first ran."""
+    """Differences, conditional − null velocity; guidance adds them s − 1 times. None: the null branch has not run."""
     leap: Tensor | None = None
-    """``(P, D)``: mean velocity on which finished patches went to t = 1."""
+    """`(P, D)`: mean velocity with which finished patches leapt to t = 1."""
+    leap_error: Tensor | None = None
+    """`(P,)`: the predicted error of these leaps; 0 for all other patches."""
     due: Tensor | None = None
-    """``(a,)`` long: the patches to evaluate next; None: all."""
+    """`(a,)` long: the patches to evaluate next. None: all."""
     null_due: Tensor | None = None
-    """``(a_n,)`` long: which of them in the null branch too; None: all."""
+    """`(a_n,)` long: which of them to evaluate in the null branch too. None: all."""
     begin: float = 0.0
-    """Where patches that are not known stood at the start."""
+    """Start time of the patches that are not known."""
     known: Tensor | None = None
-    """``(P,)`` bool: patches given from the start, at t = 1; None if there are none."""
+    """`(P,)` bool: patches that were given at the start, at t = 1. None: there are none."""
+    kept: Tensor | None = None
+    """`(P, D)` bool: values that arrive at those of the given picture, whatever the network predicts. None: none do."""
+    kept_velocity: Tensor | None = None
+    """`(P, D)`: the velocity that takes them there."""
 
 
 @dataclass(frozen=True)
 class Adaptive(Sampler[AdaptiveState]):
-    """Multistep, early finish and selective guidance, all by one rule: is the error of extrapolating small enough?
+    """Multistep, early finish and selective guidance. One rule decides all: is the extrapolation error small enough?
 
-    Every patch keeps its last velocities, per guidance branch, and moves on the line through two of them (order 2 with
-    unequal steps, Adams-Bashforth 2) or on the latest (order 1, Euler). One more tells how much its path bends, which
-    predicts the error of going on without a new evaluation. Where that is small over one step, the patch is skipped;
-    where it is small all the way to t = 1, together with the error ``(1 − t)·σ`` that the network itself expects, the
-    patch finishes: it leaps there and is never evaluated again. Whatever is not evaluated shows the others keys and
-    values that are extrapolated as its velocity is, at the time that all have reached. So finished patches do not lead:
-    models have hardly seen clean patches among noisy ones, and in our trials such context cost more than finishing
-    saved.
+    Each patch keeps its last velocities, per guidance branch. It moves along the line through the last two (order 2:
+    Adams–Bashforth 2 with unequal steps) or along the latest (order 1: Euler). One more velocity shows how much the
+    path bends, and the bend predicts the error of going on without a new evaluation.
 
-    Grid point k lies at ``(k / steps)^exponent``. With both tolerances at 0 this is `Multistep`, or `Euler`.
+    - If this error is small over the next step, the patch is skipped in that step.
+    - If it is small all the way to t = 1, combined with the error `(1 − t)·σ` that the network itself expects, the
+      patch finishes: it leaps to t = 1 and is never evaluated again.
+
+    Patches that are not evaluated show the others extrapolated keys and values, for the time that all patches have
+    reached. So finished patches are not shown as clean: models have rarely seen clean patches among noisy ones, and in
+    our trials such context cost more than early finish saved.
+
+    Step k starts at time `(k / steps)^exponent`. With both tolerances at 0 this is `Multistep`, or `Euler` for order 1.
     """
 
     exponent: float = 1.0
     order: int = 2
-    """Of extrapolation, 1 or 2. In a handful of steps the lower order makes the better pictures, in many the higher."""
+    """Order of extrapolation, 1 or 2. Order 1 gives better pictures in few steps, order 2 in many."""
     tolerance: float = 0.1
-    """A patch finishes when the predicted error of going straight to t = 1 is below it, in units of the latents'
-    standard deviation."""
+    """A patch finishes when the predicted error of a leap to t = 1 is below this, in units of the latents' standard
+    deviation."""
     skip_tolerance: float = 0.01
-    """A patch, or its null branch, is not evaluated in a step whose predicted error is below it; same units."""
+    """A patch, or its null branch, is skipped in a step whose predicted error is below this; same units."""
     guidance_from: float = 0.0
     guidance_until: float = 1.0
-    """Guidance acts in the steps whose middle lies from the one up to the other; in others, only the conditional branch
-    runs."""
+    """Guidance acts in steps whose middle lies in `[guidance_from, guidance_until)`. In other steps only the
+    conditional branch runs."""
     refresh: int = 0
-    """Every so many steps every patch is evaluated, so that finished and known ones show the others fresh keys and
-    values; 0: only in the first step."""
+    """Evaluate every patch once in this many steps, so that finished and known patches show the others fresh keys and
+    values. 0: only in the first step."""
     exact: bool = False
-    """Evaluate every patch and branch in every step, finished ones too: for comparison."""
+    """Evaluate every patch and branch in every step, also finished patches. For comparisons."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,9 +106,9 @@ class Adaptive(Sampler[AdaptiveState]):
     def start(self, noise: Tensor) -> AdaptiveState:
         return AdaptiveState.initial(noise)
 
-    def start_from(self, noise: Tensor, clean: Tensor, times: Tensor) -> AdaptiveState:
+    def start_from(self, noise: Tensor, clean: Tensor, times: Tensor, kept: Tensor | None = None) -> AdaptiveState:
         known = times >= 1
-        begin = round(float(times.min()), 6)  # as it was meant before float32: else 0.7 lies just before 0.7's step
+        begin = round(float(times.min()), 6)  # undo float32 rounding, or 0.7 would lie just before the step at 0.7
         placed = torch.where(known, 1.0, begin)
         return replace(
             self.start(noise),
@@ -107,75 +118,130 @@ class Adaptive(Sampler[AdaptiveState]):
             begin=begin,
             step=max(step for step in range(self.steps + 1) if self.time(step) <= begin),
             known=known if bool(known.any()) else None,
+            kept=kept,
+            kept_velocity=None if kept is None else clean - noise,
         )
 
     def plan(self, state: AdaptiveState) -> Plan | None:
         if state.step == self.steps:
             return None
-        time = self._at(state, state.step)
-        guided = self._guides(time, self.time(state.step + 1))
+        time = self._start_time(state, state.step)
+        guided = self._guided(time, self.time(state.step + 1))
         times: tuple[float, ...] = (time,)
         index = None
         if state.known is not None and state.due is None:
             times, index = (time, 1.0), state.known.long()
-            # Both branches' keys and values of known patches, once and for all, even if guidance acts only later.
+            # The first plan caches the known patches in both branches, even if guidance acts only later.
             guided = self.guidance != 1 and max(time, self.guidance_from) < self.guidance_until
         wants_null = guided and (state.null_due is None or state.null_due.numel() > 0)
         return Plan(
-            latent=state.x if state.due is not None else self._on_the_way(state, time),
+            latent=state.x if state.due is not None else self._shown_latent(state, time),
             times=times,
             time_index=index,
             patches=state.due,
             guidance=self.guidance if wants_null else 1.0,
             null_index=state.null_due if wants_null else None,
             keep=not self.exact,
-            drift=None if state.due is None else self._drift(state, time),
+            drift=None if state.due is None else self._cache_drift(state, time),
         )
 
     def advance(self, state: AdaptiveState, prediction: Prediction) -> AdaptiveState:
-        return self._look(self._move(self._finish(self._record(state, prediction))))
+        return self._ask_what_is_due(
+            self._step_patches(self._finish_patches(self._record_prediction(state, prediction)))
+        )
 
     def answer(self, state: AdaptiveState, answer: Tensor) -> AdaptiveState:
         left, due, null = answer
         state = replace(state, question=None)
         if not left.any():
             return replace(state, step=self.steps)
-        unknown = state.conditional is None or (state.delta is None and self._guides_next(state))
+        unknown = state.conditional is None or (state.delta is None and self._guided_next(state))
         renewed = self.refresh > 0 and state.step % self.refresh == 0
         if renewed or unknown:
             return replace(state, due=None, null_due=None)
         patches = due.nonzero()[:, 0]
         if not len(patches):
-            return self._look(self._move(state))
+            return self._ask_what_is_due(self._step_patches(state))
         nulls = null[patches].nonzero()[:, 0]
         return replace(state, due=upload(patches, state.x.device), null_due=upload(nulls, state.x.device))
 
-    def _at(self, state: AdaptiveState, step: int) -> float:
+    def landing_error(self, state: AdaptiveState) -> Tensor:
+        """As in `Sampler`, from the network's variance and, where it is known, from the bend of the path."""
+        if state.conditional is None:
+            return super().landing_error(state)
+        # The estimate is of the last evaluation, which is where the patch stood before it moved on.
+        time = float(state.conditional.at.nan_to_num().max())
+        bend, expected = self.leap_errors(state, time)
+        both = torch.where(bend.isinf(), expected, CALIBRATION * (bend * expected).sqrt())
+        return torch.where(state.times < 1, both, 0.0)
+
+    def finish_error(self, state: AdaptiveState) -> Tensor:
+        return super().finish_error(state) if state.leap_error is None else state.leap_error
+
+    def costs_ahead(self, state: AdaptiveState, unfinished: int) -> list[int]:
+        costs = []
+        for step in range(state.step, self.steps):
+            guided = self._guided(self._start_time(state, step), self.time(step + 1))
+            costs.append(unfinished * (2 if guided else 1))
+        return costs
+
+    def shorten(
+        self, state: AdaptiveState, steps: int, tolerance: float | None = None
+    ) -> tuple[Adaptive, AdaptiveState] | None:
+        """Take the rest of the way in `steps` steps: from noise with the same exponent, later of equal length."""
+        sampler = self if tolerance is None else replace(self, tolerance=tolerance)
+        begin = self._start_time(state, state.step)
+        if begin == 0:
+            return replace(sampler, steps=steps), state
+        if steps == self.steps - state.step:
+            return sampler, state
+        whole, done = max(_grids(begin, steps))
+        sampler = replace(sampler, steps=whole, exponent=1.0)
+        moved = replace(state, step=done, begin=begin, question=None)
+        if state.evaluations == 0:
+            return sampler, moved
+        return sampler, sampler._ask_what_is_due(moved)
+
+    def lower_ways(self, state: AdaptiveState, steps: int, tolerance: float) -> list[tuple[int, float | None]]:
+        """First fewer steps, then a higher tolerance: at equal cost, this order kept more of a picture."""
+        left = self.steps - state.step
+        least = min(left, max(1, math.ceil((1 - self._start_time(state, state.step)) * steps - 1e-6)))
+        ways: list[tuple[int, float | None]] = [(number, None) for number in range(left - 1, least - 1, -1)]
+        if tolerance > self.tolerance:
+            between = [math.sqrt(self.tolerance * tolerance)] if self.tolerance else []
+            ways += [(least, each) for each in (*between, tolerance)]
+        return ways
+
+    def _start_time(self, state: AdaptiveState, step: int) -> float:
         return max(state.begin, self.time(step))
 
-    def _record(self, state: AdaptiveState, prediction: Prediction) -> AdaptiveState:
-        """Take what the plan's patches were found to be doing."""
-        time = self._at(state, state.step)
+    def _record_prediction(self, state: AdaptiveState, prediction: Prediction) -> AdaptiveState:
+        """Record the velocities and variances of the evaluated patches."""
+        time = self._start_time(state, state.step)
         patches = torch.arange(self.grid.patches, device=state.x.device) if state.due is None else state.due
-        conditional = state.conditional or Track.begin(state.x)
+        conditional, velocity = state.conditional or Track.begin(state.x), prediction.conditional
+        if state.kept is not None and state.kept_velocity is not None:
+            velocity = torch.where(state.kept[patches], state.kept_velocity[patches], velocity)
         delta = state.delta
         if prediction.null is not None:
             index = slice(None) if state.null_due is None else state.null_due
             difference = prediction.conditional[index] - prediction.null
+            if state.kept is not None:
+                difference = difference.masked_fill(state.kept[patches[index]], 0.0)
             delta = (delta or Track.begin(state.x)).record(patches[index], difference, time)
         return replace(
             state,
-            conditional=conditional.record(patches, prediction.conditional, time),
+            conditional=conditional.record(patches, velocity, time),
             delta=delta,
             difficulty=state.difficulty.index_copy(0, patches, prediction.variance),
             evaluations=state.evaluations + 1,
         )
 
-    def _finish(self, state: AdaptiveState) -> AdaptiveState:
-        """Let the patches leap to t = 1 that were just evaluated and for which this is good enough."""
-        time = self._at(state, state.step)
+    def _finish_patches(self, state: AdaptiveState) -> AdaptiveState:
+        """Move the patches that were just evaluated to t = 1 if the predicted error is small enough."""
+        time = self._start_time(state, state.step)
         going = state.times < 1
-        displacement = self._leap(state, time)
+        displacement = self._leap_displacement(state, time)
         seen = torch.where(going[:, None], state.x + displacement, state.x)
         state = replace(state, estimate=seen)
         if self.tolerance == 0 or state.conditional is None:
@@ -189,27 +255,28 @@ class Adaptive(Sampler[AdaptiveState]):
             x=torch.where(leaping[:, None], seen, state.x),
             times=torch.where(leaping, 1.0, state.times),
             leap=torch.where(leaping[:, None], displacement / (1 - time), leap),
+            leap_error=torch.where(leaping, error, self.finish_error(state)),
         )
 
-    def _leap(self, state: AdaptiveState, time: float) -> Tensor:
-        """``(P, D)``: how far it is from ``time`` to t = 1. Guidance acts in the step ahead only: what it would add
-        after the next evaluation has little to do with what it adds now, and in part takes that back."""
+    def _leap_displacement(self, state: AdaptiveState, time: float) -> Tensor:
+        """`(P, D)`: the displacement of a leap from `time` to t = 1. It includes guidance for the next step only: what
+        guidance adds later has little to do with what it adds now, and partly cancels it."""
         if state.conditional is None:
             return torch.zeros_like(state.x)
         ahead = (1 - time) * state.conditional.extrapolate((time + 1) / 2, self.order)
-        return ahead + self._push(state, time, self.time(state.step + 1))
+        return ahead + self._guidance_displacement(state, time, self.time(state.step + 1))
 
     def leap_errors(self, state: AdaptiveState, time: float) -> tuple[Tensor, Tensor]:
-        """``(P,)`` each: the error of leaping from ``time`` to t = 1 that a patch's path, by its bend, and the network,
-        by its variance, let expect; root mean squares."""
+        """Two predictions of the error of a leap from `time` to t = 1, `(P,)` each, as root mean squares: from the bend
+        of the path, and from the network's variance."""
         bend = torch.full_like(state.times, torch.inf)
         if state.conditional is not None:
-            bend = state.conditional.error(time, 1.0, self.order) + self._unguided_error(state, time)
+            bend = state.conditional.error(time, 1.0, self.order) + self._future_guidance_error(state, time)
         return bend, (1 - time) * state.difficulty.sqrt()
 
-    def _unguided_error(self, state: AdaptiveState, time: float) -> Tensor:
-        """``(P,)``: of all that guidance has yet to add after ``time``, how much a leap may get wrong; as much as it
-        adds now, where too few evaluations tell more."""
+    def _future_guidance_error(self, state: AdaptiveState, time: float) -> Tensor:
+        """`(P,)`: predicted error of a leap in what guidance would still add after `time`. With too few evaluations to
+        predict it, this is all that guidance would add at its present strength."""
         low, high = max(time, self.guidance_from), self.guidance_until
         if self.guidance == 1 or low >= high:
             return torch.zeros_like(state.times)
@@ -218,11 +285,11 @@ class Adaptive(Sampler[AdaptiveState]):
         error = state.delta.error(low, high, self.order)
         return abs(self.guidance - 1) * torch.where(error.isinf(), state.delta.size(low, high), error)
 
-    def _move(self, state: AdaptiveState) -> AdaptiveState:
-        """One step on what is known, for every patch that has not finished."""
-        start, end = self._at(state, state.step), self.time(state.step + 1)
+    def _step_patches(self, state: AdaptiveState) -> AdaptiveState:
+        """Move every unfinished patch by one step, on its known velocities."""
+        start, end = self._start_time(state, state.step), self.time(state.step + 1)
         going = state.times < 1
-        moved = state.x + self._displacement(state, start, end)
+        moved = state.x + self._step_displacement(state, start, end)
         return replace(
             state,
             x=torch.where(going[:, None], moved, state.x),
@@ -230,56 +297,56 @@ class Adaptive(Sampler[AdaptiveState]):
             step=state.step + 1,
         )
 
-    def _look(self, state: AdaptiveState) -> AdaptiveState:
-        """Ask what has to be evaluated before the next step: which patches are left, which of them are due, and which
-        of those in the null branch too."""
+    def _ask_what_is_due(self, state: AdaptiveState) -> AdaptiveState:
+        """Ask the device what the next step needs: which patches are unfinished, which of them must be evaluated, and
+        which of these in the null branch too."""
         if state.step == self.steps:
             return state
         if self.exact:
             return replace(state, due=None, null_due=None)
-        start, end = self._at(state, state.step), self.time(state.step + 1)
+        start, end = self._start_time(state, state.step), self.time(state.step + 1)
         going = state.times < 1
         due = null = going
         if state.conditional is not None:
             due = null = going & (state.conditional.error(start, end, self.order) >= self.skip_tolerance)
-        if state.delta is not None and self._guides(start, end):
-            # Where a delta is due, its velocity is too: the two are known of the same moment only.
-            null = going & (self._push_error(state, start, end) >= self.skip_tolerance)
+        if state.delta is not None and self._guided(start, end):
+            # A new difference needs a new conditional velocity too: both come from the same evaluation.
+            null = going & (self._guidance_error(state, start, end) >= self.skip_tolerance)
             due = due | null
         return replace(state, question=torch.stack([going, due, null]))
 
-    def _guides_next(self, state: AdaptiveState) -> bool:
-        """Does guidance act in the step ahead?"""
-        return self._guides(self._at(state, state.step), self.time(state.step + 1))
+    def _guided_next(self, state: AdaptiveState) -> bool:
+        """Does guidance act in the next step?"""
+        return self._guided(self._start_time(state, state.step), self.time(state.step + 1))
 
-    def _guides(self, start: float, end: float) -> bool:
+    def _guided(self, start: float, end: float) -> bool:
         """Does guidance act in this step?"""
         return self.guidance != 1 and self.guidance_from <= (start + end) / 2 < self.guidance_until
 
-    def _displacement(self, state: AdaptiveState, start: float, end: float) -> Tensor:
-        """``(P, D)``: how far the known velocities carry each patch in the step from ``start`` to ``end``.
+    def _step_displacement(self, state: AdaptiveState, start: float, end: float) -> Tensor:
+        """`(P, D)`: the displacement of each patch in the step from `start` to `end`.
 
-        Guidance's ``v_u + s·(v_c − v_u)`` is taken as ``v_c + (s − 1)·(v_c − v_u)``, each on a line of its own.
+        Guidance's `v_u + s·(v_c − v_u)` equals `v_c + (s − 1)·(v_c − v_u)`. Both terms are extrapolated separately.
         """
         if state.conditional is None:
             return torch.zeros_like(state.x)
         moved = (end - start) * state.conditional.extrapolate((start + end) / 2, self.order)
-        return moved + self._push(state, start, end)
+        return moved + self._guidance_displacement(state, start, end)
 
-    def _push(self, state: AdaptiveState, start: float, end: float) -> Tensor:
-        """``(P, D)``: what guidance adds in the step from ``start`` to ``end``."""
-        if state.delta is None or not self._guides(start, end):
+    def _guidance_displacement(self, state: AdaptiveState, start: float, end: float) -> Tensor:
+        """`(P, D)`: what guidance adds to the displacement from `start` to `end`."""
+        if state.delta is None or not self._guided(start, end):
             return torch.zeros_like(state.x)
         return (self.guidance - 1) * (end - start) * state.delta.extrapolate((start + end) / 2, self.order)
 
-    def _push_error(self, state: AdaptiveState, start: float, end: float) -> Tensor:
-        """``(P,)``: predicted error of `_push`, root mean square over a patch's values."""
-        if state.delta is None or not self._guides(start, end):
+    def _guidance_error(self, state: AdaptiveState, start: float, end: float) -> Tensor:
+        """`(P,)`: predicted error of `_guidance_displacement`, root mean square over a patch's values."""
+        if state.delta is None or not self._guided(start, end):
             return torch.zeros_like(state.times)
         return abs(self.guidance - 1) * state.delta.error(start, end, self.order)
 
-    def _on_the_way(self, state: AdaptiveState, time: float) -> Tensor:
-        """``(P, D)``: the state, but finished patches where they would be at ``time``; known ones stay clean."""
+    def _shown_latent(self, state: AdaptiveState, time: float) -> Tensor:
+        """The latent to show the network, `(P, D)`: finished patches as they would be at `time`, known ones clean."""
         if state.leap is None:
             return state.x
         finished = state.times >= 1
@@ -287,8 +354,8 @@ class Adaptive(Sampler[AdaptiveState]):
             finished = finished & ~state.known
         return torch.where(finished[:, None], state.x - (1 - time) * state.leap, state.x)
 
-    def _drift(self, state: AdaptiveState, time: float) -> Tensor | None:
-        """``(2, P)``: see `Plan.drift`."""
+    def _cache_drift(self, state: AdaptiveState, time: float) -> Tensor | None:
+        """The plan's `drift`, `(2, P)`."""
         if state.conditional is None or state.due is None:
             return None
         nulls = state.due if state.null_due is None else state.due[state.null_due]
@@ -298,3 +365,11 @@ class Adaptive(Sampler[AdaptiveState]):
             row = row.index_fill(0, shown, 0.0)
             rows.append(row if state.known is None else row.masked_fill(state.known, 0.0))
         return torch.stack(rows)
+
+
+def _grids(begin: float, left: int) -> Iterator[tuple[int, int]]:
+    """Grids of equal steps on [0, 1] of which at most `left` end after `begin`: (steps, steps that are done)."""
+    for steps in range(1, math.ceil((left + 1) / (1 - begin)) + 1):
+        done = math.floor(begin * steps + 1e-6)
+        if steps - done <= left:
+            yield steps, done

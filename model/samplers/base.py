@@ -1,39 +1,39 @@
-"""What every sampler is: a pure state machine that plans evaluations and never runs the network."""
+"""The base of all samplers: a pure state machine that plans evaluations and never runs the network."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from model.errors import ParameterError
-from model.types import Grid, Plan, Prediction
+from patchforge.model.errors import ParameterError
+from patchforge.model.types import Grid, Plan, Prediction
 
 
 @dataclass(frozen=True)
 class State:
-    """Where one picture stands."""
+    """The progress of one picture."""
 
     x: Tensor
-    """``(P, D)``: each patch at its own time."""
+    """`(P, D)`: the latent, each patch at its own time."""
     times: Tensor
-    """``(P,)``: that time; 1 is finished."""
+    """`(P,)`: each patch's time; at 1 the patch is finished."""
     estimate: Tensor
-    """``(P, D)``: latest one-step estimate of the clean picture, ``x_t + (1 − t)·v``."""
+    """`(P, D)`: the latest one-step estimate of the clean picture, `x_t + (1 − t)·v`."""
     difficulty: Tensor
-    """``(P,)``: latest predicted variance."""
+    """`(P,)`: the latest predicted variance."""
     step: int = 0
-    """Whole steps done."""
+    """Number of whole steps done."""
     evaluations: int = 0
-    """Network evaluations done."""
+    """Number of network evaluations done."""
     question: Tensor | None = None
-    """``(k, P)`` bool, on the device: what `Sampler.answer` has to be told before the next plan; None: nothing."""
+    """`(k, P)` bool, on the device: `Sampler.answer` needs it on the CPU before the next plan. None: no question."""
 
     @classmethod
     def initial(cls, noise: Tensor) -> Self:
-        """At t = 0, from noise ``(P, D)``."""
+        """Start at t = 0 from noise `(P, D)`."""
         patches = noise.shape[0]
         return cls(noise, noise.new_zeros(patches), torch.zeros_like(noise), noise.new_ones(patches))
 
@@ -43,7 +43,7 @@ S = TypeVar("S", bound=State)
 
 @dataclass(frozen=True)
 class Sampler(Generic[S]):
-    """Parameters common to all samplers, on the uniform grid of ``steps`` steps.
+    """Parameters of all samplers. Unless a sampler says otherwise, its steps divide [0, 1] evenly.
 
     Raises:
         ParameterError: a parameter is out of range.
@@ -59,64 +59,119 @@ class Sampler(Generic[S]):
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of a whole run, guidance branches not counted."""
+        """Number of network evaluations in a whole run. Both guidance branches together count once."""
         raise NotImplementedError
 
     @property
     def branches(self) -> int:
-        """Guidance branches of a dense evaluation."""
+        """Number of guidance branches in a dense evaluation."""
         return 1 if self.guidance == 1 else 2
 
     @property
     def dense_patch_evaluations(self) -> int:
-        """Patch evaluations of a run that evaluates every patch and branch every time, as the paper does."""
+        """Patch evaluations of a run that evaluates every patch and branch each time, as the paper does."""
         return self.grid.patches * self.branches * self.evaluations
 
     def start(self, noise: Tensor) -> S:
-        """State at t = 0 from noise ``(P, D)``."""
+        """Return the state at t = 0, from noise `(P, D)`."""
         raise NotImplementedError
 
-    def start_from(self, noise: Tensor, clean: Tensor, times: Tensor) -> S:
-        """State that begins with a picture, for editing it.
+    def start_from(self, noise: Tensor, clean: Tensor, times: Tensor, kept: Tensor | None = None) -> S:
+        """Return the state to start from when editing a picture.
 
-        ``clean`` ``(P, D)`` are its latents; ``times`` ``(P,)`` says how much of each patch is there: at 1 it is known
-        and stays as it is, the others begin at the least of these times.
+        Args:
+            noise: `(P, D)`.
+            clean: `(P, D)`, the picture's latents.
+            times: `(P,)`, how much of each patch is given. A patch at 1 is known and stays as it is; all others start
+                at the smallest of these times.
+            kept: `(P, D)` bool, values that arrive at those of `clean`, also in patches that change. None: none.
 
         Raises:
-            ParameterError: this sampler moves all patches alike.
+            ParameterError: this sampler needs all patches at the same time.
         """
-        raise ParameterError("sampler", "cannot start from a picture; 'adaptive' can")
+        raise ParameterError("sampler", "cannot start from a picture; use 'adaptive'")
 
     def plan(self, state: S) -> Plan | None:
-        """What to evaluate next; None when the picture is finished."""
+        """Return what to evaluate next. None: the picture is finished."""
         raise NotImplementedError
 
     def advance(self, state: S, prediction: Prediction) -> S:
-        """The state after the plan's prediction came back. It may have a `State.question`."""
+        """Return the state after the prediction for the last plan. It may have a `State.question`."""
         raise NotImplementedError
 
     def answer(self, state: S, answer: Tensor) -> S:
-        """The state once its question is answered: ``answer`` ``(k, P)`` bool is the same on the CPU.
+        """Return the state after its question is answered. It may have another question.
 
-        It may have another one. Apart from `advance`, so that one wait for the device can serve many pictures.
+        `answer` `(k, P)` bool is the question's tensor on the CPU. This is separate from `advance`, so that one wait
+        for the device serves many pictures.
         """
         raise NotImplementedError
 
+    def land(self, state: S) -> S:
+        """Finish the picture now: every unfinished patch leaps to t = 1, onto its latest estimate.
+
+        Raises:
+            ValueError: nothing has been evaluated, so there is no estimate.
+        """
+        if state.evaluations == 0:
+            raise ValueError("a picture cannot land before its first evaluation")
+        going = (state.times < 1)[:, None]
+        return replace(
+            state,
+            x=torch.where(going, state.estimate, state.x),
+            times=torch.ones_like(state.times),
+            step=self.steps,
+            question=None,
+        )
+
+    def landing_error(self, state: S) -> Tensor:
+        """Predict the error of `land`, `(P,)`: root mean square per patch, in units of the latents' deviation.
+
+        What the network itself expects, for uniform samplers: `(1 − t)·σ`.
+        """
+        return (1 - state.times) * state.difficulty.sqrt()
+
+    def finish_error(self, state: S) -> Tensor:
+        """Predict the error of what finished patches left out, `(P,)`, in the same units."""
+        return torch.zeros_like(state.times)
+
+    def costs_ahead(self, state: S, unfinished: int) -> list[int]:
+        """Patch evaluations of each evaluation to come, at most, if `unfinished` patches still move."""
+        return [unfinished * self.branches] * (self.evaluations - state.evaluations)
+
+    def shorten(self, state: S, steps: int, tolerance: float | None = None) -> tuple[Self, S] | None:
+        """Return the sampler and state that take the rest of the way in `steps` steps; None: it has no such way.
+
+        `tolerance` replaces that of a sampler which has one.
+        """
+        return None
+
+    def lower_ways(self, state: S, steps: int, tolerance: float) -> list[tuple[int, float | None]]:
+        """Return cheaper ways to take the rest, as (steps, tolerance or None for the present one), the best first.
+
+        None has longer steps than a run of `steps` steps, or a higher tolerance than `tolerance`.
+        """
+        return []
+
     def time(self, step: int) -> float:
-        """Time of grid point ``step``."""
+        """The time at which step `step` starts, counted from 0."""
         return step / self.steps
 
 
 def require(condition: bool, field: str, message: str) -> None:
-    """Raise `ParameterError` for ``field`` unless ``condition`` holds (NaN never does)."""
+    """Check a parameter. A comparison with NaN is False, so NaN is refused too.
+
+    Raises:
+        ParameterError: `condition` is False; the error names `field`.
+    """
     if not condition:
         raise ParameterError(field, message)
 
 
 def easy_patches(prediction: Prediction, quantile: float) -> Tensor:
-    """``(P,)`` bool: patches whose difficulty lies strictly below the picture's quantile (spec §6).
+    """Select the easy patches: `(P,)` bool, difficulty strictly below the picture's quantile (spec §6).
 
-    The quantile is taken over pixels, each carrying its patch's value, which shifts the interpolation.
+    As in the paper, the quantile is over pixels, each with its patch's value. This shifts its interpolation slightly.
     """
     difficulty = prediction.difficulty.double()
     pixels = difficulty.repeat_interleave(prediction.log_variance.shape[-1])
@@ -124,6 +179,6 @@ def easy_patches(prediction: Prediction, quantile: float) -> Tensor:
 
 
 def estimate(x: Tensor, times: float | Tensor, velocity: Tensor) -> Tensor:
-    """Clean patches ``(…, D)`` as seen from ``x`` at ``times`` (one for all, or ``(…,)``)."""
+    """Estimate the clean patches `(…, D)` in one step from `x` at `times` (one time for all, or `(…,)`)."""
     ahead = 1 - times
     return x + (ahead[..., None] if isinstance(ahead, Tensor) else ahead) * velocity

@@ -1,4 +1,4 @@
-"""Dual-loop: easy patches take the whole step at once, hard ones take it in several small ones."""
+"""Dual-loop: easy patches take each step at once, hard patches take it in several small steps."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.device import upload
-from model.samplers.base import Sampler, State, easy_patches, estimate, require
-from model.types import Plan, Prediction
+from patchforge.model.device import upload
+from patchforge.model.samplers.base import Sampler, State, easy_patches, estimate, require
+from patchforge.model.types import Plan, Prediction
 
 
 @dataclass(frozen=True)
 class DualLoopState(State):
-    """Adds where the inner loop stands."""
+    """Adds the progress of the inner loop."""
 
     inner: int = 0
-    """Evaluations done within this step."""
+    """Number of evaluations done within this step."""
     easy: Tensor | None = None
-    """``(P,)`` bool, fixed by the step's first evaluation."""
+    """`(P,)` bool: the easy patches, chosen after the step's first evaluation."""
     hard: Tensor | None = None
-    """``(a,)`` long: the other patches."""
+    """`(a,)` long: the hard patches, which are all others."""
 
 
 @dataclass(frozen=True)
 class DualLoop(Sampler[DualLoopState]):
-    """Spec §6. Unless ``exact``, only hard patches are evaluated once the easy ones have moved.
+    """The paper's dual-loop sampler (spec §6). Unless `exact`, later inner evaluations run only the hard patches.
 
-    The first inner evaluation runs every patch, so that the easy ones' keys and values at their new time are
-    there for the rest: cached from *before* they moved, they cost visible quality (our trials).
+    The first inner evaluation runs every patch, so that the cache holds the easy patches' keys and values at their new
+    time. In our trials, keys and values from before the easy patches moved cost visible quality.
     """
 
     quantile: float = 0.4
@@ -61,17 +61,17 @@ class DualLoop(Sampler[DualLoopState]):
 
     def advance(self, state: DualLoopState, prediction: Prediction) -> DualLoopState:
         if state.hard is None:
-            return self._after_outer(state, prediction)
-        return self._after_inner(state, state.hard, prediction)
+            return self._advance_outer(state, prediction)
+        return self._advance_inner(state, state.hard, prediction)
 
     def answer(self, state: DualLoopState, answer: Tensor) -> DualLoopState:
         return replace(state, hard=upload(answer[0].nonzero()[:, 0], state.x.device), question=None)
 
     def inner_time(self, state: DualLoopState) -> float:
-        """Where the hard patches stand."""
+        """The current time of the hard patches."""
         return (state.step + state.inner / self.inner_steps) / self.steps
 
-    def _after_outer(self, state: DualLoopState, prediction: Prediction) -> DualLoopState:
+    def _advance_outer(self, state: DualLoopState, prediction: Prediction) -> DualLoopState:
         easy = easy_patches(prediction, self.quantile)
         stride = torch.where(easy, 1 / self.steps, 1 / (self.steps * self.inner_steps)).to(state.x.dtype)
         start = self.time(state.step)
@@ -86,9 +86,9 @@ class DualLoop(Sampler[DualLoopState]):
             question=~easy[None],
             evaluations=state.evaluations + 1,
         )
-        return self._close(moved)
+        return self._end_step(moved)
 
-    def _after_inner(self, state: DualLoopState, hard: Tensor, prediction: Prediction) -> DualLoopState:
+    def _advance_inner(self, state: DualLoopState, hard: Tensor, prediction: Prediction) -> DualLoopState:
         velocity, difficulty = prediction.velocity, prediction.difficulty
         if velocity.shape[0] == self.grid.patches:
             velocity, difficulty = velocity[hard], difficulty[hard]
@@ -102,12 +102,12 @@ class DualLoop(Sampler[DualLoopState]):
             difficulty=state.difficulty.index_copy(0, hard, difficulty),
             evaluations=state.evaluations + 1,
         )
-        return self._close(moved)
+        return self._end_step(moved)
 
-    def _close(self, state: DualLoopState) -> DualLoopState:
-        """End the step once the hard patches have caught up."""
+    def _end_step(self, state: DualLoopState) -> DualLoopState:
+        """End the step if the hard patches have caught up."""
         if state.inner < self.inner_steps:
             return state
         end = self.time(state.step + 1)
-        times = state.times.new_full(state.times.shape, end)  # exactly, whatever rounding the small steps left
+        times = state.times.new_full(state.times.shape, end)  # exact: the small steps add rounding errors
         return replace(state, times=times, step=state.step + 1, inner=0, easy=None, hard=None, question=None)

@@ -1,4 +1,4 @@
-"""Euler: every patch, one uniform step at a time."""
+"""Euler: all patches move together, one evaluation per step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from model.samplers.base import Sampler, State, estimate
-from model.types import Plan, Prediction
+from patchforge.model.samplers.base import Sampler, State, estimate
+from patchforge.model.types import Plan, Prediction
 
 
 @dataclass(frozen=True)
 class Euler(Sampler[State]):
-    """``x += dt·v`` for all patches (spec §6)."""
+    """`x += dt·v` for all patches (spec §6)."""
 
     @property
     def evaluations(self) -> int:

@@ -1,4 +1,4 @@
-"""Heun: every patch, one uniform step at a time, each from two evaluations."""
+"""Heun: all patches move together, two evaluations per step."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from model.samplers.base import Sampler, State, estimate
-from model.types import Plan, Prediction
+from patchforge.model.samplers.base import Sampler, State, estimate
+from patchforge.model.types import Plan, Prediction
 
 
 @dataclass(frozen=True)
 class HeunState(State):
-    """Adds the first half of a step."""
+    """Adds the result of a step's first evaluation."""
 
     velocity: Tensor | None = None
-    """``(P, D)`` at the step's start; None before it is known."""
+    """`(P, D)`: velocity at the start of the step. None: before the first evaluation."""
 
 
 @dataclass(frozen=True)
 class Heun(Sampler[HeunState]):
-    """The mean of the velocities at both ends of a step (second order); the last step is Euler's, for at t = 1
-    there is nothing left to predict."""
+    """Second order: the mean of the velocities at both ends of a step.
+
+    The last step is an Euler step, because at t = 1 there is nothing left to predict.
+    """
 
     @property
     def evaluations(self) -> int:

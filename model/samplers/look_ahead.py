@@ -1,4 +1,4 @@
-"""Look-ahead: hard patches are predicted beside easy ones that have been moved ahead as cleaner context."""
+"""Look-ahead: hard patches are predicted beside easy patches that were moved ahead, as a cleaner context."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.samplers.base import Sampler, State, easy_patches, estimate, require
-from model.types import Plan, Prediction
+from patchforge.model.samplers.base import Sampler, State, easy_patches, estimate, require
+from patchforge.model.types import Plan, Prediction
 
-EARLY = 0.05  # up to here a step is plain Euler on the conditional velocity
+EARLY = 0.05  # up to this time, a step is an Euler step on the conditional velocity
 
 
 @dataclass(frozen=True)
 class LookAheadState(State):
-    """Adds the first half of a step, while its context is being evaluated."""
+    """Adds the result of a step's first evaluation."""
 
     first: Prediction | None = None
     easy: Tensor | None = None
-    """``(P,)`` bool: serves the context and the update alike."""
+    """`(P,)` bool: the easy patches, for both the context and the update."""
 
 
 @dataclass(frozen=True)
 class LookAhead(Sampler[LookAheadState]):
-    """Spec §6. Early steps ask for the conditional branch alone: the null one would not be used."""
+    """The paper's look-ahead sampler (spec §6). Early steps do not use the null branch, so they do not run it."""
 
     quantile: float = 0.4
     ratio: float = 1.4
@@ -55,14 +55,14 @@ class LookAhead(Sampler[LookAheadState]):
     def advance(self, state: LookAheadState, prediction: Prediction) -> LookAheadState:
         time = self.time(state.step)
         if time <= EARLY:
-            return self._close(state, prediction.conditional, prediction.difficulty)
+            return self._end_step(state, prediction.conditional, prediction.difficulty)
         if state.first is None or state.easy is None:
             easy = easy_patches(prediction, self.quantile)
             return replace(state, first=prediction, easy=easy, evaluations=state.evaluations + 1)
         velocity = torch.where(state.easy[:, None], state.first.velocity, prediction.velocity)
-        return self._close(state, velocity, state.first.difficulty)
+        return self._end_step(state, velocity, state.first.difficulty)
 
-    def _close(self, state: LookAheadState, velocity: Tensor, difficulty: Tensor) -> LookAheadState:
+    def _end_step(self, state: LookAheadState, velocity: Tensor, difficulty: Tensor) -> LookAheadState:
         return replace(
             state,
             x=state.x + velocity / self.steps,

@@ -1,4 +1,4 @@
-"""Multistep: second order from the velocity of the step before, at no extra evaluation."""
+"""Multistep: second order from the previous step's velocity, with one evaluation per step."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from model.samplers.base import Sampler, State, estimate, require
-from model.types import Plan, Prediction
+from patchforge.model.samplers.base import Sampler, State, estimate, require
+from patchforge.model.types import Plan, Prediction
 
 
 @dataclass(frozen=True)
 class MultistepState(State):
-    """Adds the velocity of the step before."""
+    """Adds the velocity of the previous step."""
 
     velocity: Tensor | None = None
-    """``(P, D)``, guided; None before the first step."""
+    """`(P, D)`, guided. None: before the first step."""
 
 
 @dataclass(frozen=True)
 class Multistep(Sampler[MultistepState]):
-    """Adams–Bashforth 2 with all patches together: the baseline an adaptive sampler has to beat.
+    """Adams–Bashforth 2 for all patches together: the baseline that an adaptive sampler must beat.
 
-    Grid point k lies at ``(k / steps)^exponent``: above 1, steps are finer near noise, where paths bend most.
+    Step k starts at time `(k / steps)^exponent`. With an exponent above 1, steps near noise are finer: paths bend most
+    there.
     """
 
     exponent: float = 1.5

@@ -1,4 +1,4 @@
-"""What a patch's last evaluations say of the time between and after them, and how wrong that may be."""
+"""Extrapolate each patch's last evaluations in time, and predict the error of doing so."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Track:
-    """The last two values of a quantity of every patch, each patch evaluated at times of its own."""
+    """The last two values of a quantity, for every patch. Each patch was evaluated at its own times."""
 
     latest: Tensor
-    """``(P, D)``"""
+    """`(P, D)`: the last value."""
     earlier: Tensor
-    """``(P, D)``"""
+    """`(P, D)`: the value before."""
     at: Tensor
-    """``(P,)``: when ``latest`` was evaluated."""
+    """`(P,)`: the time of `latest`; NaN without a value."""
     before: Tensor
-    """``(P,)``: when ``earlier`` was; equal to ``at`` where there is only one value."""
+    """`(P,)`: the time of `earlier`; equal to `at` if there is only one value."""
     slope: Tensor
-    """``(P,)``: first divided difference of the last two values, root mean square over a patch; infinite before there
-    are two."""
+    """`(P,)`: first divided difference of the last two values, root mean square over a patch. Infinite with fewer than
+    two values."""
     curvature: Tensor
-    """``(P,)``: second divided difference of the last three values, root mean square over a patch; infinite before
-    there are three."""
+    """`(P,)`: second divided difference of the last three values, root mean square over a patch. Infinite with fewer
+    than three values."""
 
     @classmethod
     def begin(cls, like: Tensor) -> Self:
-        """One that knows nothing yet, for values like ``like`` ``(P, D)``."""
+        """Make an empty track for values like `like` `(P, D)`."""
         unknown = like.new_full(like.shape[:1], torch.nan)
         return cls(
             torch.zeros_like(like), torch.zeros_like(like), unknown, unknown, *2 * [torch.full_like(unknown, torch.inf)]
         )
 
     def record(self, patches: Tensor, values: Tensor, time: float) -> Self:
-        """After an evaluation of ``patches`` ``(a,)`` that gave ``values`` ``(a, D)`` at ``time``."""
+        """Return the track after `patches` `(a,)` had the `values` `(a, D)` at `time`."""
         at, before, latest = self.at[patches], self.before[patches], self.latest[patches]
         first = at.isnan()
-        # The error of a line through two points, at a third, is the second divided difference times both distances.
+        # At a third point, a line through two points misses by the second divided difference × both distances.
         missed = (values - self.extrapolate(time)[patches]).square().mean(dim=1).sqrt()
         slope = torch.where(first, torch.inf, (values - latest).square().mean(dim=1).sqrt() / (time - at))
         curvature = torch.where(at > before, missed / ((time - at) * (time - before)), torch.inf)
@@ -54,26 +54,31 @@ class Track:
         )
 
     def reach(self, time: float) -> Tensor:
-        """``(P,)``: how far ``time`` lies beyond the latest value, in units of the distance between the two."""
+        """`(P,)`: how far `time` lies beyond the latest value, in units of the time between the last two."""
         span = self.at - self.before
         return torch.where(span > 0, (time - self.at) / span, 0.0)
 
     def extrapolate(self, time: float, order: int = 2) -> Tensor:
-        """``(P, D)``: the line through both values, at ``time``; the latest where there is only one, or of order 1."""
+        """`(P, D)`: the value at `time`, on the line through both values (order 2); or the latest value (order 1)."""
         if order == 1:
             return self.latest
         return torch.lerp(self.earlier, self.latest, 1 + self.reach(time)[:, None])
 
     def error(self, start: float, end: float, order: int = 2) -> Tensor:
-        """``(P,)``: root mean square error of moving from ``start`` to ``end`` on the extrapolated values, if their
-        derivative of that order stays as it was; infinite before ``order + 1`` values tell it."""
+        """Predict the root mean square error, `(P,)`, of moving from `start` to `end` on the extrapolated values.
+
+        The prediction assumes that the derivative of this order stays constant. Infinite with fewer than `order + 1`
+        values.
+        """
         middle = (start + end) / 2
         changed = self.slope if order == 1 else self.curvature * (middle - self.before)
         error = (end - start) * changed * (middle - self.at)
         return error.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def size(self, start: float, end: float) -> Tensor:
-        """``(P,)``: how far the latest value moves a patch from ``start`` to ``end``, root mean square over its values;
-        infinite before there is one."""
+        """`(P,)`: how far the latest value moves a patch from `start` to `end`, root mean square over the patch.
+
+        Infinite without a value.
+        """
         size = (end - start) * self.latest.square().mean(dim=1).sqrt()
         return torch.where(self.at.isnan(), torch.inf, size)

@@ -1,10 +1,13 @@
-"""Training of the small picture autoencoder: `diffusers.AutoencoderTiny`, f4, four latent channels."""
+"""Trains the picture autoencoder: `diffusers.AutoencoderTiny` on pixels that are folded into channels."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,106 +15,291 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
+from torch import Tensor, nn
 
-from model.device import best_device, training_autocast
-from model.training.data import Pictures
-from model.training.progress import progress_bar
+from patchforge.model.device import best_device, training_autocast
+from patchforge.model.errors import DataError
+from patchforge.model.training.autoencoder_loss import LookAlike, reconstruction_loss
+from patchforge.model.training.data import PATCH_SIZE, Pictures, check_side
+from patchforge.model.training.optimiser import Muon
+from patchforge.model.training.progress import progress_bar
+
+STATE = "training"
+"""Folder of the state needed to resume; removed at the end of training."""
 
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """Sizes and rates; the defaults reach 28 dB on emoji in minutes on two cores."""
+    """Sizes and learning rates. The defaults give 8 pixels per latent, and no decoder layer at full resolution."""
 
     width: int = 48
-    latent_channels: int = 4
-    batch: int = 24
-    learning_rate: float = 2e-3
+    latent_channels: int = 6
+    fold: int = 2
+    """Pixels per cell, along each side. They become channels before the first layer, and pixels after the last."""
+    encoder_blocks: tuple[int, ...] = (1, 1, 2)
+    decoder_blocks: tuple[int, ...] = (6, 4, 0)
+    decoder_width: int | None = None
+    """Width of the decoder. None: the same as `width`."""
+    batch: int = 4
+    crop: int = 128
+    whole_share: float = 0.25
+    """Share of samples that are whole pictures, shrunk to the crop's size, so that small pictures are learned too."""
+    adam_rate: float = 2e-3
+    muon_rate: float = 0.01
+    """Learning rate of square kernels."""
     latent_noise: float = 0.05
     latent_penalty: float = 1e-4
-    steps: int = 5000
+    perceptual: float = 0.2
+    """Weight of the EfficientNet features; 0 if its weights are not installed."""
+    steps: int = 12_000
     seed: int = 0
+    save_every_seconds: float = 300
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, along each side."""
+        return int(self.fold * 2 ** (len(self.encoder_blocks) - 1))
 
 
 def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderTiny:
-    """An untrained f4 autoencoder: pictures ``(b, 3, h, w)`` in [-1, 1] ↔ latents ``(b, c, h/4, w/4)``."""
-    widths = (recipe.width,) * 3
+    """Build an untrained autoencoder: folded `(b, 3·fold², h/fold, w/fold)` in [-1, 1] ↔ latents `(b, c, h/f, w/f)`."""
+    levels, channels = len(recipe.encoder_blocks), 3 * recipe.fold**2
     return AutoencoderTiny(
-        encoder_block_out_channels=widths,
-        decoder_block_out_channels=widths,
-        num_encoder_blocks=(1, 1, 2),
-        num_decoder_blocks=(2, 1, 1),
+        in_channels=channels,
+        out_channels=channels,
+        encoder_block_out_channels=(recipe.width,) * levels,
+        decoder_block_out_channels=(recipe.decoder_width or recipe.width,) * levels,
+        num_encoder_blocks=recipe.encoder_blocks,
+        num_decoder_blocks=recipe.decoder_blocks,
         latent_channels=recipe.latent_channels,
     )
 
 
-def train_autoencoder(pictures: Pictures, out: Path, recipe: AutoencoderRecipe, minutes: float | None = None) -> float:
-    """Train, then save to ``out`` in the diffusers format with the latent statistics beside it.
+class AutoencoderTrainer:
+    """Trains on a table of pictures. Keeps its state in a folder, so that it can resume."""
 
-    Stops at ``recipe.steps`` or after ``minutes``; the learning rate follows whichever comes first.
-    Returns the PSNR in dB on the held-out pictures.
-    """
-    torch.manual_seed(recipe.seed)
-    device = best_device()
-    network = build_autoencoder(recipe).to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
-    held_out = pictures.held_out()
-    train = torch.from_numpy(pictures.images[~held_out])
-    weights = torch.from_numpy(pictures.weights[~held_out]).double()
-    generator = torch.Generator().manual_seed(recipe.seed)
-    started, steps = time.monotonic(), 0
-    with progress_bar() as bar:
-        task = bar.add_task("autoencoder", total=recipe.steps, note="")
-        for step in range(recipe.steps):
-            spent = (time.monotonic() - started) / 60 / minutes if minutes else 0.0
-            done = max(step / recipe.steps, spent)
-            if done >= 1:
-                break
-            steps = step + 1
-            warm_up = min(1.0, (step + 1) / 100)
-            optimiser.param_groups[0]["lr"] = recipe.learning_rate * warm_up * (0.5 + 0.5 * math.cos(math.pi * done))
-            picked = torch.multinomial(weights, recipe.batch, replacement=True, generator=generator)
-            batch = to_signed(train[picked]).to(device, memory_format=torch.channels_last)
-            with training_autocast(device):
-                latents = network.encode(batch).latents
-                noisy = latents + recipe.latent_noise * torch.randn_like(latents)
-                restored = network.decode(noisy).sample
-            loss = (
-                reconstruction_loss(restored.float(), batch) + recipe.latent_penalty * latents.float().square().mean()
-            )
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    def __init__(
+        self,
+        pictures: Pictures,
+        folder: Path,
+        recipe: AutoencoderRecipe,
+        minutes: float | None = None,
+        decoder_of: Path | None = None,
+    ) -> None:
+        """Stops at `recipe.steps` or after `minutes`. The learning rates follow whichever comes first.
+
+        `decoder_of` is the folder of a trained autoencoder. Its encoder stays as it is, and so do the latents that
+        models were trained on; only its decoder is trained further.
+
+        Raises:
+            DataError: `decoder_of` is no autoencoder for pictures folded like this.
+        """
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.folder, self.minutes = recipe, folder, minutes
+        self.device = best_device()
+        self.decoder_only = decoder_of is not None
+        network = build_autoencoder(recipe) if decoder_of is None else _with_frozen_encoder(decoder_of, recipe)
+        self.network = network.to(self.device, memory_format=torch.channels_last)
+        self.look_alike = LookAlike(self.device) if recipe.perceptual else None
+        kernels, rest = split_kernels(self.network)
+        self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.AdamW(rest, lr=recipe.adam_rate, betas=(0.9, 0.99)), recipe.adam_rate),
+            (Muon(kernels, lr=recipe.muon_rate), recipe.muon_rate),
+        ]
+        self.pictures, self.trained = pictures, pictures.trained()
+        self.rows = torch.from_numpy(np.flatnonzero(self.trained))
+        self.weights = torch.from_numpy(pictures.weights[self.trained]).double()
+        self.step, self.seconds = 0, 0.0
+
+    @property
+    def progress(self) -> float:
+        """Finished share of the run, from 0 to 1."""
+        spent = self.seconds / 60 / self.minutes if self.minutes else 0.0
+        return max(self.step / self.recipe.steps, spent)
+
+    def run(self) -> None:
+        """Train to the end, starting from the folder's state. Log the held-out PSNR at every save."""
+        self.begin()
+        saved, running = time.monotonic(), None
+        with progress_bar() as bar:
+            task = bar.add_task("autoencoder", total=self.recipe.steps, completed=self.step, note="")
+            while self.progress < 1:
+                started = time.monotonic()
+                loss = self.train_step()
+                self.seconds += time.monotonic() - started
+                running = loss if running is None else 0.98 * running + 0.02 * loss
+                bar.update(task, completed=self.step, note=f"loss {running:.4f}")
+                if time.monotonic() - saved > self.recipe.save_every_seconds:
+                    self.save()
+                    self._write_log(running)
+                    saved = time.monotonic()
+
+    def begin(self) -> None:
+        """Load the folder's state. If there is none, prepare the untrained network."""
+        if not self._load_state() and not self.decoder_only:
+            self._widen_latents()
+
+    def train_step(self) -> float:
+        """Train on one batch, and return the loss."""
+        recipe = self.recipe
+        target = self._draw_batch().to(self.device, memory_format=torch.channels_last)
+        with training_autocast(self.device):
+            latents = self.network.encode(fold(target, recipe.fold)).latents
+            noise = 0.0 if self.decoder_only else recipe.latent_noise
+            noisy = latents + noise * torch.randn_like(latents)
+            restored = unfold(self.network.decode(noisy).sample, recipe.fold).float()
+        loss = reconstruction_loss(restored, target) + recipe.latent_penalty * latents.float().square().mean()
+        if self.look_alike is not None:
+            loss = loss + recipe.perceptual * self.look_alike(restored, target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        share = min(1.0, (self.step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, self.progress)))
+        for optimiser, rate in self.optimisers:
+            optimiser.param_groups[0]["lr"] = rate * share
             optimiser.step()
-            bar.update(task, advance=1, note=f"loss {loss.item():.4f}")
-    network.half().float().eval()  # stored in half precision, so measured in it
-    psnr = reconstruction_psnr(network, pictures.images[held_out])
-    mean, std = latent_statistics(network, pictures.images[~held_out])
+            optimiser.zero_grad()
+        self.step += 1
+        return loss.item()
+
+    def _draw_batch(self) -> Tensor:
+        """Draw `(b, 3, crop, crop)` in [-1, 1]: crops, and some whole pictures of that size."""
+        recipe = self.recipe
+        picked = self.rows[torch.multinomial(self.weights, recipe.batch, replacement=True)].tolist()
+        side = self.pictures.images.shape[1]
+        crop = min(recipe.crop, side)
+        parts = []
+        for row in picked:
+            image = to_signed(torch.from_numpy(self.pictures.images[row : row + 1]))
+            if torch.rand(()) < recipe.whole_share:
+                parts.append(F.interpolate(image, (crop, crop), mode="area"))
+            else:
+                top, left = torch.randint(side - crop + 1, (2,)).tolist()
+                parts.append(image[..., top : top + crop, left : left + crop])
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _widen_latents(self) -> None:
+        """Scale the encoder's last layer to a standard deviation of 1: initial latents are weaker than their noise."""
+        latents = self.network.encode(fold(self._draw_batch().to(self.device), self.recipe.fold)).latents
+        last = [each for each in self.network.encoder.modules() if isinstance(each, nn.Conv2d)][-1]
+        for parameter in last.parameters():
+            parameter.div_(latents.std())
+
+    def _write_log(self, running: float) -> None:
+        rows = np.flatnonzero(self.pictures.held_out())[:: max(1, int(self.pictures.held_out().sum()) // 40)]
+        was = self.network.training
+        psnr = reconstruction_psnr(self.network.eval(), self.pictures.images[rows], self.recipe.fold)
+        self.network.train(was)
+        line = {"step": self.step, "seconds": round(self.seconds), "loss": round(running, 5), "psnr": round(psnr, 2)}
+        with (self.folder / STATE / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Write the whole state atomically."""
+        state = {
+            "network": self.network.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser, _ in self.optimisers],
+            "step": self.step,
+            "seconds": self.seconds,
+            "random": torch.get_rng_state(),
+        }
+        path = self.folder / STATE / "state.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+
+    def _load_state(self) -> bool:
+        path = self.folder / STATE / "state.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.network.load_state_dict(state["network"])
+        for (optimiser, _), kept in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
+        self.step, self.seconds = state["step"], state["seconds"]
+        torch.set_rng_state(state["random"].cpu())
+        return True
+
+
+def _with_frozen_encoder(folder: Path, recipe: AutoencoderRecipe) -> AutoencoderTiny:
+    """Load an autoencoder whose decoder is trained further.
+
+    Raises:
+        DataError: the folder holds none, or one for other folds.
+    """
+    try:
+        network = AutoencoderTiny.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} is not a trained autoencoder: {error}") from error
+    if network.config["in_channels"] != 3 * recipe.fold**2:
+        raise DataError(f"{folder} takes {network.config['in_channels']} channels, not {3 * recipe.fold**2}")
+    network = network.float()
+    network.encoder.requires_grad_(False)
+    return network
+
+
+def train_autoencoder(
+    pictures: Pictures,
+    out: Path,
+    recipe: AutoencoderRecipe,
+    minutes: float | None = None,
+    decoder_of: Path | None = None,
+) -> float:
+    """Train, then save to `out` in the diffusers format, with the latent statistics beside it.
+
+    A stopped run continues where it was. `decoder_of` is as in `AutoencoderTrainer`. Returns the PSNR in dB on pictures
+    of held-out concepts.
+
+    Raises:
+        DataError: the pictures have a size that no model can be trained on afterwards, or `decoder_of` does not fit.
+    """
+    check_side(pictures.images.shape[1], recipe.downscale * PATCH_SIZE, "the size of the pictures")
+    trainer = AutoencoderTrainer(pictures, out, recipe, minutes, decoder_of)
+    trainer.run()
+    network = trainer.network.half().float().eval()  # stored in half precision, so measured like that
+    psnr = reconstruction_psnr(network, pictures.images[pictures.held_out()], recipe.fold)
+    mean, std = latent_statistics(network, pictures.images, trainer.rows.numpy(), recipe.fold)
     network.half().save_pretrained(out)
-    figures = {"mean": mean.tolist(), "std": std.tolist(), "held_out_psnr_db": round(psnr, 2), "steps": steps}
+    figures = {"mean": mean.tolist(), "std": std.tolist(), "held_out_psnr_db": round(psnr, 2), "steps": trainer.step}
     (out / "latents.json").write_text(json.dumps(figures, indent=2) + "\n")
+    shutil.rmtree(out / STATE, ignore_errors=True)
     return psnr
 
 
-def to_signed(images: torch.Tensor) -> torch.Tensor:
-    """``(b, h, w, 3)`` uint8 → ``(b, 3, h, w)`` float in [-1, 1]."""
+def split_kernels(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Split parameters into kernels with as many inputs as outputs, and all others."""
+    kernels: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            continue
+        square = parameter.ndim == 4 and parameter.shape[0] == parameter.shape[1] and parameter.shape[2] > 1
+        (kernels if square else rest).append(parameter)
+    return kernels, rest
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """`(b, h, w, 3)` uint8 → `(b, 3, h, w)` float in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def reconstruction_loss(restored: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 + L2 + half the L1 of the picture gradients, which keeps outlines sharp."""
-    error = restored - target
-    gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + error.square().mean() + 0.5 * gradients
+def fold(pixels: Tensor, by: int) -> Tensor:
+    """`(b, 3, h, w)` → `(b, 3·by², h/by, w/by)`."""
+    return F.pixel_unshuffle(pixels, by) if by > 1 else pixels
+
+
+def unfold(cells: Tensor, by: int) -> Tensor:
+    """Inverse of `fold`."""
+    return F.pixel_shuffle(cells, by) if by > 1 else cells
 
 
 @torch.inference_mode()
-def reconstruction_psnr(network: AutoencoderTiny, images: np.ndarray) -> float:
-    """Mean PSNR in dB over ``images`` ``(n, h, w, 3)`` uint8, each picture counted alike."""
-    device = next(network.parameters()).device
+def reconstruction_psnr(network: AutoencoderTiny, images: np.ndarray, by: int) -> float:
+    """Mean PSNR in dB over `images` `(n, h, w, 3)` uint8. Every picture counts the same."""
     total = 0.0
-    for chunk in torch.from_numpy(images).split(64):
-        target = to_signed(chunk).to(device)
-        restored = network.decode(network.encode(target).latents).sample.clamp(-1, 1)
+    for target in _signed_chunks(network, (images[row : row + 8] for row in range(0, len(images), 8))):
+        latents = network.encode(fold(target, by)).latents
+        restored = unfold(network.decode(latents).sample, by).clamp(-1, 1)
         error = F.mse_loss(restored, target, reduction="none").mean(dim=(1, 2, 3))
         total += (10 * torch.log10(4 / error)).sum().item()
     return total / len(images)
@@ -119,10 +307,16 @@ def reconstruction_psnr(network: AutoencoderTiny, images: np.ndarray) -> float:
 
 @torch.inference_mode()
 def latent_statistics(
-    network: AutoencoderTiny, images: np.ndarray, sample: int = 2048
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation per latent channel, ``(c,)`` each, over an even sample of ``images``."""
-    device = next(network.parameters()).device
-    chosen = torch.from_numpy(images[:: max(1, len(images) // sample)])
-    latents = torch.cat([network.encode(to_signed(chunk).to(device)).latents.cpu() for chunk in chosen.split(64)])
+    network: AutoencoderTiny, images: np.ndarray, rows: np.ndarray, by: int, sample: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per latent channel, `(c,)` each, from an even sample of `images[rows]`."""
+    chosen = rows[:: max(1, len(rows) // sample)]
+    chunks = (images[chosen[start : start + 8]] for start in range(0, len(chosen), 8))
+    latents = torch.cat([network.encode(fold(each, by)).latents.cpu() for each in _signed_chunks(network, chunks)])
     return latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+
+
+def _signed_chunks(network: AutoencoderTiny, chunks: Iterable[np.ndarray]) -> Iterator[Tensor]:
+    device = next(network.parameters()).device
+    for chunk in chunks:
+        yield to_signed(torch.from_numpy(chunk)).to(device, memory_format=torch.channels_last)

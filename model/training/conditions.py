@@ -1,4 +1,4 @@
-"""What a training batch is conditioned on: classes, or encoded captions; with dropout for guidance."""
+"""Conditions of training batches: classes or encoded captions, with dropout for guidance."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.attention import Layout
-from model.pft import PFT
-from model.text import MiniLM
-from model.text_pft import TextPFT
-from model.training.data import Pictures, phrasings
-from model.training.progress import progress_bar
+from patchforge.model.networks.attention import Layout
+from patchforge.model.networks.pft import PFT
+from patchforge.model.networks.text_encoder import MiniLM
+from patchforge.model.networks.text_pft import TextPFT
+from patchforge.model.training.data import Pictures, phrasings
+from patchforge.model.training.progress import progress_bar
 
 DROPOUT = 0.1
 
 
 class Conditions(Protocol):
-    """Runs the network on a batch of pictures under their own conditions."""
+    """Runs the network on a batch of pictures, each with its own condition."""
 
     def predict(self, network: Any, picked: np.ndarray, noisy: Tensor, times: Tensor, drop: float) -> Tensor:
-        """Network output ``(b·P, out)`` for pictures ``picked`` ``(b,)``.
+        """Compute the network's output `(b·P, out)` for the pictures with indices `picked` `(b,)`.
 
-        ``noisy`` is ``(b, P, D)``, ``times`` ``(b, P)``; each condition is dropped with probability ``drop``.
+        `noisy` is `(b, P, D)`, `times` is `(b, P)`. Each condition is dropped with probability `drop`.
         """
         ...
 
 
 class ClassConditions:
-    """One label a picture; dropped ones become the null class."""
+    """One label per picture. Dropped labels become the null class."""
 
     def __init__(self, pictures: Pictures) -> None:
         self.labels = torch.from_numpy(pictures.classes).long()
@@ -49,7 +49,7 @@ class ClassConditions:
 
 
 class TextConditions:
-    """A caption drawn from a picture's phrasings, encoded beforehand; dropped ones become the empty text."""
+    """One of a picture's captions, drawn at random and encoded beforehand. Dropped captions become the empty text."""
 
     def __init__(self, pictures: Pictures, max_tokens: int, cache: Path) -> None:
         listed = [phrasings(names, style) for names, style in zip(pictures.captions, pictures.styles, strict=True)]
@@ -60,7 +60,7 @@ class TextConditions:
 
     def predict(self, network: TextPFT, picked: np.ndarray, noisy: Tensor, times: Tensor, drop: float) -> Tensor:
         batch, patches = times.shape
-        # From torch's own generator, whose state is saved with the run.
+        # From torch's own generator, because its state is saved with the run.
         draws = torch.rand(batch).tolist()
         chosen = torch.tensor(
             [
@@ -70,7 +70,7 @@ class TextConditions:
         )
         chosen[torch.rand(batch) < drop] = 0
         mask = self.mask[chosen]
-        tokens = int(mask.sum(dim=1).max())  # the rest is padding in every row
+        tokens = int(mask.sum(dim=1).max())  # all rows have only padding after this
         mask = mask[:, :tokens].to(noisy.device)
         text = self.states[chosen, :tokens].to(noisy.device).float()
         layout = Layout.dense(batch, patches, noisy.device, network.refine(text, mask))
@@ -79,7 +79,7 @@ class TextConditions:
 
 
 def encode_phrases(phrases: list[str], max_tokens: int, cache: Path) -> tuple[Tensor, Tensor]:
-    """Encoder states ``(n, max_tokens, width)`` float16 and masks ``(n, max_tokens)``, kept in ``cache``."""
+    """Encode phrases to states `(n, max_tokens, width)` float16 and masks `(n, max_tokens)`, and cache both."""
     digest = hashlib.sha256("\n".join([str(max_tokens), *phrases]).encode()).hexdigest()[:16]
     path = cache / f"text-{digest}.safetensors"
     if path.exists():
@@ -96,5 +96,5 @@ def encode_phrases(phrases: list[str], max_tokens: int, cache: Path) -> tuple[Te
     found, mask = torch.cat(states), torch.cat(masks)
     partial = path.with_suffix(".partial")
     save_file({"states": found, "mask": mask.to(torch.uint8)}, partial)
-    partial.replace(path)  # a killed run leaves no half-written cache
+    partial.replace(path)  # a killed run leaves no partial cache
     return found, mask

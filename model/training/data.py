@@ -1,41 +1,36 @@
-"""Training pictures: the emoji sets from npm, or a folder of one's own, as one in-memory table."""
+"""Training pictures: one table in memory, and how to build it from a folder of your own pictures."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
-from model.errors import DataError
+from patchforge.model.errors import DataError
 
-EMOJI_PACKAGES = {
-    # style word → (npm package, folder of the pictures inside it)
-    "3d": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets"),
-    "noto": ("emoji-datasource-google@16.0.0", "package/img/google/64"),
-    "flat": ("emoji-datasource-twitter@16.0.0", "package/img/twitter/64"),
-}
-EMOJI_INDEX = ("noto", "package/emoji.json")
+PATCH_SIZE = 2
+"""Latents on a side of one patch of the networks that are trained here."""
+FINEST_PATCH = 8
+"""Pixels on a side of the smallest patch that any autoencoder of ours makes."""
+KEPT_STYLES = 2
+"""Fewest other styles in which the concept of a held-out combination is trained."""
 PICTURE_SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A data set held in memory.
+    """A data set in memory.
 
-    ``images`` is ``(n, size, size, 3)`` uint8; ``captions[i]`` lists the names picture *i* goes by;
-    ``styles[i]`` is a style word or ``""``; ``classes[i]`` indexes ``class_names``;
-    ``weights[i]`` is how often the picture is drawn, relative to the others;
-    ``concepts[i]`` names what is shown, whatever the style, so that a held-out split holds out concepts.
+    `images` is `(n, size, size, 3)` uint8. `captions[i]` lists the names of picture *i*. `styles[i]` is a style word
+    or `""`. `classes[i]` is an index into `class_names`. `weights[i]` says how often the picture is drawn, relative to
+    the others. `concepts[i]` names what is shown in any style, so that a held-out split holds out whole concepts.
     """
 
     images: np.ndarray
@@ -50,11 +45,11 @@ class Pictures:
         return len(self.images)
 
     def where(self, mask: np.ndarray) -> Pictures:
-        """The pictures for which the boolean ``mask`` ``(n,)`` holds."""
+        """Select the pictures where `mask` `(n,)` is true."""
         return self.rows(np.flatnonzero(mask))
 
     def rows(self, rows: np.ndarray) -> Pictures:
-        """The pictures numbered ``rows`` ``(m,)``, in that order."""
+        """Select the pictures with indices `rows` `(m,)`, in that order."""
         return Pictures(
             self.images[rows],
             [self.captions[row] for row in rows],
@@ -66,7 +61,7 @@ class Pictures:
         )
 
     def save(self, path: Path) -> None:
-        """Write the table as one compressed ``.npz`` (no pickled objects inside)."""
+        """Write the table as one lightly compressed `.npz` file, without pickled objects."""
         text = json.dumps(
             {
                 "captions": self.captions,
@@ -76,20 +71,22 @@ class Pictures:
             }
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(
-            path,
-            images=self.images,
-            classes=self.classes,
-            weights=self.weights,
-            text=np.frombuffer(text.encode(), dtype=np.uint8),
-        )
+        tables = {"images": self.images, "classes": self.classes, "weights": self.weights}
+        tables["text"] = np.frombuffer(text.encode(), dtype=np.uint8)
+        partial = path.with_name(f"{path.name}.partial")
+        # Like np.savez_compressed, whose compression level 6 takes minutes for gigabytes.
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name, table in tables.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, np.ascontiguousarray(table), allow_pickle=False)
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Pictures:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            DataError: the file is missing or not such a table.
+            DataError: the file is missing, or is not such a table.
         """
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as table:
@@ -100,27 +97,77 @@ class Pictures:
                     weights=table["weights"],
                     **text,
                 )
-        except (OSError, KeyError, ValueError, BadZipFile) as error:
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is not a picture table: {error}") from error
 
     def held_out(self, share: float = 0.02) -> np.ndarray:
-        """Boolean mask ``(n,)`` of the held-out pictures: about ``share`` of the concepts, but at least one.
+        """Select the held-out pictures as a boolean mask `(n,)`: about `share` of the concepts, but at least one.
 
-        They are chosen by name, so all styles and skin tones of a concept fall on the same side, whatever the
-        data set's order.
+        The concept's name decides. So all styles of a concept are on the same side, in any order of the data set.
 
         Raises:
-            DataError: there are not two concepts to tell apart.
+            DataError: there are fewer than two concepts.
         """
         if len(set(self.concepts)) < 2:
             raise DataError("training needs at least two different pictures")
-        digests = (hashlib.sha256(concept.encode()).digest() for concept in self.concepts)
-        scores = np.array([int.from_bytes(digest[:4], "big") / 2**32 for digest in digests])
+        scores = np.array([_score(concept) for concept in self.concepts])
         return scores < max(share, np.nextafter(scores.min(), 1))
+
+    def held_out_combinations(self, share: float = 0.04) -> np.ndarray:
+        """Select held-out combinations of concept and style as a boolean mask `(n,)`; other styles are trained.
+
+        About `share` of the combinations are chosen by name, from concepts that are not held out, and only if at
+        least `KEPT_STYLES` other styles of the concept remain. Call this on the whole table, because the table says
+        which styles a concept has.
+        """
+        concepts: dict[str, dict[str, float]] = {}
+        for concept, style, whole in zip(self.concepts, self.styles, self.held_out(), strict=True):
+            if not whole:
+                concepts.setdefault(concept, {})[style] = _score(f"{concept}, {style}")
+        chosen = set()
+        for concept, scores in concepts.items():
+            spare = len(scores) - KEPT_STYLES
+            low = sorted(style for style, score in scores.items() if score < share)
+            low.sort(key=scores.__getitem__)
+            chosen |= {(concept, style) for style in low[: max(0, spare)]}
+        pairs = zip(self.concepts, self.styles, strict=True)
+        return np.array([pair in chosen for pair in pairs])
+
+    def trained(self) -> np.ndarray:
+        """Select the pictures to train on as a boolean mask `(n,)`: neither concept nor combination is held out."""
+        return ~(self.held_out() | self.held_out_combinations())
+
+    def resized(self, size: int) -> Pictures:
+        """Return the pictures at `size` × `size` pixels; this table itself if they have that size."""
+        if self.images.shape[1] == size:
+            return self
+        images = np.empty((len(self), size, size, 3), np.uint8)
+        for row, image in enumerate(self.images):
+            images[row] = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
+        return replace(self, images=images)
+
+
+def check_side(side: int, multiple: int, what: str) -> None:
+    """Check that pictures of this size can be cut into whole patches.
+
+    Args:
+        side: in pixels.
+        multiple: pixels on a side of one patch.
+        what: names the size in errors.
+
+    Raises:
+        DataError: they cannot; the message names the nearest sizes that can.
+    """
+    if side >= multiple and side % multiple == 0:
+        return
+    below = max(1, side // multiple) * multiple
+    raise DataError(
+        f"{what} is {side} pixels, and must be a multiple of {multiple}, such as {below} or {below + multiple}"
+    )
 
 
 def load_picture(source: Path | bytes, size: int) -> np.ndarray:
-    """Decode, composite on white, pad to a square, resize to ``(size, size, 3)`` uint8."""
+    """Decode a picture, put it on white, pad it to a square, and resize it to `(size, size, 3)` uint8."""
     with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
         picture = opened.convert("RGBA")
     side = max(picture.size)
@@ -129,75 +176,18 @@ def load_picture(source: Path | bytes, size: int) -> np.ndarray:
     return np.asarray(canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
 
 
-def fetch_emoji(folder: Path) -> None:
-    """Download the three emoji packages into ``folder`` with ``npm pack`` (about 150 MB, once).
-
-    Raises:
-        DataError: npm is missing or refuses.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for package, _ in EMOJI_PACKAGES.values():
-        if _tarball(folder, package).exists():
-            continue
-        try:
-            subprocess.run(
-                ["npm", "pack", "--silent", package],
-                cwd=folder,
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-        except FileNotFoundError as error:
-            raise DataError("npm is needed once, to fetch the emoji packages; it is not on PATH") from error
-        except subprocess.CalledProcessError as error:
-            raise DataError(f"npm pack {package} failed: {error.stderr.strip()[-500:]}") from error
-
-
-def emoji_pictures(folder: Path, size: int = 64) -> Pictures:
-    """Build the table from the packages `fetch_emoji` left in ``folder``.
-
-    An emoji's skin-tone variants share the weight of one picture, so that a hand is not drawn six times as
-    often as an apple; country flags weigh a third, being 259 near-duplicates of one idea.
-    """
-    index_style, index_path = EMOJI_INDEX
-    with tarfile.open(_tarball(folder, EMOJI_PACKAGES[index_style][0])) as archive:
-        index = json.loads(_member(archive, index_path))
-    entries = {entry.code: entry for entry in _emoji_entries(index)}
-    class_names = sorted({entry.subgroup for entry in entries.values()})
-    rows: list[tuple[np.ndarray, _Emoji, str]] = []
-    for style, (package, inside) in EMOJI_PACKAGES.items():
-        with tarfile.open(_tarball(folder, package)) as archive:
-            for member in archive:
-                path = Path(member.name)
-                entry = entries.get(_plain_code(path.stem))
-                if path.parent.as_posix() != inside or entry is None:
-                    continue
-                rows.append((load_picture(_member(archive, member), size), entry, style))
-    if not rows:
-        raise DataError(f"no emoji pictures found in {folder}")
-    return Pictures(
-        images=np.stack([image for image, _, _ in rows]),
-        captions=[entry.names for _, entry, _ in rows],
-        styles=[style for _, _, style in rows],
-        classes=np.array([class_names.index(entry.subgroup) for _, entry, _ in rows]),
-        class_names=class_names,
-        weights=np.array([entry.weight for _, entry, _ in rows], dtype=np.float32),
-        concepts=[entry.concept for _, entry, _ in rows],
-    )
-
-
 def folder_pictures(folder: Path, size: int = 64) -> Pictures:
-    """Build the table from one's own pictures.
+    """Build the table from your own pictures.
 
-    A picture's caption is the text file beside it (``cat.png`` + ``cat.txt``, one name a line), else its file
-    name; its class is the subfolder it lies in.
+    The caption of `cat.png` is the text file `cat.txt`, with one name per line; without it, the file's name. A
+    picture's class is its subfolder.
 
     Raises:
-        DataError: there is no picture in ``folder``.
+        DataError: `folder` has no pictures.
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
     if not paths:
-        raise DataError(f"no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in {folder}")
+        raise DataError(f"{folder} has no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
     names = [path.parent.name if path.parent != folder else "" for path in paths]
     class_names = sorted(set(names))
     return Pictures(
@@ -212,64 +202,10 @@ def folder_pictures(folder: Path, size: int = 64) -> Pictures:
 
 
 def phrasings(names: Sequence[str], style: str) -> list[str]:
-    """The prompts a picture may be trained under: each of its names, with and without its style word."""
+    """List the prompts that a picture may be trained with: each name, with and without its style word."""
     if not style:
         return list(names)
     return [phrase for name in names for phrase in (f"{name}, {style}", name)]
-
-
-@dataclass(frozen=True)
-class _Emoji:
-    code: str
-    concept: str
-    names: list[str]
-    subgroup: str
-    weight: float
-
-
-def _emoji_entries(index: list[dict[str, Any]]) -> Iterator[_Emoji]:
-    for item in index:
-        if item["category"] == "Component":
-            continue
-        name = item["name"].lower()
-        variations = item.get("skin_variations", {})
-        weight = 1 / 3 if item["subcategory"] == "country-flag" else 1.0
-        weight /= 1 + len(variations)
-        aliases = [alias.replace("_", " ").replace("-", " ") for alias in item["short_names"]]
-        names = list(dict.fromkeys([name, *(a for a in aliases if not a.startswith("flag ") and len(a) > 2)]))
-        subgroup = item["subcategory"]
-        yield _Emoji(_plain_code(item["unified"]), name, names, subgroup, weight)
-        for tones, variation in variations.items():
-            tone = _tone_name(tones.split("-")[0])
-            toned = [f"{each}: {tone} skin tone" for each in names]
-            yield _Emoji(_plain_code(variation["unified"]), name, toned, subgroup, weight)
-
-
-def _tone_name(code: str) -> str:
-    return {
-        "1F3FB": "light",
-        "1F3FC": "medium light",
-        "1F3FD": "medium",
-        "1F3FE": "medium dark",
-        "1F3FF": "dark",
-    }[code]
-
-
-def _plain_code(code: str) -> str:
-    """``1F441-FE0F`` → ``1f441``: packages disagree on the variation selector, so it is left out."""
-    return "-".join(part for part in code.lower().split("-") if part != "fe0f")
-
-
-def _tarball(folder: Path, package: str) -> Path:
-    name, _, version = package.rpartition("@")
-    return folder / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
-
-
-def _member(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
-    stream = archive.extractfile(member)
-    if stream is None:
-        raise DataError(f"{member!r} is not a file in {archive.name!r}")
-    return stream.read()
 
 
 def _folder_captions(path: Path) -> list[str]:
@@ -279,3 +215,8 @@ def _folder_captions(path: Path) -> list[str]:
         if any(lines):
             return [line for line in lines if line]
     return [path.stem.replace("_", " ").replace("-", " ")]
+
+
+def _score(name: str) -> float:
+    """Map a name to [0, 1): like a random number, but always the same."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32

@@ -5,36 +5,54 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.device import best_device, training_autocast
-from model.errors import DataError
-from model.pft import PFT
-from model.text_pft import TextPFT
-from model.training.conditions import DROPOUT, Conditions
-from model.training.loss import Loss, interpolate, patch_forcing_loss
-from model.training.optimiser import MovingAverage, Muon, split_parameters
-from model.training.progress import progress_bar
-from model.training.timesteps import SCHEDULES, Schedule
+from patchforge.model.device import best_device, training_autocast
+from patchforge.model.errors import DataError
+from patchforge.model.networks.layers import patch_centres
+from patchforge.model.networks.pft import PFT
+from patchforge.model.networks.text_pft import TextPFT
+from patchforge.model.training.conditions import DROPOUT, Conditions
+from patchforge.model.training.loss import Loss, interpolate, patch_forcing_loss
+from patchforge.model.training.optimiser import MovingAverage, Muon, split_parameters
+from patchforge.model.training.progress import progress_bar
+from patchforge.model.training.timesteps import SCHEDULES, Schedule
+from patchforge.model.types import Grid
+
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class Small:
+    """How to train a smaller size too: first only this size, because its steps are cheap; later now and then."""
+
+    size: int
+    """Pixels per side."""
+    batch: int = 16
+    first_steps: int = 0
+    """Number of first steps that use only this size."""
+    share: float = 0.15
+    """Share of the later steps that use this size."""
+    timesteps: Schedule = SCHEDULES["mixed"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained; the defaults suit a few million parameters and an hour of two cores."""
+    """How a network is trained. The defaults suit a few million parameters and an hour on two cores."""
 
     steps: int = 8000
     minutes: float | None = None
-    """Stop after this much training time, if it comes before ``steps``; the learning rate follows suit."""
+    """Stop after this much training time, if that is before `steps`. The learning rate follows."""
     batch: int = 64
     muon_rate: float | None = 0.02
-    """None: AdamW for the matrices too."""
+    """None: AdamW trains the matrices too."""
     adam_rate: float = 1.5e-3
     warm_up: int = 150
     constant_share: float = 0.5
@@ -45,19 +63,32 @@ class Recipe:
     compile: bool = False
     save_every_seconds: float = 120
     sample_every: int = 1000
+    small: Small | None = None
+    """A smaller size to train too."""
 
     def progress(self, step: int, seconds: float) -> float:
-        """Share of the run that is done, by steps or by time, whichever is further."""
+        """Finished share of the run, by steps or by time: the larger of the two."""
         return max(step / self.steps, seconds / 60 / self.minutes if self.minutes else 0.0)
 
     def rate(self, step: int, seconds: float = 0.0) -> float:
-        """Share of the full learning rate: warm-up, constant, then linear down to 2 %."""
+        """Share of the full learning rate: warm-up, then constant, then linear down to 2 %."""
         decay = max(0.0, self.progress(step, seconds) - self.constant_share) / max(1e-9, 1 - self.constant_share)
         return min(1.0, (step + 1) / self.warm_up) * (1 - 0.98 * min(1.0, decay))
 
 
+@dataclass(frozen=True)
+class Native:
+    """One of the sizes that a network is trained at."""
+
+    patches: Tensor
+    """`(n, P, D)`, without noise."""
+    grid: Grid
+    batch: int
+    timesteps: Schedule
+
+
 class Trainer:
-    """Trains a network on latents held in memory and keeps its state in a folder, so that it can resume."""
+    """Trains a network on latents in memory. Keeps its state in a folder, so that it can resume."""
 
     def __init__(
         self,
@@ -67,11 +98,20 @@ class Trainer:
         conditions: Conditions,
         recipe: Recipe,
         folder: Path,
+        small_latents: Tensor | None = None,
     ) -> None:
-        """``latents`` is ``(n, c, h, w)`` normalised, ``weights`` ``(n,)`` how often each is drawn."""
+        """`latents` `(n, c, h, w)` are normalised. `weights` `(n,)` say how often each is drawn.
+
+        `small_latents` `(n, c, h', w')` are the same pictures in the size of `recipe.small`.
+        """
         self.device = best_device()
         self.network = network.to(self.device)
-        self.patches = network.grid.patchify(latents)
+        self.full = Native(network.grid.patchify(latents), network.grid, recipe.batch, recipe.timesteps)
+        self.size = self.full
+        """Loss of the latest step."""
+        self.small: Native | None = None
+        if recipe.small is not None and small_latents is not None:
+            self.small = _small(network, recipe.small, small_latents)
         self.weights = weights.double()
         self.conditions = conditions
         self.recipe = recipe
@@ -82,26 +122,28 @@ class Trainer:
         self.average = MovingAverage(network, recipe.average)
         self.step = 0
         self.seconds = 0.0
+        self.samples = 0
         self.earlier_samples = 0
-        """Drawn by the runs whose weights this one began with; for the record."""
+        """Samples seen by earlier runs whose weights this run started from; for the record."""
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
-        # Its own, so that whatever the schedule draws, pictures, noise and dropout come in the same order.
+        # A generator of its own, so that pictures, noise and dropout come in the same order with every schedule.
         self.times = torch.Generator().manual_seed(recipe.seed)
         if recipe.compile:
-            torch._dynamo.config.recompile_limit = 64  # every layer is a variant of one function
+            torch._dynamo.config.recompile_limit = 64  # all layers are variants of one function
             for block in network.blocks:
                 block.compile()
 
     @property
     def finished(self) -> bool:
-        """The recipe's steps or minutes are used up."""
+        """Whether the recipe's steps or minutes are used up."""
         return self.recipe.progress(self.step, self.seconds) >= 1
 
     def run(self, sample: Callable[[Trainer], None] | None = None) -> None:
-        """Train until `finished`, resuming where the folder's state left off; log one JSON line per 50 steps."""
+        """Train until `finished`, starting from the folder's state. Log one JSON line per 50 steps."""
         self.resume()
-        recipe, running = self.recipe, None
+        recipe = self.recipe
+        running: dict[str, float] = {}
         saved = time.monotonic()
         with progress_bar() as bar, (self.folder / "log.jsonl").open("a") as log:
             task = bar.add_task("training", total=recipe.steps, completed=self.step, note="")
@@ -110,43 +152,45 @@ class Trainer:
                 loss = self.train_step()
                 self.seconds += time.monotonic() - started
                 flow, nll = loss.flow.item(), loss.nll.item()
-                running = flow if running is None else 0.98 * running + 0.02 * flow
-                bar.update(task, completed=self.step, note=f"flow {running:.4f}  nll {nll:+.3f}")
+                key = "flow" if self.size is self.full else "small_flow"
+                running[key] = 0.98 * running.get(key, flow) + 0.02 * flow
+                bar.update(task, completed=self.step, note=f"{key} {running[key]:.4f}  nll {nll:+.3f}")
                 if self.step % 50 == 0:
                     line = {
                         "step": self.step,
                         "seconds": round(self.seconds, 1),
-                        "flow": round(running, 5),
+                        "samples": self.samples,
                         "nll": round(nll, 4),
-                    }
+                    } | {name: round(value, 5) for name, value in running.items()}
                     log.write(json.dumps(line) + "\n")
                     log.flush()
                 if time.monotonic() - saved > recipe.save_every_seconds or self.finished:
                     self.save()
                     saved = time.monotonic()
                 if sample and self.step % recipe.sample_every == 0 and not self.finished:
-                    self._show(sample)
-        if sample:  # also where there was nothing left to train
-            self._show(sample)
+                    self._draw_samples(sample)
+        if sample:  # even if there was nothing left to train
+            self._draw_samples(sample)
 
-    def _show(self, sample: Callable[[Trainer], None]) -> None:
-        """Sampling must not move the random numbers of training, or a resumed run would differ."""
+    def _draw_samples(self, sample: Callable[[Trainer], None]) -> None:
+        """Draw samples without changing the random numbers of training; otherwise a resumed run would differ."""
         with torch.random.fork_rng():
             sample(self)
 
     def train_step(self) -> Loss:
-        """One batch, one update."""
-        recipe = self.recipe
-        picked = torch.multinomial(self.weights, recipe.batch, replacement=True)
-        clean = self.patches[picked].to(self.device)
-        times = recipe.timesteps.sample(recipe.batch, clean.shape[1], self.times).to(self.device)
+        """Train on one batch."""
+        recipe, size = self.recipe, self._next_size()
+        self.size = size
+        picked = torch.multinomial(self.weights, size.batch, replacement=True)
+        clean = size.patches[picked].to(self.device)
+        times = size.timesteps.sample(size.batch, clean.shape[1], self.times).to(self.device)
         noise = torch.randn_like(clean)
         noisy = interpolate(clean, noise, times)
-        # At tens of patches plain matrix products beat the fused attention kernel's backward.
+        # For tens of patches, plain matrix products are faster than the backward pass of fused attention.
         plain = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
-        with plain, training_autocast(self.device):
+        with plain, training_autocast(self.device), at_grid(self.network, size.grid):
             output = self.conditions.predict(self.network, picked.numpy(), noisy, times, DROPOUT)
-        # Of a fully clean patch the noise, so the velocity, cannot be known: it is context only.
+        # A patch without noise is context only: its noise, and so its velocity, cannot be known.
         known = (times < 1).flatten().float()
         loss = patch_forcing_loss(output, (clean - noise).flatten(0, 1), known)
         loss.total.backward()
@@ -157,11 +201,23 @@ class Trainer:
             optimiser.zero_grad()
         self.average.update(self.network, self.step)
         self.step += 1
+        self.samples += size.batch
         return loss
 
+    def grid_of(self, latents: Tensor) -> Grid:
+        """Return how latents `(…, c, h, w)` of any size are cut into this network's patches."""
+        return _grid(self.network, latents)
+
+    def _next_size(self) -> Native:
+        small, plan = self.small, self.recipe.small
+        if small is None or plan is None:
+            return self.full
+        alone = self.step < plan.first_steps
+        return small if alone or torch.rand(()) < plan.share else self.full
+
     def save(self) -> None:
-        """Write the whole state, atomically."""
-        path = self.folder / "state.pt"
+        """Write the whole state atomically."""
+        path = self.folder / STATE
         state = {
             "network": self.network.state_dict(),
             "average": self.average.values,
@@ -169,6 +225,7 @@ class Trainer:
             "adam": self.adam.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "samples": self.samples,
             "earlier_samples": self.earlier_samples,
             "random": torch.get_rng_state(),
             "times_random": self.times.get_state(),
@@ -179,26 +236,55 @@ class Trainer:
         (self.folder / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n")
 
     def resume(self) -> None:
-        """Take up the folder's state, if there is one.
+        """Load the folder's state, if there is one.
 
         Raises:
-            DataError: it is of a network of other sizes.
+            DataError: it belongs to a network of other sizes.
         """
-        path = self.folder / "state.pt"
+        path = self.folder / STATE
         if not path.exists():
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
         try:
             self.network.load_state_dict(state["network"])
         except RuntimeError as error:
-            raise DataError(f"{path} is of another network; give another --out, or its sizes: {error}") from error
+            raise DataError(f"{path} belongs to another network; use another --out, or its sizes: {error}") from error
         self.average.values = state["average"]
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.samples = state.get("samples", self.step * self.recipe.batch)
         self.earlier_samples = state.get("earlier_samples", self.earlier_samples)
         torch.set_rng_state(state["random"].cpu())
-        if "times_random" in state:  # not in states of earlier versions
+        if "times_random" in state:  # missing in states of earlier versions
             self.times.set_state(state["times_random"].cpu())
         if self.device.type == "cuda" and state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu())
+
+
+@contextmanager
+def at_grid(network: PFT | TextPFT, grid: Grid) -> Iterator[None]:
+    """Let a text network work on another grid. Positions are relative to one canvas, for any number of patches."""
+    if grid == network.grid or not isinstance(network, TextPFT):
+        yield
+        return
+    own = network.centres
+    network.centres = patch_centres(grid).to(own.device)
+    try:
+        yield
+    finally:
+        network.centres = own
+
+
+def _small(network: PFT | TextPFT, plan: Small, latents: Tensor) -> Native:
+    if not isinstance(network, TextPFT):
+        raise DataError("a class-conditional network has one size, because its positions are fixed")
+    grid = replace(
+        network.grid, rows=latents.shape[2] // network.grid.size, columns=latents.shape[3] // network.grid.size
+    )
+    return Native(grid.patchify(latents), grid, plan.batch, plan.timesteps)
+
+
+def _grid(network: PFT | TextPFT, latents: Tensor) -> Grid:
+    rows, columns = (side // network.grid.size for side in latents.shape[-2:])
+    return replace(network.grid, rows=rows, columns=columns)

@@ -1,4 +1,4 @@
-"""The training loss: flow matching plus the uncertainty's likelihood (spec §3)."""
+"""The training loss: flow matching plus the likelihood of the predicted uncertainty (spec §3)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.types import LOG_VARIANCE_RANGE
+from patchforge.model.types import LOG_VARIANCE_RANGE
 
 UNCERTAINTY_WEIGHT = 0.01
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Both means, each a scalar."""
+    """Mean loss of both terms, each a scalar."""
 
     flow: Tensor
     nll: Tensor
@@ -29,9 +29,9 @@ def patch_forcing_loss(output: Tensor, velocity: Tensor, weight: Tensor | None =
     """Compare the network's output with the true velocity.
 
     Args:
-        output: ``(n, pixels · (c + 1))`` as a network returns it, log-variance last in each pixel.
-        velocity: ``(n, pixels · c)``, ``x1 − x0`` of the same patches.
-        weight: ``(n,)`` of 0 or 1: patches that count; None counts all.
+        output: `(n, pixels · (c + 1))`, as a network returns it; the log-variance is last in each pixel.
+        velocity: `(n, pixels · c)`: `x1 − x0` of the same patches.
+        weight: `(n,)` of 0 or 1: which patches count. None: all.
     """
     pixels = output.shape[-1] - velocity.shape[-1]
     cells = output.float().unflatten(-1, (pixels, -1))
@@ -46,5 +46,5 @@ def patch_forcing_loss(output: Tensor, velocity: Tensor, weight: Tensor | None =
 
 
 def interpolate(clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-    """``x_t = t·x1 + (1 − t)·x0`` of patches ``(…, P, D)`` at times ``(…, P)``."""
+    """`x_t = t·x1 + (1 − t)·x0` of patches `(…, P, D)` at times `(…, P)`."""
     return torch.lerp(noise, clean, times.unsqueeze(-1))

@@ -17,14 +17,14 @@ from rich.text import Text
 
 
 class Note(ProgressColumn):
-    """The task's ``note`` field, if it has one."""
+    """Shows the task's `note` field, if it has one."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields.get("note", ""))
 
 
 def progress_bar() -> Progress:
-    """A bar on stderr that shows the step, the task's ``note``, and the time left."""
+    """Make a bar on stderr that shows the step, the task's `note`, and the time left."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),

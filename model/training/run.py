@@ -1,45 +1,38 @@
-"""From a table of pictures to a bundle: what ``patchforge train`` does."""
+"""Trains a model on a table of pictures and exports bundles: the work of `patchforge train`."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from PIL import Image
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
-from model.bundle import Bundle, explain, load_weights, network_shapes, write_bundle
-from model.errors import DataError
-from model.manifest import BundleManifest
-from model.networks import build_network
-from model.pft import PFT, PFTConfig
-from model.pipeline import Pipeline
-from model.text import MiniLM
-from model.text_pft import TextPFT, TextPFTConfig
-from model.training.conditions import ClassConditions, Conditions, TextConditions
-from model.training.data import Pictures
-from model.training.latents import encode_pictures, latent_scale
-from model.training.loop import Recipe, Trainer
+from patchforge.model.errors import DataError
+from patchforge.model.networks.build import build_network
+from patchforge.model.networks.config import ClassConfig, TextConfig
+from patchforge.model.networks.pft import PFT
+from patchforge.model.networks.text_encoder import MiniLM
+from patchforge.model.networks.text_pft import TextPFT
+from patchforge.model.storage.bundle import Bundle, explain_error, load_weights, network_shapes
+from patchforge.model.training.conditions import ClassConditions, Conditions, TextConditions
+from patchforge.model.training.data import PATCH_SIZE, Pictures, check_side
+from patchforge.model.training.export import MAX_TOKENS, Drawn, Export, Kind, prompt_of
+from patchforge.model.training.latents import autoencoder_downscale, encode_pictures, latent_scale
+from patchforge.model.training.loop import Recipe, Trainer
+from patchforge.model.training.validation import Validation
 
-Kind = Literal["text", "class"]
-MAX_TOKENS = 24
-PATCH_SIZE = 2
-GRID_SAMPLES = 24
-DEFAULTS: dict[str, Any] = {
-    "sampler": {"name": "adaptive", "tolerance": 0.2, "guidance_until": 0.6},
-    "steps": 8,
-    "guidance": 3.0,
-}
+__all__ = ["Kind", "Size", "build", "load_network", "prompt_of", "train_model", "unpack_autoencoder"]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Width and depth of a network; heads are 32 wide."""
+    """Width and depth of a network. Attention heads have a width of 32."""
 
     width: int = 192
     depth: int = 6
@@ -57,173 +50,172 @@ def train_model(
     size: Size,
     licence: str,
     start: Bundle | None = None,
+    cache: Path | None = None,
+    trunk: Path | None = None,
 ) -> Path:
-    """Train or go on training; keeps state, log, sample grids and the latest bundle in ``folder``.
+    """Train a model, or continue. Keeps state, log, sample grids and the latest bundle in `folder`.
 
-    ``start`` is a bundle of this kind whose weights, sizes and autoencoder a new run begins with.
-    Returns the bundle's folder.
+    `start` is a bundle of the same kind; a new run takes its weights, sizes and autoencoder. `cache` is a folder for
+    encoded pictures and captions, by default beside `folder`. `trunk` is a bundle or a weights file of another
+    network; a new run takes those of its weights that fit. Returns the bundle's folder.
 
     Raises:
-        DataError: a class-conditional model was asked for, but the pictures have no classes; ``start`` does not
-            fit; or the folder's state is of a network of other sizes.
+        DataError: a class-conditional model was requested, but the pictures have no classes; `start` does not fit;
+            or the folder's state belongs to a network of other sizes.
     """
     if kind == "class" and len(pictures.class_names) < 2:
         raise DataError("a class-conditional model needs pictures in at least two class subfolders")
-    shown = pictures.where(~pictures.held_out())
+    if kind == "class" and recipe.small is not None:
+        raise DataError("a class-conditional network has one size, because its positions are fixed")
+    shown = pictures.where(pictures.trained())
     own = folder / "autoencoder"
     if start is not None:
         autoencoder = unpack_autoencoder(start, own)
-    elif own.exists():  # a run that began with a bundle stays in its latents, also when resumed without naming it
+    elif own.exists():  # a run that started from a bundle keeps its latents, even if resumed without naming the bundle
         autoencoder = own
-    cache = folder.parent / "cache"
+    small_size = None if recipe.small is None else recipe.small.size
+    check_sizes(autoencoder, pictures.images.shape[1], small_size)
+    cache = cache or folder.parent / "cache"
     latents = encode_pictures(shown.images, autoencoder, cache)
+    small = None if small_size is None else shown.resized(small_size)
+    small_latents = None if small is None else encode_pictures(small.images, autoencoder, cache)
     torch.manual_seed(recipe.seed)
     if start is None:
         network = build(kind, latents.shape[1], latents.shape[-1], len(shown.class_names), size)
+        if trunk is not None:
+            copy_trunk(network, trunk)
     else:
         network = load_network(start, kind, shown)
-    conditions: Conditions = ClassConditions(shown) if kind == "class" else TextConditions(shown, MAX_TOKENS, cache)
-    trainer = Trainer(network, latents, torch.from_numpy(shown.weights), conditions, recipe, folder)
+
+    def conditions_of(part: Pictures) -> Conditions:
+        return ClassConditions(part) if kind == "class" else TextConditions(part, MAX_TOKENS, cache)
+
+    conditions = conditions_of(shown)
+    trainer = Trainer(network, latents, torch.from_numpy(shown.weights), conditions, recipe, folder, small_latents)
     if start is not None:
         trainer.earlier_samples = samples_seen(start)
-    bundle = folder / f"{folder.name}-bundle"
+    validation = Validation(pictures, small_size, autoencoder, cache, conditions_of)
+    exports = [Export(folder / f"{folder.name}-bundle", Drawn.from_table(shown), kind, autoencoder, licence)]
+    if small is not None:  # the same network, as a bundle of the smaller size
+        name = f"{folder.name}-{small_size}-bundle"
+        exports.append(Export(folder / name, Drawn.from_table(small), kind, autoencoder, licence))
+    del pictures, shown, small  # gigabytes, and not needed any more
 
     def export(trainer: Trainer) -> None:
-        export_bundle(trainer, kind, shown, autoencoder, bundle, licence)
-        sample_grid(bundle, shown, folder / f"samples-{trainer.step:06d}.png")
+        validation.write(trainer)
+        for each in exports:
+            each.write(trainer)
 
-    describe(trainer, kind, shown, autoencoder, bundle, licence)  # what cannot be exported is not worth training
+    for each in exports:
+        each.manifest(trainer)  # fail now, not after training
     trainer.run(export)
-    return bundle
+    return exports[0].out
+
+
+def check_sizes(autoencoder: Path, side: int, small: int | None) -> None:
+    """Check that pictures of these sizes can be cut into whole patches of the autoencoder's latents.
+
+    Raises:
+        DataError: they cannot, or there is no such autoencoder.
+    """
+    latent_scale(autoencoder)  # has the clearer error if there is none
+    multiple = autoencoder_downscale(autoencoder) * PATCH_SIZE
+    check_side(side, multiple, "the size of the pictures")
+    if small is not None:
+        check_side(small, multiple, "--small")
 
 
 def unpack_autoencoder(bundle: Bundle, folder: Path) -> Path:
-    """A bundle's autoencoder as `train_autoencoder` writes one, so that training can go on in the same latents.
+    """Write a bundle's autoencoder in the format of `train_autoencoder`, to continue training in the same latents.
 
     Raises:
         DataError: the bundle does not say how its autoencoder was trained.
     """
     figures = bundle.manifest.training.get("autoencoder")
     if figures is None:
-        raise DataError(f"{bundle.folder} was not trained here: its autoencoder's latent statistics are not recorded")
+        raise DataError(f"{bundle.folder} does not record its autoencoder's latent statistics: it was not trained here")
     shutil.copytree(bundle.autoencoder, folder, dirs_exist_ok=True)
     (folder / "latents.json").write_text(json.dumps(figures, indent=2) + "\n")
     return folder
 
 
 def samples_seen(bundle: Bundle) -> int:
-    """Pictures drawn in all the runs that led to a bundle."""
+    """Count the samples of all runs that led to a bundle."""
     record = bundle.manifest.training
     return sum(value for key in ("samples", "earlier_samples") if isinstance(value := record.get(key, 0), int))
 
 
 def load_network(bundle: Bundle, kind: Kind, pictures: Pictures) -> PFT | TextPFT:
-    """The trained network of a bundle, in float32.
+    """Load the trained network of a bundle, in float32.
 
     Raises:
-        DataError: it is of the other kind, or of other classes than ``pictures`` has.
+        DataError: it is of the other kind, or has other classes than `pictures`.
     """
     manifest = bundle.manifest
     if manifest.network.kind != kind or (kind == "class" and list(manifest.class_names) != pictures.class_names):
-        raise DataError(f"{bundle.folder} is not a {kind} model of these pictures")
-    network = build_network(manifest.network)
+        raise DataError(f"{bundle.folder} is not a {kind} model for these pictures")
+    network = build_network(manifest.network.config)
     network.load_state_dict(load_weights(bundle.weights, network_shapes(manifest.network), dtype=torch.float32))
     return network
 
 
+def copy_trunk(network: nn.Module, source: Path) -> int:
+    """Copy every weight that has the same name and shape in `source`, a bundle or a safetensors file; count them.
+
+    Raises:
+        DataError: the file cannot be read, or fewer than half of the network's weights are in it.
+    """
+    path = source / "model.safetensors" if source.is_dir() else source
+    try:
+        given = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} holds no weights: {error}") from error
+    own = network.state_dict()
+    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    if sum(own[name].numel() for name in fitting) < sum(each.numel() for each in own.values()) / 2:
+        raise DataError(f"{path} is of another network: only {len(fitting)} of {len(own)} weights fit")
+    network.load_state_dict(fitting, strict=False)
+    return len(fitting)
+
+
 def build(kind: Kind, channels: int, side: int, classes: int, size: Size) -> PFT | TextPFT:
-    """An untrained network for latents of ``side`` × ``side``."""
-    if kind == "class":
-        return PFT(PFTConfig(channels, side, size.depth, size.width, PATCH_SIZE, size.width // 32, classes))
-    return TextPFT(
-        TextPFTConfig(
-            in_dim=channels,
-            depth=size.depth,
-            hidden_dim=size.width,
-            head_dim=32,
-            mapping_dim=size.mapping_width,
-            mapping_depth=2,
-            patch_size=PATCH_SIZE,
-            txt_in_dim=MiniLM.width,
-            txt_refiner_dim=size.refiner_width,
-            txt_refiner_head_dim=32,
-            txt_refiner_depth=size.refiner_depth,
-            image_size=side,
+    """Build an untrained network for latents of `side` × `side`.
+
+    Raises:
+        DataError: no network can have these sizes.
+    """
+    try:
+        return build_network(
+            _class_config(channels, side, classes, size) if kind == "class" else _text_config(channels, side, size)
         )
+    except ValidationError as error:
+        raise DataError(f"no network can have these sizes: {explain_error(error)}") from error
+
+
+def _class_config(channels: int, side: int, classes: int, size: Size) -> ClassConfig:
+    return ClassConfig(
+        in_channels=channels,
+        input_size=side,
+        depth=size.depth,
+        hidden_size=size.width,
+        patch_size=PATCH_SIZE,
+        num_heads=size.width // 32,
+        num_classes=classes,
     )
 
 
-def export_bundle(trainer: Trainer, kind: Kind, pictures: Pictures, autoencoder: Path, out: Path, licence: str) -> None:
-    """Write the averaged weights as a float16 bundle."""
-    manifest = describe(trainer, kind, pictures, autoencoder, out, licence)
-    state = trainer.network.state_dict() | trainer.average.values
-    write_bundle(out, manifest, state, torch.float16, autoencoder=autoencoder)
-
-
-def describe(
-    trainer: Trainer, kind: Kind, pictures: Pictures, autoencoder: Path, out: Path, licence: str
-) -> BundleManifest:
-    """The manifest of the bundle ``out``.
-
-    Raises:
-        DataError: a name or a class that no bundle may have.
-    """
-    network = trainer.network
-    channels, height, width = network.grid.latent_shape
-    scale = latent_scale(autoencoder)
-    fields = {
-        "name": out.name.removesuffix("-bundle"),
-        "description": "Text-to-image" if kind == "text" else f"{len(pictures.class_names)} classes",
-        "network": {"kind": kind, "config": asdict(network.config)},
-        "latent": {
-            "channels": channels,
-            "height": height,
-            "width": width,
-            "mean": scale.mean,
-            "std": scale.std,
-        },
-        "autoencoder": {"downscale": pictures.images.shape[1] // height},
-        "text_encoder": {"kind": "minilm", "max_tokens": MAX_TOKENS, "mask_padding": True} if kind == "text" else None,
-        "class_names": pictures.class_names if kind == "class" else [],
-        "licence": licence,
-        "defaults": DEFAULTS,
-        "training": {
-            "pictures": len(pictures),
-            "steps": trainer.step,
-            "samples": trainer.step * trainer.recipe.batch,
-            "earlier_samples": trainer.earlier_samples,
-            "device_seconds": round(trainer.seconds),
-            "device": str(trainer.device),
-            "recipe": asdict(trainer.recipe),
-            "schedule": type(trainer.recipe.timesteps).__name__,
-            "autoencoder": json.loads((autoencoder / "latents.json").read_text()),
-        },
-        "created": int(time.time()),
-    }
-    try:
-        return BundleManifest.model_validate(fields)
-    except ValidationError as error:
-        raise DataError(f"no bundle can be made of this: {explain(error)}") from error
-
-
-def sample_grid(bundle: Path, pictures: Pictures, out: Path, seed: int = 0) -> None:
-    """A picture of ``GRID_SAMPLES`` samples above the real pictures of the same prompts or classes."""
-    pipeline = Pipeline.open(bundle)
-    weights, generator = torch.from_numpy(pictures.weights).double(), torch.Generator().manual_seed(seed)
-    chosen = torch.multinomial(weights, GRID_SAMPLES, len(weights) < GRID_SAMPLES, generator=generator).tolist()
-    by_class = isinstance(pipeline.network, PFT)
-    wanted = [pictures.class_names[pictures.classes[row]] if by_class else prompt_of(pictures, row) for row in chosen]
-    conditions = [pipeline.condition_on(words) for words in wanted]
-    made, _ = pipeline.generate(pipeline.default_sampler(), conditions, list(range(seed, seed + GRID_SAMPLES)))
-    real = torch.from_numpy(pictures.images[chosen])
-    per_row = GRID_SAMPLES // 2
-    strips = [
-        torch.cat(list(part), dim=1) for i in (0, per_row) for part in (made[i : i + per_row], real[i : i + per_row])
-    ]
-    Image.fromarray(torch.cat(strips).numpy()).save(out)
-
-
-def prompt_of(pictures: Pictures, row: int) -> str:
-    """The first of a picture's names, with its style word."""
-    style = pictures.styles[row]
-    return f"{pictures.captions[row][0]}, {style}" if style else pictures.captions[row][0]
+def _text_config(channels: int, side: int, size: Size) -> TextConfig:
+    return TextConfig(
+        in_dim=channels,
+        depth=size.depth,
+        hidden_dim=size.width,
+        head_dim=32,
+        mapping_dim=size.mapping_width,
+        mapping_depth=2,
+        patch_size=PATCH_SIZE,
+        txt_in_dim=MiniLM.width,
+        txt_refiner_dim=size.refiner_width,
+        txt_refiner_head_dim=32,
+        txt_refiner_depth=size.refiner_depth,
+        image_size=side,
+    )

@@ -1,1 +1,1 @@
-"""Measurements of running processes, for ``patchforge bench``."""
+"""Measurements of running processes, for `patchforge bench`."""

@@ -1,6 +1,6 @@
-"""What a gateway adds to a job: the way from a submit to a worker, jobs per second, and memory per watcher.
+"""Measures what a gateway costs: time from submit to claim, jobs per second, and memory per watcher.
 
-The gateway, the queue server and a worker that does nothing are real processes; only the model is missing.
+Gateway, queue server and worker are real processes; only the model is missing.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.bench.noop_worker import CARD, DONE
-from service.bench.raw_http import Connection
-from service.embedded import EmbeddedServer, free_port, tied_to_us
-from service.errors import Unavailable
-from service.events import Preview
-from service.queue import JobQueue
-from service.settings import Settings
-from service.soak.memory import resident
+import psutil
 
-READY_SECONDS = 60.0
-CLAIM_SECONDS = 60.0
+from patchforge.service.bench.noop_worker import CARD, DONE
+from patchforge.service.bench.raw_http import Connection
+from patchforge.service.embedded import EmbeddedServer, free_port, tied_to_parent
+from patchforge.service.errors import Unavailable
+from patchforge.service.messages.events import Preview
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
+
+READY_SECONDS = 180.0  # on a busy machine
+CLAIM_SECONDS = 180.0
 BODY = json.dumps({"prompt": "nothing", "model": CARD.name, "seed": 1, "previews": False}).encode()
 WATCHED = CARD.model_copy(update={"name": "watched"})
-PREVIEWS, PREVIEW_BYTES = 20, 20_000  # to each watcher; one of 64×64 pixels as PNG takes 10 kB or so
+PREVIEWS, PREVIEW_BYTES = 20, 20_000  # per watcher; a PNG of 64×64 pixels has about 10 kB
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds, half and nineteen of twenty below."""
+    """Percentiles in milliseconds."""
 
     p50: float
     p95: float
@@ -48,13 +49,13 @@ class Latency:
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds of processor time, which other load on the machine hardly changes."""
+    """Milliseconds of processor time; other load on the machine hardly changes them."""
 
     gateway_ms: float
     queue_server_ms: float
 
-    def less(self, before: Costs, jobs: int) -> Costs:
-        """What each of ``jobs`` took since then."""
+    def per_job(self, before: Costs, jobs: int) -> Costs:
+        """Costs per job since `before`, for `jobs` jobs."""
         share = 1 / max(1, jobs)
         gateway, queue_server = self.gateway_ms - before.gateway_ms, self.queue_server_ms - before.queue_server_ms
         return Costs(gateway * share, queue_server * share)
@@ -62,44 +63,48 @@ class Costs:
 
 @dataclass(frozen=True)
 class GatewayFigures:
-    """Of one gateway."""
+    """Measurements of one gateway."""
 
     submits: int
     accepted_ms: Latency
-    """From sending a request to having its answer, one request at a time."""
+    """From a request to its answer, one request at a time."""
     claimed_ms: Latency
-    """From sending it to the worker having the job."""
+    """From a request to the worker's claim."""
     clients: int
     seconds: float
     jobs: int
-    """Accepted, claimed and ended within these seconds, from so many clients at once."""
+    """Claimed within `seconds`, from `clients` concurrent clients."""
     jobs_per_second: float
     loaded_claimed_ms: Latency
     job_costs: Costs
-    """Of each of these."""
+    """Costs of one such job."""
     watchers: int
     watched_job_costs: Costs
-    """Of a job whose events, ``PREVIEWS`` previews among them, someone reads as they come."""
+    """Costs of a job with `PREVIEWS` previews and one watcher."""
     idle_mib: float
     watched_mib: float
-    """The most memory it held while so many streams were open and each got its previews."""
+    """Peak memory while `watchers` streams were open and got their previews."""
     cpus: int
     load: float
-    """Of the machine, before it began: with more than nothing, latencies and rates are too pessimistic."""
+    """Load of the machine before the run; above 0, latencies and rates are too pessimistic."""
 
 
 async def bench_gateway(folder: Path, submits: int, clients: int, seconds: float, watchers: int) -> GatewayFigures:
-    """Starts everything on free ports and in ``folder``. Raises Unavailable if it does not come up."""
+    """Start everything in `folder` on free ports, and measure.
+
+    Raises:
+        Unavailable: the gateway was not ready in time, or refused a job.
+    """
     load = os.getloadavg()[0]
     async with _Rig.running(folder) as rig:
-        for _ in range(10):  # what is done for the first time takes longer
-            await rig.one_by_one(10)
-        accepted, claimed = await rig.one_by_one(submits)
-        idle = resident(rig.pid)
+        for _ in range(10):  # warm up
+            await rig.submit_one_by_one(10)
+        accepted, claimed = await rig.submit_one_by_one(submits)
+        idle = rig.memory()
         before = rig.costs()
-        jobs, loaded = await rig.all_at_once(clients, seconds)
+        jobs, loaded = await rig.submit_concurrently(clients, seconds)
         between = rig.costs()
-        watched = await rig.watched(watchers)
+        watched = await rig.measure_watchers(watchers)
         after = rig.costs()
     return GatewayFigures(
         submits=submits,
@@ -110,9 +115,9 @@ async def bench_gateway(folder: Path, submits: int, clients: int, seconds: float
         jobs=jobs,
         jobs_per_second=jobs / seconds,
         loaded_claimed_ms=Latency.of(loaded),
-        job_costs=between.less(before, len(loaded)),
+        job_costs=between.per_job(before, len(loaded)),
         watchers=watchers,
-        watched_job_costs=after.less(between, watchers),
+        watched_job_costs=after.per_job(between, watchers),
         idle_mib=idle / 2**20,
         watched_mib=watched / 2**20,
         cpus=os.cpu_count() or 1,
@@ -121,13 +126,13 @@ async def bench_gateway(folder: Path, submits: int, clients: int, seconds: float
 
 
 class _Rig:
-    """The processes, and what their worker tells."""
+    """The running processes, and the claim times that the worker prints."""
 
     def __init__(self, url: str, server: EmbeddedServer, pid: int, worker: asyncio.subprocess.Process) -> None:
         self.url, self.server, self.pid = url, server, pid
         self._worker = worker
         self._claims: dict[str, float] = {}
-        self._news = asyncio.Condition()
+        self._changed = asyncio.Condition()
 
     @classmethod
     @asynccontextmanager
@@ -142,53 +147,60 @@ class _Rig:
 
                 async def start(*arguments: str) -> asyncio.subprocess.Process:
                     log = stack.enter_context((folder / f"{arguments[-1]}.log").open("wb"))
-                    command = tied_to_us([sys.executable, "-m", *arguments], signal.SIGKILL)
+                    command = tied_to_parent([sys.executable, "-P", "-m", *arguments], signal.SIGKILL)
                     process = await asyncio.create_subprocess_exec(
                         *command, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True
                     )
-                    stack.push_async_callback(_ended, process)
+                    stack.push_async_callback(_stop_process, process)
                     return process
 
-                gateway = await start("service.cli", "gateway")
-                worker = await start("service.bench.noop_worker")
+                gateway = await start("patchforge", "gateway")
+                worker = await start("patchforge.service.bench.noop_worker")
                 rig = cls(f"http://127.0.0.1:{http}", server, gateway.pid, worker)
-                listening = asyncio.create_task(rig._listen())
+                listening = asyncio.create_task(rig._read_claims())
                 stack.callback(listening.cancel)
-                await rig._ready()
+                await rig._wait_until_ready()
                 yield rig
 
     def costs(self) -> Costs:
-        """So far."""
+        """Processor time since the processes started."""
         return Costs(_processor_ms(self.pid), _processor_ms(self.server.pid))
 
-    async def one_by_one(self, submits: int) -> tuple[list[float], list[float]]:
-        """Seconds from each submit to its answer, and to its claim; the next one follows the claim."""
+    def memory(self) -> int:
+        """Resident bytes of the gateway."""
+        return int(psutil.Process(self.pid).memory_info().rss)
+
+    async def submit_one_by_one(self, submits: int) -> tuple[list[float], list[float]]:
+        """Seconds from submit to answer and from submit to claim; the next submit follows the claim."""
         accepted, claimed = [], []
         async with Connection(self.url) as connection:
             for _ in range(submits):
                 began = time.monotonic()
-                job = await _submit(connection, BODY)
+                job = await _submit_job(connection, BODY)
                 accepted.append(time.monotonic() - began)
-                claimed.append(await self._claimed(job) - began)
+                claimed.append(await self._wait_for_claim(job) - began)
         return accepted, claimed
 
-    async def all_at_once(self, clients: int, seconds: float) -> tuple[int, list[float]]:
-        """Jobs claimed within ``seconds`` from so many clients, and for every accepted one the seconds it took."""
+    async def submit_concurrently(self, clients: int, seconds: float) -> tuple[int, list[float]]:
+        """Number of jobs claimed within `seconds`, and the seconds from submit to claim of all accepted jobs."""
         submitted: dict[str, float] = {}
         stop = time.monotonic() + seconds
 
         async def keep_submitting() -> None:
             async with Connection(self.url) as connection:
-                while (began := time.monotonic()) < stop:
-                    submitted[await _submit(connection, BODY)] = began
+                while True:  # at least once, even if it is late by then
+                    began = time.monotonic()
+                    submitted[await _submit_job(connection, BODY)] = began
+                    if time.monotonic() >= stop:
+                        return
 
         await asyncio.gather(*(keep_submitting() for _ in range(clients)))
-        claims = {job: await self._claimed(job) for job in submitted}
+        claims = {job: await self._wait_for_claim(job) for job in submitted}
         took = [claims[job] - began for job, began in submitted.items()]
         return sum(claim < stop for claim in claims.values()), took
 
-    async def watched(self, watchers: int) -> int:
-        """The most bytes the gateway held while ``watchers`` clients each followed a job of their own to its end."""
+    async def measure_watchers(self, watchers: int) -> int:
+        """Peak memory of the gateway in bytes while every watcher follows its own job to the end."""
         queue = JobQueue.connect(self.server.url, Settings(redis_url=self.server.url))
         most = 0
         async with AsyncExitStack() as stack:
@@ -199,37 +211,37 @@ class _Rig:
             for _ in range(watchers):
                 connection = await stack.enter_async_context(Connection(self.url))
                 await queue.announce("watched", [WATCHED])
-                job = await _submit(connection, body)
+                job = await _submit_job(connection, body)
                 await connection.follow(f"/v1/jobs/{job}/events")
                 connections.append(connection)
-            most = max(most, resident(self.pid))
-            reading = [asyncio.create_task(connection.until(b"event: completed")) for connection in connections]
+            most = max(most, self.memory())
+            reading = [asyncio.create_task(connection.read_until(b"event: completed")) for connection in connections]
             claims = [await queue.claim("bench", [WATCHED.name], block_seconds=0) for _ in range(watchers)]
             for evaluation in range(1, PREVIEWS + 1):
                 for claim in filter(None, claims):
-                    await queue.publish(claim, _preview(evaluation))
-                most = max(most, resident(self.pid))
+                    await queue.publish(claim, _build_preview(evaluation))
+                most = max(most, self.memory())
             for claim in filter(None, claims):
                 await queue.finish(claim, DONE)
             await asyncio.gather(*reading)
-            return max(most, resident(self.pid))
+            return max(most, self.memory())
 
-    async def _claimed(self, job: str) -> float:
-        """When the worker had it, on the monotonic clock."""
-        async with asyncio.timeout(CLAIM_SECONDS), self._news:
-            await self._news.wait_for(lambda: job in self._claims)
+    async def _wait_for_claim(self, job: str) -> float:
+        """Time of the claim, on the monotonic clock."""
+        async with asyncio.timeout(CLAIM_SECONDS), self._changed:
+            await self._changed.wait_for(lambda: job in self._claims)
         return self._claims[job]
 
-    async def _listen(self) -> None:
+    async def _read_claims(self) -> None:
         if self._worker.stdout is None:
             return
         async for line in self._worker.stdout:
             job, moment = line.split()
-            async with self._news:
+            async with self._changed:
                 self._claims[job.decode()] = float(moment)
-                self._news.notify_all()
+                self._changed.notify_all()
 
-    async def _ready(self) -> None:
+    async def _wait_until_ready(self) -> None:
         give_up = time.monotonic() + READY_SECONDS
         while time.monotonic() < give_up:
             with suppress(OSError, EOFError):
@@ -240,23 +252,21 @@ class _Rig:
         raise Unavailable(f"the gateway was not ready in {READY_SECONDS:.0f} s")
 
 
-async def _submit(connection: Connection, body: bytes) -> str:
+async def _submit_job(connection: Connection, body: bytes) -> str:
     status, answer = await connection.post("/v1/jobs", body)
     if status != 202:
-        raise Unavailable(f"a submit was answered with {status}: {answer.decode(errors='replace')[:200]}")
+        raise Unavailable(f"the gateway refused a job with status {status}: {answer.decode(errors='replace')[:200]}")
     job: str = json.loads(answer)["id"]
     return job
 
 
 def _processor_ms(pid: int) -> float:
-    """Of a process, so far; 0 where there is no ``/proc``."""
-    with suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-        return 1000 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return 0.0
+    """Processor time of a process since it started."""
+    times = psutil.Process(pid).cpu_times()
+    return 1000 * (times.user + times.system)
 
 
-async def _ended(process: asyncio.subprocess.Process) -> None:
+async def _stop_process(process: asyncio.subprocess.Process) -> None:
     with suppress(ProcessLookupError):
         process.terminate()
     with suppress(TimeoutError):
@@ -267,7 +277,7 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _preview(evaluation: int) -> Preview:
+def _build_preview(evaluation: int) -> Preview:
     return Preview(
         index=0,
         evaluation=evaluation,

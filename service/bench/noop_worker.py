@@ -1,4 +1,4 @@
-"""A worker without a model, as a process: takes jobs, ends each at once, and prints its id and when it was claimed."""
+"""A worker process without a model: claims jobs, prints their ids and claim times, and completes them at once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import signal
 import sys
 import time
 
-from service.events import Completed
-from service.queue import JobQueue
-from service.sampler_options import Euler
-from service.schemas import ModelCard, SavingsReport
-from service.settings import Settings
+from patchforge.service.messages.events import Completed
+from patchforge.service.messages.samplers import Euler
+from patchforge.service.messages.schemas import ModelCard, SavingsReport
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
 
 CARD = ModelCard(
     name="nothing",
@@ -41,11 +41,11 @@ DONE = Completed(
     )
 )
 ANNOUNCE_SECONDS = 2.0
-LOOPS = 2  # so that one claims while another's finish is on its way
+LOOPS = 2  # so that one loop claims while the other finishes a job
 
 
 async def main() -> None:
-    """Runs until SIGTERM, or until whoever reads its output has gone."""
+    """Run until SIGTERM, or until the reader of its output has gone."""
     settings = Settings()
     queue = JobQueue.connect(settings.redis_url or "", settings)
     this = asyncio.current_task()
@@ -53,24 +53,24 @@ async def main() -> None:
     name = f"nothing-{os.getpid()}"
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(_announce(queue, name))
+            group.create_task(_announce_card(queue, name))
             for number in range(LOOPS):
-                group.create_task(_work(queue, f"{name}-{number}"))
+                group.create_task(_complete_jobs(queue, f"{name}-{number}"))
     finally:
         await queue.close()
 
 
-async def _announce(queue: JobQueue, name: str) -> None:
+async def _announce_card(queue: JobQueue, name: str) -> None:
     while True:
         await queue.announce(name, [CARD])
         await asyncio.sleep(ANNOUNCE_SECONDS)
 
 
-async def _work(queue: JobQueue, name: str) -> None:
+async def _complete_jobs(queue: JobQueue, name: str) -> None:
     while True:
         claim = await queue.claim(name, [CARD.name], block_seconds=1.0)
         if claim is not None:
-            # Comparable with other processes' readings: the clock is the machine's.
+            # All processes share this clock, so they can compare its times.
             sys.stdout.write(f"{claim.job.id} {time.monotonic():.6f}\n")
             sys.stdout.flush()
             await queue.finish(claim, DONE)

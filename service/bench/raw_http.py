@@ -1,4 +1,4 @@
-"""As much of an HTTP client as a measurement needs, so that little of what it measures is its own work."""
+"""A minimal HTTP client for measurements, so that its own work hardly counts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
-from service.errors import Unavailable
+from patchforge.service.errors import Unavailable
 
 
 class Connection:
-    """One kept-alive connection, one request at a time. Raises OSError or EOFError when the server hangs up."""
+    """One kept-alive connection; one request at a time.
+
+    Raises:
+        OSError: the connection failed.
+        EOFError: the server closed it.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -27,24 +32,28 @@ class Connection:
         self._writer.close()
 
     async def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body."""
+        """Status and body of the answer."""
         self._send("GET", path, b"")
-        return await self._answer()
+        return await self._read_answer()
 
     async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
-        """Status and body; what is sent is JSON."""
+        """Send JSON; status and body of the answer."""
         self._send("POST", path, body)
-        return await self._answer()
+        return await self._read_answer()
 
     async def follow(self, path: str) -> None:
-        """Opens a stream of server-sent events. Raises Unavailable if it is refused."""
-        self._send("GET", path, b"")
-        status = _status(await self._reader.readuntil(b"\r\n\r\n"))
-        if status != 200:
-            raise Unavailable(f"{path} was answered with {status}")
+        """Open a stream of server-sent events.
 
-    async def until(self, text: bytes) -> int:
-        """Reads a stream until this text; the bytes read."""
+        Raises:
+            Unavailable: the server refused it.
+        """
+        self._send("GET", path, b"")
+        status = _parse_status(await self._reader.readuntil(b"\r\n\r\n"))
+        if status != 200:
+            raise Unavailable(f"{path}: status {status}")
+
+    async def read_until(self, text: bytes) -> int:
+        """Read a stream until this text; the number of bytes read."""
         tail, size = b"", 0
         while text not in tail:
             chunk = await self._reader.read(1 << 16)
@@ -60,11 +69,11 @@ class Connection:
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         self._writer.write(head.encode() + b"\r\n" + body)
 
-    async def _answer(self) -> tuple[int, bytes]:
+    async def _read_answer(self) -> tuple[int, bytes]:
         head = await self._reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
-        return _status(head), await self._reader.readexactly(length)
+        return _parse_status(head), await self._reader.readexactly(length)
 
 
-def _status(head: bytes) -> int:
+def _parse_status(head: bytes) -> int:
     return int(head.split(b" ", 2)[1])

@@ -1,10 +1,10 @@
-"""A thin client of the REST API: jobs, their events and their pictures, sync and async, with typed errors."""
+"""A thin client of the REST API, sync and async: jobs, their events and pictures, and typed errors."""
 
-from service.client.asynchronous import AsyncClient
-from service.client.errors import UnexpectedAnswer, Unreachable
-from service.client.results import Picture, Result
-from service.client.sync import Client
-from service.errors import JobCancelled, JobExpired
+from patchforge.service.client.asynchronous import AsyncClient
+from patchforge.service.client.errors import UnexpectedAnswer, Unreachable
+from patchforge.service.client.results import Picture, Result
+from patchforge.service.client.sync import Client
+from patchforge.service.errors import JobCancelled, JobExpired
 
 __all__ = [
     "AsyncClient",

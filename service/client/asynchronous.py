@@ -1,4 +1,4 @@
-"""The same client for programs with an event loop."""
+"""The client for programs with an event loop."""
 
 from __future__ import annotations
 
@@ -12,17 +12,29 @@ from typing import Any, Self
 import httpx
 from httpx_sse import aconnect_sse
 
-from service.client import wire
-from service.client.errors import UnexpectedAnswer, Unreachable, raise_for, unreachable
-from service.client.results import Picture, Result
-from service.errors import PatchforgeError, Unavailable
-from service.events import TERMINAL_EVENTS, Completed, Event
-from service.outcomes import raise_if_lost
-from service.schemas import GenerationRequest, Job, ModelCard
+from patchforge.service.client import wire
+from patchforge.service.client.errors import UnexpectedAnswer, Unreachable, raise_for, unreachable
+from patchforge.service.client.results import Picture, Result
+from patchforge.service.errors import PatchforgeError, Unavailable
+from patchforge.service.messages.endings import raise_if_lost
+from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Event
+from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
 
 
 class AsyncClient:
-    """Talks to one server; use it as an async context manager, or `aclose` it. Its methods are those of `Client`."""
+    """Talks to one server; use it as an async context manager, or call `aclose`.
+
+    It has the methods of `Client`, which raise the same errors.
+
+    >>> import asyncio
+    >>> from patchforge import AsyncClient
+    >>> async def draw(*prompts):
+    ...     async with AsyncClient("http://127.0.0.1:8000") as client:
+    ...         calls = [client.generate(model="emoji-text", prompt=prompt, seed=7) for prompt in prompts]
+    ...         return await asyncio.gather(*calls)  # in flight together, they share network evaluations
+    >>> [made.pictures[0].content_type for made in asyncio.run(draw("blue heart", "cat face"))]
+    ['image/png', 'image/png']
+    """
 
     def __init__(
         self,
@@ -32,7 +44,7 @@ class AsyncClient:
         timeout: float = wire.TIMEOUT_SECONDS,
         verify: ssl.SSLContext | bool = True,
     ) -> None:
-        """``timeout``: seconds of silence after which a connection counts as broken; ``verify``: as in httpx."""
+        """`timeout`: seconds of silence before a connection counts as broken. `verify`: as in httpx."""
         self._http = httpx.AsyncClient(base_url=url, headers=wire.headers(api_key), timeout=timeout, verify=verify)
 
     async def __aenter__(self) -> Self:
@@ -44,35 +56,42 @@ class AsyncClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Closes all connections."""
+        """Close all connections."""
         await self._http.aclose()
 
     async def models(self) -> list[ModelCard]:
-        """What can be asked for now."""
+        """The models that the server can use now."""
         return wire.cards(await self._send("GET", "/v1/models"))
 
     async def submit(
         self, request: GenerationRequest | None = None, *, idempotency_key: str | None = None, **fields: Any
     ) -> Job:
-        """Queues a job that lives on without its caller; ``fields`` are those of :class:`GenerationRequest`."""
+        """Queue a job, which goes on without its caller; `fields` are the fields of `GenerationRequest`."""
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
         sent = await self._send("POST", "/v1/jobs", json=wire.body(request, fields), headers=headers)
         return wire.parsed(Job, sent)
 
     async def job(self, job_id: str) -> Job:
-        """A job as it stands; with its report once it has completed."""
+        """The current state of a job; includes its report if it has completed."""
         return wire.parsed(Job, await self._send("GET", f"/v1/jobs/{job_id}"))
 
     async def cancel(self, job_id: str) -> Job:
-        """Cancels a job; harmless on one that has ended."""
+        """Cancel a job; do nothing if it has ended."""
         return wire.parsed(Job, await self._send("DELETE", f"/v1/jobs/{job_id}"))
 
     async def picture(self, job: Job, index: int = 0) -> Picture:
-        """A finished picture."""
+        """A finished picture of a job.
+
+        Raises:
+            NotReady: the job has no picture yet, or will never have one.
+        """
         return wire.picture(await self._send("GET", f"/v1/jobs/{job.id}/image", params={"index": index}), job, index)
 
     async def watch(self, job_id: str, after: str | None = None) -> AsyncGenerator[tuple[str, Event], None]:
-        """A job's events with their ids, from the one after ``after`` to its end; broken connections are resumed."""
+        """The events of a job with their ids, from the event after the id `after` to the end.
+
+        Broken connections are resumed, without lost or repeated events.
+        """
         path = f"/v1/jobs/{job_id}/events"
         place = wire.Place(self._http.base_url.join(path), after)
         while True:
@@ -83,6 +102,8 @@ class AsyncClient:
                     if not source.response.is_success:
                         await source.response.aread()
                         raise_for(source.response)
+                    if source.response.status_code == httpx.codes.NO_CONTENT:  # the job has ended
+                        return
                     async with aclosing(source.aiter_sse()) as stream:
                         async for sent in stream:
                             event = place.take(sent)
@@ -90,7 +111,7 @@ class AsyncClient:
                                 yield sent.id, event
                             if isinstance(event, TERMINAL_EVENTS):
                                 return
-                if place.after == before:  # nothing more may ever come: the job has ended, and we had seen it end
+                if place.after == before:  # no event came; if the job ended before this connection, none will
                     if place.over:
                         return
                     place.over = (await self.job(job_id)).status.terminal
@@ -105,9 +126,12 @@ class AsyncClient:
         on_event: Callable[[Event], None] | None = None,
         **fields: Any,
     ) -> Result:
-        """Draws pictures and waits for them. Whatever interrupts the wait, cancellation included, cancels the job.
+        """Draw pictures and wait for them. An interruption, such as cancellation of the task, cancels the job.
 
-        ``on_event`` is told of every event. A job that does not complete raises :class:`JobFailed`.
+        `fields` are the fields of `GenerationRequest`; `on_event` gets every event.
+
+        Raises:
+            JobFailed: the job failed, was cancelled, or expired.
         """
         job = await self._submit_or_cancel(request, fields)
         ended = False
@@ -126,13 +150,13 @@ class AsyncClient:
                 with suppress(PatchforgeError):
                     await self.cancel(job.id)
             raise
-        raise UnexpectedAnswer("the job's events broke off")
+        raise UnexpectedAnswer("the job's events ended without a final event")
 
     async def _submit_or_cancel(self, request: GenerationRequest | None, fields: dict[str, Any]) -> Job:
         submitting = asyncio.ensure_future(self.submit(request, **fields))
         try:
             return await asyncio.shield(submitting)
-        except asyncio.CancelledError:  # the server may accept the job all the same, and nobody waits for it now
+        except asyncio.CancelledError:  # the server may still accept the job, but nobody waits for it
             with suppress(PatchforgeError):
                 await self.cancel((await submitting).id)
             raise

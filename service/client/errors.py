@@ -1,8 +1,4 @@
-"""What a server's refusals become: the errors of `service.errors` again, and a few that only a client meets.
-
-Unreachable           no server there, or the connection broke and stayed so
-UnexpectedAnswer      whatever answered is not a Patchforge server, or one far from this client's version
-"""
+"""Turns answers of a server into the errors of `patchforge.service.errors`; adds two that only a client meets."""
 
 from __future__ import annotations
 
@@ -12,35 +8,40 @@ from typing import Any
 
 import httpx
 
-from service.errors import PatchforgeError
+from patchforge.service.errors import PatchforgeError
 
 
 class Unreachable(PatchforgeError):
-    """The server cannot be reached, or went away and did not come back."""
+    """The server cannot be reached, or the connection broke and could not be restored."""
 
     code = "unreachable"
 
 
 class UnexpectedAnswer(PatchforgeError):
-    """The answer is none that this client knows."""
+    """The answer does not come from a Patchforge server, or its version differs too much from this client's."""
 
     code = "unexpected_answer"
 
 
 def unreachable(url: httpx.URL | str, error: httpx.TransportError) -> Unreachable:
-    """What a broken connection is called."""
+    """The error for a failed connection."""
     return Unreachable(f"no answer from {url}: {str(error) or type(error).__name__}")
 
 
 def raise_for(response: httpx.Response) -> None:
-    """Raises what the server meant, unless it meant well. The body has been read."""
+    """Raise the error of an answer, if it is one. Its body must have been read.
+
+    Raises:
+        PatchforgeError: the server refused the request.
+        UnexpectedAnswer: the body is not an error of this API.
+    """
     if response.is_success:
         return
     try:
         body = json.loads(response.content)
         error = _refusal(response, body.get("error") or body)
     except (ValueError, AttributeError):
-        raise UnexpectedAnswer(f"{response.url} answered {response.status_code}, without saying why") from None
+        raise UnexpectedAnswer(f"{response.url} answered {response.status_code} without a readable reason") from None
     raise error
 
 

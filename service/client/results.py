@@ -1,4 +1,4 @@
-"""What a client gets: pictures, and what making them cost."""
+"""What a client gets: pictures and the report of their job."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.schemas import Job, SavingsReport
+from patchforge.service.messages.schemas import Job, SavingsReport
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -15,19 +15,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """One finished picture, encoded as it came."""
+    """One finished picture, as encoded by the server."""
 
     data: bytes = field(repr=False)
     content_type: str
     seed: int
 
     def save(self, path: str | Path) -> None:
-        """Write it as it came, whatever ``path`` ends in."""
+        """Write the encoded picture; the extension of `path` does not change its format."""
         Path(path).write_bytes(self.data)
 
     @property
     def image(self) -> Image:
-        """Decoded, for Pillow."""
+        """The picture, decoded by Pillow.
+
+        Raises:
+            ImportError: Pillow is not installed; the base install does not have it.
+        """
         from PIL import Image
 
         return Image.open(BytesIO(self.data))

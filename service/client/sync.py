@@ -1,4 +1,4 @@
-"""The client for ordinary programs."""
+"""The client for programs without an event loop."""
 
 from __future__ import annotations
 
@@ -12,20 +12,35 @@ from typing import Any, Self
 import httpx
 from httpx_sse import connect_sse
 
-from service.client import wire
-from service.client.errors import UnexpectedAnswer, Unreachable, raise_for, unreachable
-from service.client.results import Picture, Result
-from service.errors import PatchforgeError, Unavailable
-from service.events import TERMINAL_EVENTS, Completed, Event
-from service.outcomes import raise_if_lost
-from service.schemas import GenerationRequest, Job, ModelCard
+from patchforge.service.client import wire
+from patchforge.service.client.errors import UnexpectedAnswer, Unreachable, raise_for, unreachable
+from patchforge.service.client.results import Picture, Result
+from patchforge.service.errors import PatchforgeError, Unavailable
+from patchforge.service.messages.endings import raise_if_lost
+from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Event
+from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
 
 
 class Client:
-    """Talks to one server; use it as a context manager, or `close` it.
+    """Talks to one server; use it as a context manager, or call `close`.
 
-    Every method raises :class:`PatchforgeError`: the server's refusal with its ``field``, or
-    :class:`~service.client.Unreachable`.
+    >>> from patchforge import Client
+    >>> with Client("http://127.0.0.1:8000") as client:
+    ...     made = client.generate(model="emoji-text", prompt="red apple, 3d", seed=7)
+    >>> made.pictures[0].save("apple.png")
+    >>> print(f"saved {made.report.savings_ratio:.0%} of the dense run's patch evaluations")  # doctest: +ELLIPSIS
+    saved ...% of the dense run's patch evaluations
+
+    Every method raises a `PatchforgeError`: one of `patchforge.service.errors` if the server refuses, with the request
+    `field` at fault; `Unreachable` if no server answers; `UnexpectedAnswer` if something else answers.
+
+    >>> from patchforge import PatchforgeError
+    >>> with Client("http://127.0.0.1:8000") as client:
+    ...     try:
+    ...         client.submit(model="emoji-text", prompt="red apple, 3d", steps=0)
+    ...     except PatchforgeError as error:
+    ...         print(error.code, error.field)
+    invalid_request steps
     """
 
     def __init__(
@@ -36,7 +51,7 @@ class Client:
         timeout: float = wire.TIMEOUT_SECONDS,
         verify: ssl.SSLContext | bool = True,
     ) -> None:
-        """``timeout``: seconds of silence after which a connection counts as broken; ``verify``: as in httpx."""
+        """`timeout`: seconds of silence before a connection counts as broken. `verify`: as in httpx."""
         self._http = httpx.Client(base_url=url, headers=wire.headers(api_key), timeout=timeout, verify=verify)
 
     def __enter__(self) -> Self:
@@ -48,34 +63,49 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes all connections."""
+        """Close all connections."""
         self._http.close()
 
     def models(self) -> list[ModelCard]:
-        """What can be asked for now."""
+        """The models that the server can use now."""
         return wire.cards(self._send("GET", "/v1/models"))
 
     def submit(
         self, request: GenerationRequest | None = None, *, idempotency_key: str | None = None, **fields: Any
     ) -> Job:
-        """Queues a job that lives on without its caller; ``fields`` are those of :class:`GenerationRequest`."""
+        """Queue a job, which goes on without its caller; `fields` are the fields of `GenerationRequest`.
+
+        >>> with Client("http://127.0.0.1:8000") as client:
+        ...     job = client.submit(model="emoji-text", prompt="blue heart", steps=6)
+        ...     kinds = [event.type for _, event in client.watch(job.id)]
+        ...     picture = client.picture(job)
+        >>> kinds[0], kinds[-1]
+        ('queued', 'completed')
+        """
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
         return wire.parsed(Job, self._send("POST", "/v1/jobs", json=wire.body(request, fields), headers=headers))
 
     def job(self, job_id: str) -> Job:
-        """A job as it stands; with its report once it has completed."""
+        """The current state of a job; includes its report if it has completed."""
         return wire.parsed(Job, self._send("GET", f"/v1/jobs/{job_id}"))
 
     def cancel(self, job_id: str) -> Job:
-        """Cancels a job; harmless on one that has ended."""
+        """Cancel a job; do nothing if it has ended."""
         return wire.parsed(Job, self._send("DELETE", f"/v1/jobs/{job_id}"))
 
     def picture(self, job: Job, index: int = 0) -> Picture:
-        """A finished picture."""
+        """A finished picture of a job.
+
+        Raises:
+            NotReady: the job has no picture yet, or will never have one.
+        """
         return wire.picture(self._send("GET", f"/v1/jobs/{job.id}/image", params={"index": index}), job, index)
 
     def watch(self, job_id: str, after: str | None = None) -> Generator[tuple[str, Event], None, None]:
-        """A job's events with their ids, from the one after ``after`` to its end; broken connections are resumed."""
+        """The events of a job with their ids, from the event after the id `after` to the end.
+
+        Broken connections are resumed, without lost or repeated events.
+        """
         path = f"/v1/jobs/{job_id}/events"
         place = wire.Place(self._http.base_url.join(path), after)
         while True:
@@ -86,13 +116,15 @@ class Client:
                     if not source.response.is_success:
                         source.response.read()
                         raise_for(source.response)
+                    if source.response.status_code == httpx.codes.NO_CONTENT:  # the job has ended
+                        return
                     for sent in source.iter_sse():
                         event = place.take(sent)
                         if event is not None:
                             yield sent.id, event
                         if isinstance(event, TERMINAL_EVENTS):
                             return
-                if place.after == before:  # nothing more may ever come: the job has ended, and we had seen it end
+                if place.after == before:  # no event came; if the job ended before this connection, none will
                     if place.over:
                         return
                     place.over = self.job(job_id).status.terminal
@@ -107,9 +139,17 @@ class Client:
         on_event: Callable[[Event], None] | None = None,
         **fields: Any,
     ) -> Result:
-        """Draws pictures and waits for them. Whatever interrupts the wait, Ctrl-C included, cancels the job.
+        """Draw pictures and wait for them. An interruption, such as Ctrl-C, cancels the job.
 
-        ``on_event`` is told of every event. A job that does not complete raises :class:`JobFailed`.
+        `fields` are the fields of `GenerationRequest`; `on_event` gets every event.
+
+        >>> with Client("http://127.0.0.1:8000") as client:
+        ...     result = client.generate(model="emoji-text", prompt="red apple", n=2, on_event=lambda event: None)
+        >>> len(result.pictures)
+        2
+
+        Raises:
+            JobFailed: the job failed, was cancelled, or expired.
         """
         job = self.submit(request, **fields)
         ended = False
@@ -128,7 +168,7 @@ class Client:
                 with suppress(PatchforgeError):
                     self.cancel(job.id)
             raise
-        raise UnexpectedAnswer("the job's events broke off")
+        raise UnexpectedAnswer("the job's events ended without a final event")
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:

@@ -1,1 +1,1 @@
-"""The network face of Patchforge: REST, OpenAI-compatible REST and gRPC over one job queue; free of torch."""
+"""The network side of Patchforge: REST, OpenAI-compatible REST and gRPC over one job queue. Never imports torch."""

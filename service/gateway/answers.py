@@ -1,4 +1,4 @@
-"""What callers may be told, for the OpenAPI document: every status beside success, with the shape it comes in."""
+"""The responses that the OpenAPI document lists: every status except success, with the schema of its body."""
 
 from __future__ import annotations
 
@@ -7,42 +7,44 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 MEANINGS = {
-    400: "A field is wrong: `param` names it.",
-    401: "No API key, or one that is not known.",
-    404: "No such thing; or it has expired, or is another's.",
-    408: "The body did not arrive in time.",
-    409: "The job has no such picture yet, or never will; or it was cancelled while you waited for it.",
-    413: "The body is too large.",
-    415: "The body is not of the media type this call takes.",
-    422: "A field is wrong: `field` names it.",
-    429: "This API key asks too often, or has too many jobs in flight; try again after `Retry-After` seconds.",
-    500: "The job failed, or something went wrong on our side.",
-    503: "The queue is full or away, no worker is ready, or the server is stopping; `Retry-After` says when to try.",
-    504: "No worker was free before `deadline_seconds` had passed.",
+    400: "A field is not valid: `param` names it.",
+    401: "The API key is missing or not valid.",
+    404: "It does not exist, has expired, or belongs to another API key.",
+    408: "The request body did not arrive in time.",
+    409: "The job has no such picture yet, will never have it, or was cancelled.",
+    413: "The request body is too large.",
+    415: "The request body has the wrong media type.",
+    422: "A field is not valid: `field` names it.",
+    429: "This API key has reached its rate limit or its concurrent-job limit: retry after `Retry-After` seconds.",
+    500: "The job failed, or the server had an unexpected error.",
+    501: "Only another server version supports or can read this: see *Versions side by side* in docs/operation.md.",
+    503: "The queue is full or unreachable, no worker is ready or fast enough, or the server is shutting down.",
+    504: "No worker was free within `deadline_seconds`.",
 }
 BODY = (408, 413, 415)
 SERVER_SENT_EVENT = {
     "type": "object",
-    "description": "One of the events.",
+    "description": "One event.",
     "properties": {
         "id": {"type": "string"},
-        "event": {"type": "string", "description": "The `type` in `data`."},
+        "event": {"type": "string", "description": "The `type` field of `data`."},
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
     "required": ["event", "data"],
 }
-RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait before trying again.", "schema": {"type": "integer"}}}
 
 
 class ProblemDetails(BaseModel):
-    """RFC 9457 problem details."""
+    """An error in the native API: RFC 9457 problem details."""
 
-    type: str = Field(description="`urn:patchforge:error:` and the code.")
+    type: str = Field(description="`urn:patchforge:error:` followed by the code.")
     title: str
     status: int
     detail: str
-    code: str = Field(description="A stable word for programs.")
-    field: str | None = Field(description="The field at fault.")
+    code: str = Field(description="A stable name of the error, for programs.")
+    field: str | None = Field(description="The field that is not valid, or null.")
+    request_id: str | None = Field(description="The answer's `x-request-id`, which is in the gateway's log too.")
 
 
 class OpenAIError(BaseModel):
@@ -55,13 +57,13 @@ class OpenAIError(BaseModel):
 
 
 class OpenAIErrorBody(BaseModel):
-    """An error as OpenAI's clients expect it."""
+    """The error body that OpenAI's clients expect."""
 
     error: OpenAIError
 
 
 class InferenceError(BaseModel):
-    """An error of the Open Inference Protocol."""
+    """The error body of the Open Inference Protocol."""
 
     error: str
 
@@ -70,22 +72,22 @@ Answers = dict[int | str, dict[str, Any]]
 
 
 def problems(*statuses: int) -> Answers:
-    """Refusals of the native API."""
+    """The native API's errors with these statuses."""
     return _answers(ProblemDetails, "application/problem+json", statuses)
 
 
 def openai_errors(*statuses: int) -> Answers:
-    """Refusals of the APIs that are OpenAI's."""
+    """The OpenAI-compatible API's errors with these statuses."""
     return _answers(OpenAIErrorBody, "application/json", statuses)
 
 
 def inference_errors(*statuses: int) -> Answers:
-    """Refusals of the Open Inference Protocol."""
+    """The Open Inference Protocol's errors with these statuses."""
     return _answers(InferenceError, "application/json", statuses)
 
 
 def success(media_type: str, description: str, schema: dict[str, Any] | None = None) -> Answers:
-    """The answer 200 of a call whose body FastAPI cannot tell from its code."""
+    """A 200 response whose body FastAPI cannot infer from the code."""
     return {200: {"description": description, "content": {media_type: {"schema": schema or {"type": "string"}}}}}
 
 

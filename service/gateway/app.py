@@ -1,53 +1,63 @@
-"""A gateway from start to end: the HTTP application, and the life of the process that serves it next to gRPC."""
+"""The gateway process: builds the HTTP application and runs the HTTP and gRPC servers from start to shutdown."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from service import tracing
-from service.errors import Unavailable
-from service.gateway import inference_rest, maps, openai_api, problems, rest, spans, telemetry
-from service.gateway.auth import ApiKeys, Authenticated
-from service.gateway.http_server import HttpServer
-from service.gateway.jobs import JobService
-from service.gateway.openapi import Api, add_docs
-from service.gateway.rpc import RpcServer
-from service.gateway.telemetry import Measured
-from service.gateway.tls import certificate
-from service.metrics import GatewayMetrics
-from service.queue import JobQueue
-from service.schemas import Job
-from service.settings import Settings
+from patchforge.service import tracing
+from patchforge.service.errors import Unavailable
+from patchforge.service.gateway import maps, metrics_api, problems, rest, spans
+from patchforge.service.gateway.acceptor import raise_file_limit
+from patchforge.service.gateway.addresses import reachable
+from patchforge.service.gateway.auth import ApiKeys, AuthMiddleware
+from patchforge.service.gateway.body import BodySizeMiddleware
+from patchforge.service.gateway.head import HeadMiddleware
+from patchforge.service.gateway.http_server import HttpServer
+from patchforge.service.gateway.inference import rest as inference_rest
+from patchforge.service.gateway.jobs import JobService
+from patchforge.service.gateway.metrics import GatewayMetrics
+from patchforge.service.gateway.metrics_api import MetricsMiddleware
+from patchforge.service.gateway.openai import api as openai_api
+from patchforge.service.gateway.openapi import Api, add_docs
+from patchforge.service.gateway.prefix import PrefixMiddleware
+from patchforge.service.gateway.problems import UnexpectedErrorMiddleware
+from patchforge.service.gateway.request_ids import RequestIdMiddleware
+from patchforge.service.gateway.rpc.server import RpcServer
+from patchforge.service.gateway.tls import load_certificate
+from patchforge.service.messages.schemas import Job
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
 
 PLAYGROUND = Path(__file__).parent / "playground"
 PLAYGROUND_HEADERS = {
-    "Cache-Control": "no-cache",  # revalidated by ETag, so that an upgrade shows at once
+    "Cache-Control": "no-cache",  # the browser asks again with the ETag, so an upgrade shows at once
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
-TICK = 1.0  # seconds between looks at whether requests can be served
+TICK = 1.0  # seconds between readiness checks
 
 log = structlog.get_logger(__name__)
 
 
 def create_app(settings: Settings, service: JobService, metrics: GatewayMetrics, keys: ApiKeys) -> FastAPI:
-    """The HTTP application; whoever serves it closes ``service``."""
+    """Builds the HTTP application. The caller keeps `service` and must close it."""
     app = Api(
         title="Patchforge",
         version="1",
         description="Patch Forcing image generation: easy regions finish early, hard ones get the compute.",
-        max_body_size=settings.max_body_bytes,
         separate_input_output_schemas=False,
         docs_url=None,
         redoc_url=None,
@@ -56,20 +66,18 @@ def create_app(settings: Settings, service: JobService, metrics: GatewayMetrics,
     app.state.settings, app.state.service, app.state.metrics = settings, service, metrics
     app.state.grpc_port = settings.grpc_port
     problems.install(app)
-    app.add_middleware(Authenticated, keys=keys)
-    _add_cors(app, settings)  # outside of it, for a browser asks first, and without a key
-    app.add_middleware(Measured, metrics=metrics)  # added last, it is outermost, and counts refusals too
-    for router in (rest.router, rest.jobs, maps.router, openai_api.router, inference_rest.router, telemetry.router):
+    uploads = (rest.uploads, openai_api.uploads, inference_rest.uploads)
+    _add_middleware(app, settings, metrics, keys, uploads)
+    small = (rest.router, rest.jobs, maps.router, openai_api.router, inference_rest.router, metrics_api.router)
+    for router in (*small, *uploads):
         app.include_router(router)
-    for router in (rest.uploads, openai_api.uploads, inference_rest.uploads):
-        app.include_router(router, max_body_size=settings.max_upload_bytes)
     add_docs(app)
     _add_playground(app)
     return app
 
 
 class Playground(StaticFiles):
-    """The files of the browser page."""
+    """Serves the files of the playground page."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)
@@ -77,14 +85,31 @@ class Playground(StaticFiles):
         return response
 
 
+def _add_middleware(
+    app: FastAPI, settings: Settings, metrics: GatewayMetrics, keys: ApiKeys, uploads: Iterable[APIRouter]
+) -> None:
+    """Adds what every request passes through. What is added last comes first."""
+    may_be_large = [route.path_regex for router in uploads for route in router.routes if isinstance(route, APIRoute)]
+    app.add_middleware(HeadMiddleware)
+    app.add_middleware(
+        BodySizeMiddleware, most=settings.max_body_bytes, most_upload=settings.max_upload_bytes, uploads=may_be_large
+    )
+    app.add_middleware(AuthMiddleware, keys=keys)
+    app.add_middleware(UnexpectedErrorMiddleware)
+    _add_cors(app, settings)  # before the key check: a browser's preflight request carries no key
+    app.add_middleware(MetricsMiddleware, metrics=metrics)  # counts refusals too
+    app.add_middleware(PrefixMiddleware, root_path=settings.root_path)
+    app.add_middleware(RequestIdMiddleware)
+
+
 def _add_cors(app: FastAPI, settings: Settings) -> None:
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["ETag", "Location", "Retry-After"],
+            expose_headers=["ETag", "Location", "Retry-After", "X-Request-Id"],
         )
 
 
@@ -97,36 +122,39 @@ def _add_playground(app: FastAPI) -> None:
 
     @app.get("/playground/server.json", include_in_schema=False)
     async def server() -> dict[str, Any]:
-        # For the page's snippets: it knows only where it came from itself.
+        # The page shows gRPC code, and knows only its own HTTP address.
         return {"grpc_port": app.state.grpc_port}
 
     app.mount("/playground", files)
 
 
 class Gateway:
-    """Both servers over one queue: startup, main loop, tick, shutdown. Make it inside the event loop."""
+    """The HTTP and gRPC servers over one queue. Create it inside the event loop.
+
+    Its life is four methods: `startup`, `main_loop`, `tick` and `shutdown`; `serve` calls them.
+    """
 
     def __init__(self, settings: Settings, queue: JobQueue) -> None:
         self.settings = settings
-        self.service = JobService(queue)
+        self.service = JobService(queue, settings.default_models)
         metrics = GatewayMetrics(CollectorRegistry(), settings.max_waiting)
 
-        def ended_in_queue(job: Job) -> None:
-            metrics.request_ended_in_queue(job)
+        def record_end(job: Job) -> None:
+            metrics.count_request_ended_in_queue(job)
             tracing.ended_in_queue(job)
 
-        queue.on_ended = ended_in_queue
+        queue.on_ended = record_end
         keys = ApiKeys(settings.api_keys)
-        shown = certificate(settings)
+        certificate = load_certificate(settings)
         self.app = create_app(settings, self.service, metrics, keys)
-        self.http = HttpServer(self.app, settings, shown)
-        self.rpc = RpcServer(self.service, metrics, keys, settings, shown)
+        self.http = HttpServer(self.app, settings, certificate)
+        self.rpc = RpcServer(self.service, metrics, keys, settings, certificate)
         self.http_port = self.grpc_port = 0
         self._stopping = asyncio.Event()
-        self._reason: str | None = ""  # why requests cannot be served, None if they can
+        self._reason: str | None = ""  # why the gateway is not ready; None when it is
 
     async def serve(self) -> None:
-        """Runs until :meth:`stop`."""
+        """Runs until `stop` is called."""
         try:
             await self.startup()
             await self.main_loop()
@@ -137,15 +165,16 @@ class Gateway:
         self._stopping.set()
 
     async def startup(self) -> None:
-        """Binds both ports. The queue need not be there yet: readiness tells."""
+        """Binds both ports. The queue server may still be away: readiness reports that."""
         host = self.settings.host
         self.http_port = await self.http.start(host, self.settings.http_port)
         self.grpc_port = await self.rpc.start(host, self.settings.grpc_port)
         self.app.state.grpc_port = self.grpc_port
         log.info(
             "gateway is listening",
-            http=f"{'https' if self.http.config.is_ssl else 'http'}://{host}:{self.http_port}",
-            grpc=f"{host}:{self.grpc_port}",
+            http=f"{'https' if self.http.config.is_ssl else 'http'}://{reachable(host, self.http_port)}",
+            grpc=reachable(host, self.grpc_port),
+            host=host,
             api_keys=len(self.settings.api_keys),
         )
 
@@ -156,7 +185,7 @@ class Gateway:
                 await asyncio.wait_for(self._stopping.wait(), TICK)
 
     async def tick(self) -> None:
-        """Keeps gRPC's health service in step with ``/readyz``, and the log with both."""
+        """Checks readiness, reports it to gRPC's health service, and logs changes."""
         reason = None
         try:
             await self.service.ready()
@@ -168,8 +197,9 @@ class Gateway:
         self.rpc.health.report(serving=reason is None)
 
     async def shutdown(self) -> None:
-        """Unready first; watches end, calls in progress get ``drain_seconds``, then everything closes."""
-        log.info("gateway is shutting down")
+        """Reports not ready, ends event watches, gives running calls `drain_seconds`, then closes everything."""
+        if self.grpc_port:  # else it never listened
+            log.info("gateway is shutting down")
         self.service.drain()
         self.rpc.health.drain()
         await asyncio.gather(self.http.stop(), self.rpc.stop(self.settings.drain_seconds))
@@ -177,15 +207,23 @@ class Gateway:
 
 
 async def serve_gateway(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT."""
+    """Runs a gateway until SIGTERM or SIGINT.
+
+    Raises:
+        Unavailable: no queue server is configured.
+        QueueRefused: it refuses this process.
+        InvalidRequest: the TLS certificate or key, the address or a port cannot be used.
+    """
     if settings.redis_url is None:
-        raise Unavailable("no queue server: set REDIS_URL, or use `patchforge serve`, which brings its own")
+        raise Unavailable("REDIS_URL is not set: give the queue server, or run `patchforge serve`, which starts one")
+    raise_file_limit()
     queue = JobQueue.connect(settings.redis_url, settings)
     gateway = Gateway(settings, queue)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, gateway.stop)
     try:
+        await queue.check_not_refused()
         await gateway.serve()
     finally:
         await queue.close()

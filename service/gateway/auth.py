@@ -1,7 +1,8 @@
-"""Who is calling: API keys over HTTP and gRPC, and the few doors that stay open without one."""
+"""API keys: making them, checking them over HTTP and gRPC, and the few paths that need none."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from hmac import compare_digest
@@ -9,69 +10,90 @@ from hmac import compare_digest
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import Unauthenticated
-from service.gateway.problems import Problem
+from patchforge.service.errors import Unauthenticated
+from patchforge.service.gateway.prefix import route_path
+from patchforge.service.gateway.problems import Problem
 
-# Probes, scrapes and the playground's own page and files. Whatever else there is, or will be, needs a key.
+# Probes, metrics, and the playground's page and files. Everything else needs a key, future paths included.
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 OPEN_FOLDER = "/playground/"
 OPEN_CALLS = frozenset(f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady"))
+KEY_PREFIX = "pf-"
+"""So that people and secret scanners recognise a key."""
+
+
+def new_key() -> str:
+    """Makes an API key of 256 random bits. It cannot be guessed, so an unsalted hash of it is safe to store."""
+    return KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def make_entry(name: str, key: str) -> str:
+    """Returns the entry for `PATCHFORGE_API_KEYS`: the name and the key's SHA-256, which does not reveal the key."""
+    return f"{name}:{sha256(key.encode()).hexdigest()}"
 
 
 class ApiKeys:
-    """The names of callers by the SHA-256 of their keys, as ``name:hash``; with none listed, everyone may call."""
+    """The keys that may call, as `name:sha256` entries. Without entries, everyone may call."""
 
     def __init__(self, entries: Iterable[str]) -> None:
         parts = (entry.partition(":") for entry in entries)
         self._known = [(name, bytes.fromhex(digest)) for name, _, digest in parts]
 
-    @property
-    def needed(self) -> bool:
-        return bool(self._known)
+    def authenticate(self, headers: Mapping[str, str | bytes]) -> str | None:
+        """Returns the tenant: the name of the key in an HTTP request's headers. None if no keys are configured.
 
-    def tenant(self, headers: Mapping[str, str | bytes]) -> str | None:
-        """The name of the key among a request's headers, None if no key is needed. Raises Unauthenticated."""
-        if not self.needed:
+        Raises:
+            Unauthenticated: the key is missing or not valid.
+        """
+        if not self._known:
             return None
-        key = _key_in(headers)
+        key = _read_key(headers)
         if key is None:
-            raise Unauthenticated("an API key is needed: send it as `Authorization: Bearer …` or as `x-api-key`")
+            raise Unauthenticated("an API key is required: send `Authorization: Bearer KEY` or `x-api-key: KEY`")
         digest = sha256(key.encode("utf-8", "replace")).digest()
-        # Every key is looked at, so that the time taken tells nothing about any of them.
+        # Compares with every key, so that the time taken reveals nothing about any of them.
         names = [name for name, known in self._known if compare_digest(known, digest)]
         if not names:
             raise Unauthenticated("the API key is not valid")
         return names[0]
 
-    def tenant_of_call(self, method: str, metadata: Sequence[tuple[str, str | bytes]] | None) -> str | None:
-        """The same for a gRPC call and its metadata."""
-        return None if method in OPEN_CALLS else self.tenant(dict(metadata or ()))
+    def authenticate_call(self, method: str, metadata: Sequence[tuple[str, str | bytes]] | None) -> str | None:
+        """Does the same for a gRPC call, from its metadata. Calls in `OPEN_CALLS` need no key.
+
+        Raises:
+            Unauthenticated: the key is missing or not valid.
+        """
+        return None if method in OPEN_CALLS else self.authenticate(dict(metadata or ()))
 
 
-class Authenticated:
-    """ASGI middleware that turns callers without a valid key away unheard, and notes the tenant of the others."""
+class AuthMiddleware:
+    """ASGI middleware that refuses requests without a valid key, and stores the tenant of the others.
+
+    It refuses before reading the body.
+    """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self.app = app
         self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope["path"]):
+        path = route_path(scope)
+        if scope["type"] == "http" and not is_open(path):
             try:
-                tenant = self.keys.tenant(Headers(scope=scope))
+                tenant = self.keys.authenticate(Headers(scope=scope))
             except Unauthenticated as error:
-                await Problem.of(error).response(scope["path"])(scope, receive, send)
+                await Problem.of(error).response(scope)(scope, receive, send)
                 return
             scope.setdefault("state", {})["tenant"] = tenant
         await self.app(scope, receive, send)
 
 
 def is_open(path: str) -> bool:
-    """Whether anyone may ask for it."""
+    """Whether this HTTP path needs no API key."""
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
-def _key_in(headers: Mapping[str, str | bytes]) -> str | None:
+def _read_key(headers: Mapping[str, str | bytes]) -> str | None:
     scheme, _, key = str(headers.get("authorization", "")).partition(" ")
     if scheme.lower() == "bearer" and key.strip():
         return key.strip()

@@ -1,4 +1,4 @@
-"""Around every gRPC call: the key, the parsing, the errors, the count, the span."""
+"""What happens around every gRPC call: API key, parsing, errors, metrics and tracing."""
 
 from __future__ import annotations
 
@@ -14,34 +14,41 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 
-from service import tracing
-from service.errors import InvalidRequest, PatchforgeError, Unauthenticated
-from service.gateway.auth import ApiKeys
-from service.gateway.spans import rpc_ended, rpc_span
-from service.metrics import GatewayMetrics
+from patchforge.service import tracing
+from patchforge.service.errors import InvalidRequest, PatchforgeError, Unauthenticated
+from patchforge.service.gateway import request_ids
+from patchforge.service.gateway.auth import ApiKeys
+from patchforge.service.gateway.metrics import GatewayMetrics
+from patchforge.service.gateway.problems import UNEXPECTED
+from patchforge.service.gateway.request_ids import id_of_call
+from patchforge.service.gateway.spans import rpc_span, set_rpc_status
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call in progress, and whose it is."""
+    """A gRPC call in progress, and the tenant that makes it."""
 
     context: Any
     tenant: str | None
 
     async def begin(self) -> None:
-        """Opens a stream of answers. Left to the first of them, a client too slow for it could be told nothing more."""
+        """Opens the response stream.
+
+        gRPC would do so with the first message. But if the client does not read that one, no error could reach it.
+        """
         await self.context.send_initial_metadata(())
 
 
-class TooSlow(Exception):
-    """The client does not read its events."""
+class ClientTooSlow(Exception):
+    """The client does not read its responses."""
 
 
-class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Around every call to our own ``services``: asks for the key, parses the request, turns errors into statuses,
-    and counts. Of the other services, only health answers callers without a key.
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Wraps every call to our own `services`: checks the key, parses the request, maps errors to statuses, counts.
+
+    Other services, such as reflection, also need a key; only gRPC's health service does not.
     """
 
     def __init__(self, services: Sequence[str], metrics: GatewayMetrics, keys: ApiKeys) -> None:
@@ -55,9 +62,9 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return handler
         if not details.method.startswith(self.services):
             try:
-                self.keys.tenant_of_call(details.method, details.invocation_metadata)
+                self.keys.authenticate_call(details.method, details.invocation_metadata)
             except Unauthenticated as error:
-                return _refusal(error)
+                return _refuse_with(error)
             return handler
         wrapped = self._wrap(details.method, handler.unary_unary or handler.unary_stream, handler.request_deserializer)
         make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.unary_unary_rpc_method_handler
@@ -65,38 +72,44 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _wrap(self, method: str, call: Callable[[Any, Call], Awaitable[Any]], parse: Callable[[bytes], Any]) -> Any:
         async def guarded(raw: bytes, context: Any) -> Any:
+            request_id = id_of_call(context.invocation_metadata())
+            with structlog.contextvars.bound_contextvars(request_id=request_id):
+                context.set_trailing_metadata(((request_ids.HEADER, request_id),))
+                return await answer(raw, context, request_id)
+
+        async def answer(raw: bytes, context: Any, request_id: str) -> Any:
             began, status = time.monotonic(), "OK"
             try:
-                tenant = self.keys.tenant_of_call(method, context.invocation_metadata())
+                tenant = self.keys.authenticate_call(method, context.invocation_metadata())
                 try:
                     request = parse(raw)
-                except DecodeError:  # gRPC itself would call this INTERNAL
-                    raise InvalidRequest("the request is not a valid message; is every string UTF-8?") from None
+                except DecodeError:  # gRPC itself would answer INTERNAL
+                    raise InvalidRequest("the request is not a valid message: is every string UTF-8?") from None
                 return await call(request, Call(context, tenant))
             except PatchforgeError as error:
                 status = error.grpc_status
-                return await _abort(context, error)
-            except asyncio.CancelledError:  # hung up, cancelled or out of time
+                return await _abort(context, error, request_id)
+            except asyncio.CancelledError:  # the client disconnected, cancelled, or its deadline passed
                 status = "CANCELLED"
                 raise
-            except TooSlow:
+            except ClientTooSlow:
                 status = "ABORTED"
-                log.info("dropped a client too slow to read its answer", method=method)
-                # Python's gRPC cannot reset a stream: this waits behind the one message that is stuck, holding nothing
-                # else, until the client reads on or leaves.
+                log.info("disconnected a client that did not read its response", method=method)
+                # Python's gRPC cannot reset a stream. So this waits behind the one unread message until the client
+                # reads on or disconnects; it holds nothing else meanwhile.
                 with contextlib.suppress(grpc.aio.InternalError):
-                    await context.abort(grpc.StatusCode.ABORTED, "the client is too slow to read its events")
+                    await context.abort(grpc.StatusCode.ABORTED, "the client reads its responses too slowly")
                 raise asyncio.CancelledError from None
-            except grpc.aio.InternalError:  # it hung up, and the write in progress was the first to know
+            except grpc.aio.InternalError:  # the client disconnected during a write
                 status = "CANCELLED"
                 raise asyncio.CancelledError from None
             except Exception as error:
                 status = "INTERNAL"
                 log.error("unexpected error", method=method, exc_info=error)
-                return await context.abort(grpc.StatusCode.INTERNAL, "something went wrong on our side")
+                return await context.abort(grpc.StatusCode.INTERNAL, UNEXPECTED, ((request_ids.HEADER, request_id),))
             finally:
-                self.metrics.rpc_answered(method, status, time.monotonic() - began)
-                rpc_ended(status)
+                self.metrics.record_rpc_response(method, status, time.monotonic() - began)
+                set_rpc_status(status)
 
         async def traced(raw: bytes, context: Any) -> Any:
             with rpc_span(method, context.invocation_metadata()):
@@ -105,15 +118,16 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return traced if tracing.is_on() else guarded
 
 
-async def _abort(context: Any, error: PatchforgeError) -> Any:
+async def _abort(context: Any, error: PatchforgeError, request_id: str | None = None) -> Any:
     details = {"error-code": error.code, "error-field": error.field, "retry-after": error.retry_after}
+    details[request_ids.HEADER] = request_id
     metadata = tuple((name, str(value)) for name, value in details.items() if value is not None)
     message = error.message if error.field is None else f"{error.field}: {error.message}"
     return await context.abort(grpc.StatusCode[error.grpc_status], message, metadata)
 
 
-def _refusal(error: Unauthenticated) -> Any:
-    """A handler that ends a call of any kind at once."""
+def _refuse_with(error: Unauthenticated) -> Any:
+    """A handler, for calls of any kind, that refuses at once."""
 
     async def refuse(requests: Any, context: Any) -> None:
         await _abort(context, error)

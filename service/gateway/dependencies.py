@@ -1,4 +1,4 @@
-"""What the HTTP operations ask of the application they run in; async, for FastAPI sends plain functions to a thread."""
+"""FastAPI dependencies of the HTTP operations. All are async: FastAPI runs plain functions in a thread."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from service.gateway.jobs import JobService
-from service.metrics import GatewayMetrics
-from service.settings import Settings
+from patchforge.service.gateway.jobs import JobService
+from patchforge.service.gateway.metrics import GatewayMetrics
+from patchforge.service.settings import Settings
 
 
 async def _service(request: Request) -> JobService:
@@ -32,7 +32,7 @@ async def _tenant(request: Request) -> str | None:
 
 
 Service = Annotated[JobService, Depends(_service)]
-Knobs = Annotated[Settings, Depends(_settings)]
+AppSettings = Annotated[Settings, Depends(_settings)]
 Metrics = Annotated[GatewayMetrics, Depends(_metrics)]
 Tenant = Annotated[str | None, Depends(_tenant)]
-"""Who calls, where keys are asked for. Only for operations that are not open: see `service.gateway.auth`."""
+"""The name of the caller's API key, or None without keys. Not for operations that are open: see `auth`."""

@@ -1,110 +1,147 @@
-"""What REST, OpenAI and gRPC callers do with jobs: submit, run, watch, cancel, fetch pictures."""
+"""What callers of every protocol do with jobs: submit, run, watch, cancel, fetch pictures."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
 import structlog
 from opentelemetry import trace
 
-from service import tracing
-from service.errors import InvalidRequest, NotFound, PatchforgeError, Unavailable
-from service.events import TERMINAL_EVENTS, Event
-from service.gateway.source_pictures import SourcePictures
-from service.queue import JobQueue
-from service.sampler_options import Adaptive, Quality, preset
-from service.schemas import GenerationRequest, Job, ModelCard
+from patchforge.service import tracing
+from patchforge.service.errors import InvalidRequest, NotFound, PatchforgeError, Unavailable, Unsupported
+from patchforge.service.gateway.defaults import check_budget, check_fits_model, fill_defaults, is_degradable
+from patchforge.service.gateway.fleet import Fleet
+from patchforge.service.gateway.source_pictures import SourcePictures
+from patchforge.service.gateway.statistics import InferenceStatistics
+from patchforge.service.messages.events import TERMINAL_EVENTS, Event
+from patchforge.service.messages.protocol import needs_of
+from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
+from patchforge.service.queue import JobQueue
 
 MAX_IDEMPOTENCY_KEY = 255
 RETRY_SECONDS = 0.5  # between attempts to cancel a job while the queue server is away
-SEEDS = 2**32  # what the gateway draws from; short enough to copy by hand and exact in JavaScript
+EVENTS_BROKE_OFF = "the job's events ended before the job did: try again"
 
 log = structlog.get_logger(__name__)
 
 
 class JobService:
-    """The rules of the gateway, the same for every protocol."""
+    """The gateway's rules for jobs, the same for every protocol."""
 
-    def __init__(self, queue: JobQueue) -> None:
+    def __init__(self, queue: JobQueue, default_models: Sequence[str] = ()) -> None:
+        """Requests without a model go to the first of `default_models` that fits, then to the first by name."""
         self.queue = queue
+        self._default_models = default_models
         self.draining = False
+        self.statistics = InferenceStatistics()
         self._pictures = SourcePictures()
         self._closing = asyncio.Event()
         self._watches: set[asyncio.Timeout] = set()
         self._background: set[asyncio.Task[Any]] = set()
 
     async def ready(self) -> list[ModelCard]:
-        """The models served now; :class:`Unavailable` unless a request could be accepted."""
+        """Returns the models served now, if the gateway is ready for requests.
+
+        Raises:
+            Unavailable: the server is shutting down, or the queue server or all workers are away.
+        """
         self._refuse_when_draining()
         await self.queue.check_server()
-        return await self.models()
-
-    async def models(self) -> list[ModelCard]:
-        """The models of live workers; :class:`Unavailable` if there is none."""
-        cards = await self.queue.models()
-        if not cards:
+        if not (cards := (await self.fleet()).cards):
             raise Unavailable("no worker is serving a model", retry_after=5)
         return cards
 
-    async def model(self, name: str | None) -> ModelCard:
-        """The model of that name, or the first."""
-        cards = await self.models()
-        if name is None:
-            return cards[0]
-        for card in cards:
-            if card.name == name:
-                return card
-        raise NotFound("no such model", field="model")
+    async def fleet(self) -> Fleet:
+        """Returns the live workers and their models."""
+        return Fleet((await self.queue.workers()).values(), self._default_models)
+
+    async def model(self, name: str) -> ModelCard:
+        """Returns the model of that name; raises the same errors as `Fleet.find`."""
+        return (await self.fleet()).find(name)
 
     async def submit(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Job:
-        """Queues a job that lives on without its caller; ``tenant`` alone will find it."""
+        """Queues a job that continues without its caller. Only `tenant` can see it.
+
+        Raises:
+            InvalidRequest: the request does not fit the model, or a picture cannot be used; `field` says which.
+            NotFound: no worker serves the model.
+            IdempotencyConflict: the key was used with another request.
+            RateLimited: the API key has reached a limit.
+            QueueFull: too many jobs are waiting.
+            TooLittleTime: no worker could finish the pictures within `finish_within_seconds`.
+            Unavailable: the server is shutting down, or the queue server or all workers are away.
+        """
         self._refuse_when_draining()
         if idempotency_key is not None and not 0 < len(idempotency_key) <= MAX_IDEMPOTENCY_KEY:
             raise InvalidRequest(f"must have 1 to {MAX_IDEMPOTENCY_KEY} characters", field="idempotency_key")
-        card = await self.model(request.model)
-        check(request, card)
-        request, source = await self._pictures.take_in(request)
-        # The fingerprint is of what was sent: a retry is the same request, though chance gives it another seed.
+        fleet = await self.fleet()
+        card = fleet.choose_for(request)
+        check_fits_model(request, card)
+        request, source = await self._pictures.prepare(request)
+        # The fingerprint covers the request as sent: a retry is the same request, although it gets another random seed.
+        # All gateway versions must compute the same one, so a new field must not appear in it until it is used.
         sent = request.model_dump_json()
+        filled = fill_defaults(request, card)
+        check_budget(filled, card)
+        needs = needs_of(filled)
+        fleet.check_capabilities(card.name, needs)
+        fleet.check_time(filled)
         job = await self.queue.submit(
-            fill(request, card),
+            filled,
             idempotency_key=idempotency_key,
             fingerprint=sent,
             tenant=tenant,
             source=source,
             trace=tracing.carrier(),
+            needs=needs,
+            degradable=is_degradable(request),
         )
         trace.get_current_span().set_attribute("patchforge.job", job.id)
-        return job
+        return check_readable(job)
 
     async def run(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Run:
-        """Queues a job that belongs to its caller; to be entered with ``async with``.
+        """Queues a job that belongs to its caller. Use the result in `async with`: leaving it early cancels the job.
 
-        With a key, the caller can come back for it: then leaving does not cancel it.
+        With an idempotency key the caller can come back for the job, so leaving does not cancel it.
+        Raises the same errors as `submit`.
         """
         submitting = asyncio.create_task(self.submit(request, tenant, idempotency_key))
         try:
             job = await asyncio.shield(submitting)
         except asyncio.CancelledError:
-            # The queue may accept the job all the same, and whoever wanted it is gone.
+            # The queue may still accept the job, but its caller is gone.
             self._spawn(self._abandon(submitting, cancel=idempotency_key is None))
             raise
         return Run(self, job, detached=idempotency_key is not None)
 
     async def get(self, job_id: str, tenant: str | None) -> Job:
-        """The tenant's job; to anyone else it does not exist."""
+        """Returns the tenant's job.
+
+        Raises:
+            NotFound: there is no such job, or it belongs to another tenant.
+            Unsupported: another version wrote the job, and this gateway cannot read it.
+        """
+        return check_readable(await self._get_owned(job_id, tenant))
+
+    async def cancel(self, job_id: str, tenant: str | None) -> Job:
+        """Cancels the tenant's job and returns it.
+
+        Raises:
+            NotFound: there is no such job, or it belongs to another tenant.
+            Unsupported: the job is cancelled, but this gateway cannot read it.
+        """
+        await self._get_owned(job_id, tenant)
+        return check_readable(await self.queue.cancel(job_id))
+
+    async def _get_owned(self, job_id: str, tenant: str | None) -> Job:
         job = await self.queue.get(job_id)
         if job.tenant != tenant:
             raise NotFound(f"no job {job_id}")
         return job
-
-    async def cancel(self, job_id: str, tenant: str | None) -> Job:
-        return await self.queue.cancel((await self.get(job_id, tenant)).id)
 
     async def image(self, job: Job, index: int) -> bytes:
         return await self.queue.image(job.id, index)
@@ -112,14 +149,38 @@ class JobService:
     async def watch(
         self, job_id: str, tenant: str | None, after: str | None
     ) -> AsyncGenerator[tuple[str, Event], None]:
-        """Replays a job's events after an id and follows it to its end; what is wrong shows at once."""
+        """Yields a job's events after the event id `after`, past ones first, until the job ends.
+
+        Errors are raised here, before the first event:
+
+        Raises:
+            InvalidEventId: `after` is not an event id.
+            NotFound: there is no such job, or it belongs to another tenant.
+        """
         events = self.queue.watch(job_id, after or "0")
-        await self.get(job_id, tenant)
+        await self._get_owned(job_id, tenant)
         return events
+
+    async def watch_rest(
+        self, job_id: str, tenant: str | None, after: str | None
+    ) -> AsyncGenerator[tuple[str, Event], None] | None:
+        """Does the same as `watch`, but returns None if the job has ended and all its events were before `after`."""
+        events = await self.watch(job_id, tenant, after)
+        if after is None or not (await self._get_owned(job_id, tenant)).status.terminal:
+            return events
+        try:
+            first = await anext(events)
+        except StopAsyncIteration:
+            return None
+        return _with_first(first, events)
 
     @asynccontextmanager
     async def until_drained(self) -> AsyncIterator[None]:
-        """Cuts its body short with :class:`Unavailable` when the server starts to shut down."""
+        """Interrupts its `async with` block when the server starts to shut down.
+
+        Raises:
+            Unavailable: the server is shutting down.
+        """
         self._refuse_when_draining()
         limit = asyncio.timeout(None)
         self._watches.add(limit)
@@ -134,7 +195,7 @@ class JobService:
             self._watches.discard(limit)
 
     def drain(self) -> None:
-        """Refuses new jobs and ends watches, which can go on elsewhere; runs in progress keep going."""
+        """Refuses new jobs and ends event watches, which clients can resume elsewhere. Running calls continue."""
         if self.draining:
             return
         self.draining = True
@@ -142,11 +203,11 @@ class JobService:
             limit.reschedule(asyncio.get_running_loop().time())
 
     def cancel_soon(self, job_id: str) -> None:
-        """Cancels a job for a caller who left, out of reach of that caller's own cancellation."""
+        """Cancels a job in the background, for a caller that left: the caller's own task may be cancelled by now."""
         self._spawn(self._cancel(job_id))
 
     async def aclose(self) -> None:
-        """Waits for what was left to do in the background, which tries once more and then gives up."""
+        """Waits for background cancellations. Each tries once more, then gives up."""
         self._closing.set()
         await asyncio.gather(*self._background, return_exceptions=True)
 
@@ -157,8 +218,8 @@ class JobService:
                 await self._cancel(job.id)
 
     async def _cancel(self, job_id: str) -> None:
-        """Tells the queue, as soon as it can be told: a device works for whoever asked, and no one does any more."""
-        told = False
+        """Cancels a job, and retries while the queue server is away: a device would work for nobody."""
+        logged = False
         while True:
             try:
                 await self.queue.cancel(job_id)
@@ -168,9 +229,9 @@ class JobService:
             except Unavailable:
                 if self._closing.is_set():
                     raise
-            if not told:
-                log.warning("a job whose caller left is cancelled once the queue server is back", job=job_id)
-                told = True
+            if not logged:
+                log.warning("an abandoned job will be cancelled when the queue server is back", job=job_id)
+                logged = True
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), RETRY_SECONDS)
 
@@ -180,17 +241,17 @@ class JobService:
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)
-        self._background.add(task)  # the event loop itself holds tasks only weakly
-        task.add_done_callback(self._finished)
+        self._background.add(task)  # the event loop keeps only a weak reference
+        task.add_done_callback(self._log_failure)
 
-    def _finished(self, task: asyncio.Task[Any]) -> None:
+    def _log_failure(self, task: asyncio.Task[Any]) -> None:
         self._background.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("a job could not be cancelled", reason=str(error))
+            log.warning("could not cancel a job", reason=str(error))
 
 
 class Run:
-    """A job bound to one call: iterating yields its events, leaving before its end cancels it, unless ``detached``."""
+    """A job bound to one call. Iterating yields its events; leaving before its end cancels it, unless `detached`."""
 
     def __init__(self, service: JobService, job: Job, *, detached: bool) -> None:
         self.job = job
@@ -218,31 +279,21 @@ class Run:
         return event_id, event
 
 
-def check(request: GenerationRequest, card: ModelCard) -> None:
-    """Raises :class:`InvalidRequest` if ``card``'s model cannot draw what is asked."""
-    if card.kind == "text" and request.prompt is None:
-        raise InvalidRequest(f"{card.name} draws from a prompt, not from a class", field="class_label")
-    if card.kind == "class":
-        if request.class_label is None:
-            raise InvalidRequest(f"{card.name} draws classes: give class_label instead", field="prompt")
-        if request.class_label not in card.classes:
-            raise InvalidRequest(f"no such class; {card.name} lists its classes in /v1/models", field="class_label")
-    if request.image is not None and request.sampler is not None and not isinstance(request.sampler, Adaptive):
-        raise InvalidRequest("only adaptive can start from a picture", field="sampler")
+async def _with_first(
+    first: tuple[str, Event], rest: AsyncGenerator[tuple[str, Event], None]
+) -> AsyncGenerator[tuple[str, Event], None]:
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
 
 
-def fill(request: GenerationRequest, card: ModelCard) -> GenerationRequest:
-    """``request`` with everything it leaves open decided, so that running it twice draws the same pictures."""
-    quality = request.quality
-    if request.image is not None and quality is None and not isinstance(card.sampler, Adaptive):
-        quality = Quality.STANDARD  # for the model's own sampler cannot start from a picture
-    sampler, steps = preset(quality, card.sampler, card.steps) if quality else (card.sampler, card.steps)
-    chosen = {
-        "model": card.name,
-        "seed": secrets.randbelow(SEEDS),
-        "sampler": sampler,
-        "steps": steps,
-        "guidance": card.guidance,
-    }
-    open_fields = {name: value for name, value in chosen.items() if getattr(request, name) is None}
-    return request.model_copy(update=open_fields | {"quality": None})  # which its sampler and steps now say
+def check_readable(job: Job) -> Job:
+    """Returns the job if this gateway can read all of it.
+
+    Raises:
+        Unsupported: another version wrote the job, and this gateway cannot read it.
+    """
+    if job.unreadable is not None:
+        raise Unsupported(f"this gateway cannot read the job, which another version wrote: {job.unreadable}")
+    return job

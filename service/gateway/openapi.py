@@ -1,28 +1,33 @@
-"""The application's description of itself, and the page that shows it, which needs nothing from elsewhere."""
+"""The OpenAPI document, and the page `/docs` that shows it without loading anything from other servers."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
-from service.gateway.answers import InferenceError, OpenAIErrorBody, ProblemDetails
-from service.gateway.auth import is_open
-from service.gateway.images_request import EditRequest, ImagesRequest
-from service.gateway.inference_rest import InferRequest
-from service.schemas import GenerationRequest
+from patchforge.service.gateway.answers import InferenceError, OpenAIErrorBody, ProblemDetails
+from patchforge.service.gateway.auth import is_open
+from patchforge.service.gateway.inference.rest import InferRequest
+from patchforge.service.gateway.openai.requests import EditRequest, ImagesRequest, JsonEditRequest
+from patchforge.service.messages.schemas import GenerationRequest
 
-PARSED_HERE = (GenerationRequest, ImagesRequest, EditRequest, InferRequest)
+PARSED_HERE = (GenerationRequest, ImagesRequest, EditRequest, JsonEditRequest, InferRequest)
 ANSWERED_HERE = (ProblemDetails, OpenAIErrorBody, InferenceError)
 KEYS = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, where the server asks for one."},
-    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same, in another place."},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, if the server requires one."},
+    "x-api-key": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-api-key",
+        "description": "The same in another header.",
+    },
 }
 ASSETS = "/docs/assets"
 PAGE_HEADERS = {
@@ -33,14 +38,14 @@ PAGE_HEADERS = {
 
 
 class Api(FastAPI):
-    """FastAPI that also describes the bodies we parse and the errors we shape ourselves."""
+    """FastAPI whose OpenAPI document also has the request bodies and errors that we handle ourselves."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
-            self.openapi_schema = self._described()
+            self.openapi_schema = self._build_document()
         return self.openapi_schema
 
-    def _described(self) -> dict[str, Any]:
+    def _build_document(self) -> dict[str, Any]:
         document = get_openapi(
             title=self.title,
             version=self.version,
@@ -49,13 +54,13 @@ class Api(FastAPI):
             separate_input_output_schemas=self.separate_input_output_schemas,
         )
         models = [(model, "validation") for model in (*PARSED_HERE, *ANSWERED_HERE)]
-        _, described = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+        _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
         components = document["components"]
-        components["schemas"].update(described["$defs"])
+        components["schemas"].update(schemas["$defs"])
         components["securitySchemes"] = KEYS
         for path, operations in document["paths"].items():
             for operation in operations.values():
-                _drop_the_frameworks_error(operation["responses"])
+                _drop_framework_error(operation["responses"])
                 if is_open(path):
                     operation["responses"].pop("401", None)
                 else:
@@ -66,23 +71,24 @@ class Api(FastAPI):
 
 
 def add_docs(app: FastAPI) -> None:
-    """Swagger UI at ``/docs``, from files of a package that ships them."""
+    """Adds Swagger UI at `/docs`, with files from an installed package."""
     app.mount(ASSETS, StaticFiles(directory=str(files("fastapi_offline").joinpath("static"))))
 
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
+    async def docs(request: Request) -> HTMLResponse:
+        root = request.scope.get("root_path", "")
         page = get_swagger_ui_html(
-            openapi_url=app.openapi_url or "",
+            openapi_url=f"{root}{app.openapi_url}",
             title=app.title,
-            swagger_js_url=f"{ASSETS}/swagger-ui-bundle.js",
-            swagger_css_url=f"{ASSETS}/swagger-ui.css",
-            swagger_favicon_url="/playground/icon.svg",
+            swagger_js_url=f"{root}{ASSETS}/swagger-ui-bundle.js",
+            swagger_css_url=f"{root}{ASSETS}/swagger-ui.css",
+            swagger_favicon_url=f"{root}/playground/icon.svg",
         )
         page.headers.update(PAGE_HEADERS)
         return page
 
 
-def _drop_the_frameworks_error(responses: dict[str, Any]) -> None:
-    """FastAPI announces an error of its own wherever there is a parameter; we never answer it."""
+def _drop_framework_error(responses: dict[str, Any]) -> None:
+    """Removes FastAPI's own 422, which it lists for every operation with parameters and we never send."""
     if "HTTPValidationError" in str(responses.get("422", "")):
         del responses["422"]

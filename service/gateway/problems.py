@@ -1,24 +1,36 @@
-"""Every HTTP error as its caller expects it: RFC 9457 problem details, OpenAI's error object, or open inference's."""
+"""HTTP errors in the form each API's clients expect: RFC 9457 problem details, OpenAI's, or open inference's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from http import HTTPStatus
 
+import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import JobCancelled, JobExpired, JobFailed, NotFound, PatchforgeError, PayloadTooLarge
-from service.gateway.validation import describe
+from patchforge.service.errors import (
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    NotFound,
+    PatchforgeError,
+    PayloadTooLarge,
+    Unsupported,
+)
+from patchforge.service.gateway.prefix import route_path
+from patchforge.service.gateway.validation import describe
 
 OPENAI_PATHS = ("/v1/images", "/v1/models")
 INFERENCE_PATHS = ("/v2/",)
-LOST = (JobFailed.status, JobCancelled.status, JobExpired.status)
+FINAL = (JobFailed.status, JobCancelled.status, JobExpired.status, Unsupported.status)
 CHALLENGE = 'Bearer realm="patchforge"'
-CLIENT_CLOSED_REQUEST = 499  # nginx's word for it; nobody is left to read it but the metrics
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for this; only the metrics see it
+UNEXPECTED = "unexpected server error: the cause is in the gateway's log"
 FRAMEWORK_CODES: dict[int, str] = {
     HTTPStatus.NOT_FOUND: NotFound.code,
     HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
@@ -28,9 +40,12 @@ FRAMEWORK_CODES: dict[int, str] = {
 }
 
 
+log = structlog.get_logger(__name__)
+
+
 @dataclass(frozen=True)
 class Problem:
-    """An error stripped of how it came about."""
+    """An error, independent of the API that reports it."""
 
     status: int
     code: str
@@ -45,12 +60,14 @@ class Problem:
             retry_after = 1
         return cls(error.status, error.code, error.message, error.field, retry_after)
 
-    def response(self, path: str) -> Response:
+    def response(self, scope: Scope) -> Response:
+        """The answer to the request with this ASGI scope."""
+        path, request_id = route_path(scope), scope.get("state", {}).get("request_id")
         if path.startswith(OPENAI_PATHS):
             return self._openai()
-        return self._inference() if path.startswith(INFERENCE_PATHS) else self._problem()
+        return self._inference() if path.startswith(INFERENCE_PATHS) else self._problem(request_id)
 
-    def _problem(self) -> Response:
+    def _problem(self, request_id: str | None) -> Response:
         content = {
             "type": f"urn:patchforge:error:{self.code}",
             "title": self.code.replace("_", " ").capitalize(),
@@ -58,6 +75,7 @@ class Problem:
             "detail": self.detail,
             "code": self.code,
             "field": self.field,
+            "request_id": request_id,
         }
         return JSONResponse(content, self.status, self._headers(), media_type="application/problem+json")
 
@@ -65,8 +83,8 @@ class Problem:
         # OpenAI answers bad fields with 400, and its clients raise BadRequestError only for that.
         status = HTTPStatus.BAD_REQUEST if self.status == HTTPStatus.UNPROCESSABLE_ENTITY else self.status
         headers = self._headers()
-        if self.status in LOST:
-            headers["x-should-retry"] = "false"  # the official client would run such a job again, twice
+        if self.status in FINAL:
+            headers["x-should-retry"] = "false"  # or OpenAI's client would repeat the call, twice
         return JSONResponse({"error": self.openai_error()}, status, headers)
 
     def _inference(self) -> Response:
@@ -86,27 +104,49 @@ class Problem:
 
 
 def install(app: FastAPI) -> None:
-    """Replaces the framework's handlers, which echo the caller's input and stumble over some of it."""
+    """Replaces the framework's error handlers: they repeat the caller's input, and fail on some of it."""
 
     @app.exception_handler(PatchforgeError)
-    async def ours(request: Request, error: PatchforgeError) -> Response:
-        return Problem.of(error).response(request.url.path)
+    async def handle_ours(request: Request, error: PatchforgeError) -> Response:
+        return Problem.of(error).response(request.scope)
 
     @app.exception_handler(RequestValidationError)
-    async def parameters(request: Request, error: RequestValidationError) -> Response:
-        return Problem.of(describe(error.errors(), skip=1)).response(request.url.path)
+    async def handle_parameters(request: Request, error: RequestValidationError) -> Response:
+        return Problem.of(describe(error.errors(), skip=1)).response(request.scope)
 
     @app.exception_handler(HTTPException)
-    async def framework(request: Request, error: HTTPException) -> Response:
+    async def handle_framework(request: Request, error: HTTPException) -> Response:
         code = FRAMEWORK_CODES.get(error.status_code, "http_error")
-        response = Problem(error.status_code, code, error.detail).response(request.url.path)
+        response = Problem(error.status_code, code, error.detail).response(request.scope)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(ClientDisconnect)
-    async def left(request: Request, error: ClientDisconnect) -> Response:
+    async def handle_disconnect(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    @app.exception_handler(Exception)  # the server that runs us logs it
-    async def unexpected(request: Request, error: Exception) -> Response:
-        return Problem(500, "internal_error", "something went wrong on our side").response(request.url.path)
+
+class UnexpectedErrorMiddleware:
+    """ASGI middleware that logs and answers what nobody has foreseen.
+
+    The framework would do so outside of all other middleware, so that pages of other origins could not read the answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched_send)
+        except Exception as error:
+            log.error("unexpected error", path=route_path(scope), exc_info=error)
+            if started:
+                raise
+            await Problem(500, "internal_error", UNEXPECTED).response(scope)(scope, receive, send)

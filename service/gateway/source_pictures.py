@@ -1,4 +1,4 @@
-"""Pictures that callers send to start from: bounded, decoded once, and brought into one form before they are queued."""
+"""Pictures to start from: limited in size, decoded once, and converted to one form before they are queued."""
 
 from __future__ import annotations
 
@@ -7,113 +7,120 @@ from base64 import b64decode
 from hashlib import sha256
 from io import BytesIO
 from math import sqrt
+from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from service.errors import InvalidRequest
-from service.queue_records import Source
-from service.schemas import MAX_PIXELS, MAX_SIDE, MIN_SIDE, GenerationRequest
-from service.threads import in_thread
+from patchforge.service.errors import InvalidRequest
+from patchforge.service.gateway.picture_files import open_picture
+from patchforge.service.messages.fit import Fit, Placement, Size, place, size_of
+from patchforge.service.messages.schemas import MAX_PIXELS, MAX_SIDE, MIN_SIDE, STRENGTH, GenerationRequest
+from patchforge.service.messages.source import Source
+from patchforge.service.threads import in_thread
 
-MAX_SOURCE_PIXELS = 1 << 24  # a phone's photograph; decoded, it takes up to 64 MiB for a moment
-FORMATS = ("PNG", "WEBP", "JPEG")
-ANY = [0] + [255] * 255  # for Image.point: 255 wherever there is something,
-NONE = [255] + [0] * 255  # and wherever there is nothing
+NONZERO_TO_255 = [0] + [255] * 255  # lookup tables for Image.point
+ZERO_TO_255 = [255] + [0] * 255
 
 
 class SourcePictures:
-    """Takes pictures in, one at a time in this process, so that no number of callers can fill its memory."""
+    """Prepares pictures one at a time, so that many callers cannot fill this process's memory."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Semaphore(1)
 
-    async def take_in(self, request: GenerationRequest) -> tuple[GenerationRequest, Source | None]:
-        """The request with digests for its pictures, and the pictures, as the worker wants them.
+    async def prepare(self, request: GenerationRequest) -> tuple[GenerationRequest, Source | None]:
+        """Returns the request with digests in place of its pictures, and the pictures in the form the worker needs.
 
         Raises:
-            InvalidRequest: one cannot be read, is too large, or does not fit the other; ``field`` says which.
+            InvalidRequest: a picture cannot be read, is too large, or does not fit the mask; `field` says which.
         """
         if request.image is None:
             return request, None
         async with self._turn:
-            return await in_thread(_take_in, request)
+            return await in_thread(_prepare, request)
 
 
-def _take_in(request: GenerationRequest) -> tuple[GenerationRequest, Source]:
-    sent = _bytes_of(request.image or "", "image")
-    picture = _opened(sent, "image")
-    size = (request.width, request.height) if request.width and request.height else _fitting(picture.size)
-    known = {"image": _digest(sent), "width": size[0], "height": size[1]}
-    mask = None
+def _prepare(request: GenerationRequest) -> tuple[GenerationRequest, Source]:
+    sent = _decode_base64(request.image or "", "image")
+    picture = open_picture(sent, "image")
+    size = (request.width, request.height) if request.width and request.height else _fit_size(picture.size)
+    fields: dict[str, Any] = {"image": _digest(sent), "width": size[0], "height": size[1]}
+    placement = place(picture.size, size, request.fit or Fit.CONTAIN)
+    changes = None
     if request.mask is not None:
-        sent = _bytes_of(request.mask, "mask")
-        mask = _png(_changes(_opened(sent, "mask"), picture.size, size))
-        known["mask"] = _digest(sent)
-    image = _png(_on_white(picture).resize(size, Image.Resampling.LANCZOS))
-    return request.model_copy(update=known), Source(image, mask)
+        sent = _decode_base64(request.mask, "mask")
+        changes = _resample_mask(open_picture(sent, "mask"), picture.size, placement)
+        fields["mask"] = _digest(sent)
+    elif size_of(placement.place) != size:  # the bars stay white
+        changes = Image.new("L", size_of(placement.place), 255)
+        fields["strength"] = request.strength or STRENGTH
+    mask = None if changes is None else _encode_png(_put_in_place(changes, size, placement, 0))
+    pixels = _put_on_white(picture).crop(placement.crop).resize(size_of(placement.place), Image.Resampling.LANCZOS)
+    image = _encode_png(_put_in_place(pixels, size, placement, "white"))
+    return request.model_copy(update=fields), Source(image, mask)
 
 
-def _bytes_of(text: str, field: str) -> bytes:
+def _put_in_place(picture: Image.Image, size: Size, placement: Placement, beside: str | int) -> Image.Image:
+    """A canvas of this size with the picture in its place."""
+    if picture.size == size:
+        return picture
+    canvas = Image.new(picture.mode, size, beside)
+    canvas.paste(picture, placement.place)
+    return canvas
+
+
+def _decode_base64(text: str, field: str) -> bytes:
+    """Decodes base64 in all its usual dresses: as a data URL, with line breaks, URL-safe, without padding."""
+    if text[:8].lower().startswith(("http://", "https://")):
+        raise InvalidRequest("must be the picture itself, in base64: this server fetches no addresses", field=field)
+    if text[:5].lower() == "data:":
+        head, comma, text = text.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise InvalidRequest("must be a data URL in base64: data:image/png;base64,…", field=field)
+    plain = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
-        return b64decode(text, validate=True)
+        return b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except ValueError:
-        raise InvalidRequest("must be a picture in base64", field=field) from None
+        raise InvalidRequest("must be a base64-encoded picture", field=field) from None
 
 
-def _opened(data: bytes, field: str) -> Image.Image:
-    """A decoded picture, upright. Its size is looked at before anything of it is unpacked."""
-    try:
-        picture = Image.open(BytesIO(data), formats=FORMATS)
-        width, height = picture.size
-        if width * height > MAX_SOURCE_PIXELS:
-            raise InvalidRequest(f"must have at most {MAX_SOURCE_PIXELS} pixels, not {width}x{height}", field=field)
-        if picture.mode.startswith(("I", "F")):
-            raise InvalidRequest("must have 8 bits a channel", field=field)
-        picture.load()
-        return ImageOps.exif_transpose(picture)
-    except InvalidRequest:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InvalidRequest(f"must have at most {MAX_SOURCE_PIXELS} pixels", field=field) from None
-    except UnidentifiedImageError:
-        raise InvalidRequest("is not a PNG, WebP or JPEG picture", field=field) from None
-    except Exception:  # decoders raise whatever comes to their mind over a stranger's bytes
-        raise InvalidRequest("is damaged: it cannot be decoded", field=field) from None
-
-
-def _fitting(size: tuple[int, int]) -> tuple[int, int]:
-    """The size of a finished picture if none is asked for: that of the picture sent, as far as it is within bounds."""
+def _fit_size(size: tuple[int, int]) -> tuple[int, int]:
+    """The size of the finished picture if the request has none: that of the picture sent, scaled to the limits."""
     width, height = size
     scale = min(1.0, MAX_SIDE / max(size), sqrt(MAX_PIXELS / (width * height)))
     return max(MIN_SIDE, int(width * scale)), max(MIN_SIDE, int(height * scale))
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
+def _put_on_white(picture: Image.Image) -> Image.Image:
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     layer = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
-def _changes(mask: Image.Image, expected: tuple[int, int], size: tuple[int, int]) -> Image.Image:
-    """255 where a mask is fully transparent, resampled to ``size`` so that no such pixel is lost."""
+def _resample_mask(mask: Image.Image, expected: Size, placement: Placement) -> Image.Image:
+    """Returns 255 where the mask is fully transparent, for the picture in its place. No transparent pixel gets lost."""
     if mask.size != expected:
         shown = "{}x{}".format(*expected)
-        raise InvalidRequest(f"must be as large as the picture, {shown}", field="mask")
+        raise InvalidRequest(f"must be the same size as the picture, {shown}", field="mask")
     if not mask.has_transparency_data:
-        raise InvalidRequest("has no alpha channel: fully transparent pixels are those to change", field="mask")
-    changes = mask.convert("RGBA").getchannel("A").point(NONE)
+        raise InvalidRequest("requires an alpha channel: fully transparent pixels may change", field="mask")
+    changes = mask.convert("RGBA").getchannel("A").point(ZERO_TO_255)
     if changes.getbbox() is None:
-        raise InvalidRequest("leaves nothing to change: none of its pixels is fully transparent", field="mask")
-    # Averages of a few pixels at a time, for in those of many a single one would be rounded away.
+        raise InvalidRequest("marks nothing to change: no pixel is fully transparent", field="mask")
+    changes, size = changes.crop(placement.crop), size_of(placement.place)
+    if changes.getbbox() is None:
+        raise InvalidRequest("marks nothing to change in the part that fit=cover leaves", field="mask")
+    # Halve step by step: an average over many pixels would round a single one down to zero.
     while changes.width > 2 * size[0] or changes.height > 2 * size[1]:
-        changes = changes.reduce((1 + (changes.width > 2 * size[0]), 1 + (changes.height > 2 * size[1]))).point(ANY)
-    return changes.resize(size, Image.Resampling.BOX).point(ANY)
+        factors = (1 + (changes.width > 2 * size[0]), 1 + (changes.height > 2 * size[1]))
+        changes = changes.reduce(factors).point(NONZERO_TO_255)
+    return changes.resize(size, Image.Resampling.BOX).point(NONZERO_TO_255)
 
 
-def _png(picture: Image.Image) -> bytes:
+def _encode_png(picture: Image.Image) -> bytes:
     buffer = BytesIO()
-    picture.save(buffer, "png", compress_level=1)  # it lies in Redis only for a while
+    picture.save(buffer, "png", compress_level=1)  # fast: Redis keeps it only for a short time
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Spans of the calls a gateway answers: HTTP, which FastAPI makes itself, and gRPC."""
+"""Tracing spans of the calls a gateway answers: settings for FastAPI's own HTTP spans, and spans for gRPC."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from fastapi.telemetry import TelemetryConfig
 from opentelemetry import propagate, trace
 from opentelemetry.trace import SpanKind, StatusCode
 
-from service.gateway.auth import is_open
-from service.tracing import TRACER
+from patchforge.service.gateway.auth import is_open
+from patchforge.service.gateway.prefix import route_path
+from patchforge.service.tracing import TRACER
 
-# One span a call, of none that probes, scrapes or loads the playground. Counting and logging are ours already.
+# One span per call, none for probes, metrics or the playground. Metrics and logs are our own.
 HTTP: TelemetryConfig = {
     "tracing": True,
     "operation_spans": False,
     "metrics": False,
     "logs": False,
     "auto_configure": False,
-    "exclude": lambda scope: is_open(scope["path"]),
+    "exclude": lambda scope: is_open(route_path(scope)),
 }
-OUR_FAULT = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
-"""Statuses with which a gRPC call counts as failed on the server's side too, by OpenTelemetry's conventions."""
+SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+"""gRPC statuses that count as server errors, by OpenTelemetry's conventions."""
 
 
 @contextmanager
 def rpc_span(method: str, metadata: Sequence[tuple[str, Any]] | None) -> Iterator[None]:
-    """The span of one call, ``method`` as gRPC names it, ``/service/method``; it goes on with the caller's trace."""
+    """Opens the span of one call as part of the caller's trace. `method` is gRPC's name, `/service/method`."""
     headers = {name: value for name, value in metadata or () if isinstance(value, str)}
     with TRACER.start_as_current_span(
         method.removeprefix("/"),
@@ -41,11 +42,11 @@ def rpc_span(method: str, metadata: Sequence[tuple[str, Any]] | None) -> Iterato
         yield
 
 
-def rpc_ended(status: str) -> None:
-    """Notes how the call in progress ended."""
+def set_rpc_status(status: str) -> None:
+    """Records on the current span how its call ended."""
     span = trace.get_current_span()
     span.set_attribute("rpc.response.status_code", status)
     if status != "OK":
         span.set_attribute("error.type", status)
-    if status in OUR_FAULT:
+    if status in SERVER_ERRORS:
         span.set_status(StatusCode.ERROR)

@@ -1,28 +1,40 @@
-"""From bytes a stranger sent to a validated message, or to an error that names the field and repeats nothing else."""
+"""Turns untrusted bytes into a validated message, or into an error that names the field and repeats no input."""
 
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from service.errors import InvalidRequest
+from patchforge.service.errors import InvalidRequest
 
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_FIELD_NAME = 64
 MAX_INT_DIGITS = 20
+MAX_EXACT = 2**53  # floats below this hold every integer exactly
 
 
 def parse_json(raw: bytes) -> Any:
-    """Parses UTF-8 JSON in which no object has a key twice.
+    """Parses UTF-8 JSON. No object may have the same key twice.
 
-    NaN, infinities and endless integers pass as floats: the models refuse them, and know the field's name.
+    NaN, infinities and very long integers become floats: the models refuse those and name the field. A number without a
+    fraction is an integer however it is written, `1.0` too: to JSON the two are the same, and some languages have only
+    floats.
+
+    Raises:
+        InvalidRequest: it is not such JSON.
     """
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_int=_number)
+        return json.loads(
+            raw.removeprefix(BOM_UTF8).decode("utf-8"),
+            object_pairs_hook=_build_object,
+            parse_int=_parse_int,
+            parse_float=_parse_float,
+        )
     except UnicodeDecodeError:
         raise InvalidRequest("the body is not UTF-8") from None
     except RecursionError:
@@ -32,7 +44,11 @@ def parse_json(raw: bytes) -> Any:
 
 
 def validated(model: type[Model], value: Any) -> Model:
-    """``value`` as a ``model``; :class:`InvalidRequest` names the first field at fault."""
+    """Returns `value` as a `model`.
+
+    Raises:
+        InvalidRequest: it does not fit; `field` names the first field that is not valid.
+    """
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -40,40 +56,49 @@ def validated(model: type[Model], value: Any) -> Model:
 
 
 def describe(errors: Sequence[Any], skip: int = 0) -> InvalidRequest:
-    """The first of pydantic's ``errors``, without the input; ``skip`` drops leading parts of its location."""
+    """Describes the first of pydantic's `errors` without repeating the input.
+
+    `skip` drops that many leading parts of the field's location.
+    """
     first = errors[0]
     parts = [str(part) for part in first["loc"][skip:]]
     if len(parts) > 2 and parts[0] == "sampler":
-        del parts[1]  # the union's tag, which no caller has written
+        del parts[1]  # the name of the union's variant, which pydantic adds
     field = printable(".".join(parts)) or None
-    if first["type"] == "fields":  # a rule over several, which names the one at fault
+    if first["type"] == "fields":  # our own rule over several fields names one of them
         field = first["ctx"]["field"]
     return InvalidRequest(_message(first), field=field)
 
 
 def _message(error: Any) -> str:
     if error["type"] == "union_tag_invalid":  # pydantic's own message repeats the input
-        return f"expected one of {error['ctx']['expected_tags']}"
+        return f"must be one of {error['ctx']['expected_tags']}"
     message: str = error["msg"]
     return message.removeprefix("Value error, ")
 
 
 def printable(name: str) -> str:
-    """A field name fit for any encoder and for gRPC's metadata, in ASCII: callers may send lone surrogates, control
-    characters, or megabytes.
+    """Returns a caller's field name as short ASCII, safe for any encoder and for gRPC's metadata.
+
+    Callers may send lone surrogates, control characters or megabytes.
     """
     escaped = name[:MAX_FIELD_NAME].encode("unicode_escape").decode("ascii")
     return escaped if len(name) <= MAX_FIELD_NAME else f"{escaped}..."
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise InvalidRequest("the key occurs twice", field=printable(key))
+            raise InvalidRequest("occurs more than once in its JSON object", field=printable(key))
         found[key] = value
     return found
 
 
-def _number(digits: str) -> int | float:
+def _parse_int(digits: str) -> int | float:
     return int(digits) if len(digits) < MAX_INT_DIGITS else float(digits)
+
+
+def _parse_float(digits: str) -> int | float:
+    number = float(digits)
+    return int(number) if number.is_integer() and abs(number) < MAX_EXACT else number

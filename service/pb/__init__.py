@@ -1,1 +1,1 @@
-"""Home of the gRPC stubs that `make setup` generates from ``proto/``."""
+"""Home of the gRPC stubs that `make setup` generates from `proto/`."""

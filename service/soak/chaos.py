@@ -1,4 +1,4 @@
-"""What goes wrong in a soak: processes killed, stopped and paused, and the queue server with them."""
+"""The faults of a soak: kills, stops and pauses gateways, workers and the queue server."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import random
 import signal
 from collections import Counter
 
-from service.soak.fleet import CLAIM_IDLE, Fleet, Member
-from service.soak.ledger import Ledger
-from service.threads import in_thread
+from patchforge.service.soak.fleet import CLAIM_IDLE, Fleet, Member
+from patchforge.service.soak.ledger import Ledger
+from patchforge.service.threads import in_thread
 
-PAUSE = (3.0, 9.0)  # seconds between two mishaps of a gateway or worker
-SERVER_PAUSE = (15.0, 40.0)  # and of the queue server
-OUTAGE = (0.2, 3.0)  # how long what was killed stays away
+PAUSE = (3.0, 9.0)  # seconds between two faults of a gateway or worker
+SERVER_PAUSE = (15.0, 40.0)  # seconds between two faults of the queue server
+OUTAGE = (0.2, 3.0)  # seconds until a killed process starts again
 
 
 class Chaos:
-    """Runs until cancelled; then ``fleet.restore`` makes everything well again."""
+    """Causes faults until cancelled; `fleet.restore` repairs the fleet afterwards."""
 
     def __init__(self, fleet: Fleet, ledger: Ledger, chance: random.Random, hurry: float = 1.0) -> None:
-        """``hurry`` divides the time between mishaps; 0: there are none."""
+        """`hurry` divides the time between faults; 0 means no faults."""
         self.fleet, self.ledger, self.chance, self.hurry = fleet, ledger, chance, hurry
         self.done: Counter[str] = Counter()
 
@@ -29,69 +29,67 @@ class Chaos:
         if not self.hurry:
             await asyncio.Event().wait()
         async with asyncio.TaskGroup() as both:
-            both.create_task(self._members())
-            both.create_task(self._server())
+            both.create_task(self._harm_members())
+            both.create_task(self._harm_server())
 
-    async def _members(self) -> None:
+    async def _harm_members(self) -> None:
         while True:
             await asyncio.sleep(self.chance.uniform(*PAUSE) / self.hurry)
-            mishap = self.chance.choice((self.kill, self.kill, self.terminate, self.pause))
-            # The spared ones may be paused: that leaves their memory to be followed.
-            among = [m for m in self.fleet.members if mishap == self.pause or not m.spared]
-            member = self.chance.choice(among)
-            member.busy = True
-            await mishap(member)
-            member.busy = False
-            self.done[f"{mishap.__name__} {member.role}"] += 1
+            fault = self.chance.choice((self.kill, self.kill, self.terminate, self.pause))
+            # A spared member may be paused, because a pause does not reset its memory.
+            candidates = [m for m in self.fleet.members if fault == self.pause or not m.spared]
+            member = self.chance.choice(candidates)
+            member.disturbed = True
+            await fault(member)
+            member.disturbed = False
+            self.done[f"{fault.__name__} {member.role}"] += 1
 
-    async def _server(self) -> None:
+    async def _harm_server(self) -> None:
         while True:
             await asyncio.sleep(self.chance.uniform(*SERVER_PAUSE) / self.hurry)
-            mishap = self.chance.choice((self.kill_server, self.kill_server, self.stop_server, self.pause_server))
-            self.fleet.server_busy = True
-            await mishap()
-            self.fleet.server_busy = False
-            self.done[mishap.__name__.replace("_", " ")] += 1
+            fault = self.chance.choice((self.kill_server, self.kill_server, self.stop_server, self.pause_server))
+            self.fleet.server_disturbed = True
+            await fault()
+            self.fleet.server_disturbed = False
+            self.done[fault.__name__.replace("_", " ")] += 1
 
     async def kill(self, member: Member) -> None:
         member.send(signal.SIGKILL)
-        await member.ended()
-        await self._outage()
+        await member.wait()
+        await self._wait_outage()
         member.start()
 
     async def terminate(self, member: Member) -> None:
-        """It must end by itself, and well."""
+        """Send SIGTERM; the process must end by itself with status 0."""
         member.send(signal.SIGTERM)
-        status = await member.ended()
-        if status not in (0, -signal.SIGTERM):  # the latter: it was only just starting
-            self.ledger.blame(f"{member.name} ended with {status} on SIGTERM")
+        status = await member.wait()
+        if status not in (0, -signal.SIGTERM):  # the signal, if it had not yet set its handler
+            self.ledger.broken.append(f"{member.name} ended with {status} on SIGTERM")
         if member.running:
             member.send(signal.SIGKILL)
-            await member.ended()
+            await member.wait()
         member.start()
 
     async def pause(self, member: Member) -> None:
-        """Longer than a claim lasts; whatever it does afterwards comes too late."""
+        """Pause it for longer than a claim lasts, so that its later answers come too late."""
         member.send(signal.SIGSTOP)
         await asyncio.sleep(1.4 * CLAIM_IDLE)
         member.send(signal.SIGCONT)
 
     async def kill_server(self) -> None:
         await in_thread(self.fleet.server.kill)
-        await self._outage()
-        self.fleet.server.stop()
-        self.fleet.server.start()
+        await self._wait_outage()
+        self.fleet.restart_server()
 
     async def stop_server(self) -> None:
         os.kill(self.fleet.server.pid, signal.SIGTERM)
-        await self._outage()
-        self.fleet.server.stop()
-        self.fleet.server.start()
+        await self._wait_outage()
+        self.fleet.restart_server()
 
     async def pause_server(self) -> None:
         os.kill(self.fleet.server.pid, signal.SIGSTOP)
-        await self._outage()
+        await self._wait_outage()
         os.kill(self.fleet.server.pid, signal.SIGCONT)
 
-    async def _outage(self) -> None:
+    async def _wait_outage(self) -> None:
         await asyncio.sleep(self.chance.uniform(*OUTAGE))

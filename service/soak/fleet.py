@@ -1,4 +1,4 @@
-"""The processes under test: two gateways, two workers and a queue server, all of the soak's own."""
+"""The processes of a soak: its own gateways, workers and queue server."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Literal
 
 import httpx
 
-from service.embedded import EmbeddedServer, free_port, tied_to_us
-from service.errors import Unavailable
+from patchforge.service.embedded import EmbeddedServer, free_port, tied_to_parent
+from patchforge.service.errors import Unavailable
 
-READY_SECONDS = 180.0  # for a worker to load its models on a busy machine
+READY_SECONDS = 180.0  # a worker may load its models this slowly on a busy machine
 STOP_SECONDS = 40.0
-RESULT_TTL = 120  # seconds; the audit has to see each job within that
+RESULT_TTL = 120  # seconds in which the audit must see every job
 CLAIM_IDLE = 5.0
 DRAIN = 5
 
 
 @dataclass
 class Member:
-    """A gateway or a worker; its ports and its log stay the same from one life to the next."""
+    """A gateway or a worker; it keeps its ports and its log when it is started again."""
 
     name: str
     role: Literal["gateway", "worker"]
@@ -35,14 +35,14 @@ class Member:
     http: str = ""
     grpc: str = ""
     spared: bool = False
-    """Never killed, so that its memory can be followed from start to end."""
-    busy: bool = False
-    """Something is being done to it: that it does not run is as it should be."""
+    """Never killed, so that its memory can be measured from start to end."""
+    disturbed: bool = False
+    """A fault is in progress, so the process may be down."""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            command = tied_to_us([sys.executable, "-m", "service.cli", self.role], signal.SIGKILL)
+            command = tied_to_parent([sys.executable, "-P", "-m", "patchforge", self.role], signal.SIGKILL)
             self.process = subprocess.Popen(
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
@@ -58,12 +58,12 @@ class Member:
         return self.process.pid
 
     def send(self, signum: signal.Signals) -> None:
-        """Harmless if it has ended."""
+        """Send a signal; do nothing if the process has ended."""
         if self.process is not None:
             self.process.send_signal(signum)
 
-    async def ended(self) -> int | None:
-        """Its exit status, once it has one; None if it will not end."""
+    async def wait(self) -> int | None:
+        """Wait until it ends; its exit status, or None if it does not end in time."""
         give_up = time.monotonic() + STOP_SECONDS
         while True:
             status = None if self.process is None else self.process.poll()
@@ -78,12 +78,12 @@ class Member:
 
 
 class Fleet:
-    """All of them; started on entry and gone on exit. Use it from the main thread, for their lives hang on it."""
+    """All processes; entry starts and exit ends them. Use it from the main thread: they end with their thread."""
 
     def __init__(self, folder: Path, bundle_dir: Path, gateways: int = 2, workers: int = 2) -> None:
         self.folder = folder
         self.server = EmbeddedServer(folder)
-        self.server_busy = False
+        self.server_disturbed = False
         self.server.start()
         self.gateways = [self._member("gateway", bundle_dir, number) for number in range(1, gateways + 1)]
         self.workers = [self._member("worker", bundle_dir, number) for number in range(1, workers + 1)]
@@ -98,7 +98,7 @@ class Fleet:
         try:
             for member in self.members:
                 member.start()
-            await self.ready()
+            await self.wait_until_ready()
         except BaseException:
             self.close()
             raise
@@ -108,16 +108,20 @@ class Fleet:
         for member in self.members:
             member.send(signal.SIGTERM)
         for member in self.members:
-            await member.ended()
+            await member.wait()
         self.close()
 
-    async def ready(self) -> None:
-        """Until every gateway accepts requests. Raises Unavailable if one does not in time."""
+    async def wait_until_ready(self) -> None:
+        """Wait until every gateway accepts requests.
+
+        Raises:
+            Unavailable: a gateway was not ready in time.
+        """
         async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
             for gateway in self.gateways:
-                await self._ready(client, gateway)
+                await self._wait_for(client, gateway)
 
-    async def _ready(self, client: httpx.AsyncClient, gateway: Member) -> None:
+    async def _wait_for(self, client: httpx.AsyncClient, gateway: Member) -> None:
         give_up = time.monotonic() + READY_SECONDS
         while time.monotonic() < give_up:
             try:
@@ -128,17 +132,21 @@ class Fleet:
             await asyncio.sleep(0.2)
         raise Unavailable(f"{gateway.name} was not ready in {READY_SECONDS:.0f} s; see {gateway.log}")
 
+    def restart_server(self) -> None:
+        """Start the queue server again with the same port and data."""
+        self.server.stop()
+        self.server.start()
+
     def restore(self) -> None:
-        """Whatever was paused goes on and whatever was killed runs again."""
+        """Resume paused processes, and start killed ones."""
         if self.server.running:
             os.kill(self.server.pid, signal.SIGCONT)
         else:
-            self.server.stop()
-            self.server.start()
-        self.server_busy = False
+            self.restart_server()
+        self.server_disturbed = False
         for member in self.members:
             member.send(signal.SIGCONT)
-            member.busy = False
+            member.disturbed = False
             if not member.running:
                 member.start()
 
@@ -162,12 +170,11 @@ class Fleet:
             "DRAIN_SECONDS": DRAIN,
             "MAX_WAITING": 24,
             "LOG_JSON": "true",
+            "THREADS": os.environ.get("PATCHFORGE_THREADS", "1"),
         }
-        # Nothing of the caller's own service: its keys, its certificate, its models.
+        # Leave out the settings of the user's own service: keys, certificate, models.
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PATCHFORGE_")}
-        threads = os.environ.get("PATCHFORGE_THREADS", "1")
         environment = kept | {f"PATCHFORGE_{name}": str(value) for name, value in settings.items()}
-        environment |= {"PATCHFORGE_THREADS": threads}
         name = f"{role}-{number}"
         log = self.folder / f"{name}.log"
         return Member(name, role, environment, log, f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}")

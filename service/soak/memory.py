@@ -1,23 +1,22 @@
-"""Whether memory is flat: the trend of what each process uses, once the traffic has settled."""
+"""Checks that memory does not grow: the trend of every process after warm-up."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 
-SAMPLES = 10  # that each median is of
-MARKS = 5  # medians shown, evenly from start to end
+import psutil
+
+SAMPLES = 10  # per median
+MARKS = 5  # medians shown, evenly spaced from start to end
 PARTS = 10  # of the last two thirds, for the trend
-LEAST = MARKS * SAMPLES  # samples, for anything to be said
-ALLOWED_SHARE, ALLOWED_BYTES = 0.05, 16 << 20  # rise to be put down to caches and fragmentation
+MIN_SAMPLES = MARKS * SAMPLES  # fewer samples show nothing
+ALLOWED_SHARE, ALLOWED_BYTES = 0.05, 16 << 20  # growth that caches and fragmentation may cause
 
 
 class Memory:
-    """A series of samples of each process; 0 stands for one that was away."""
+    """Memory samples of every process; a size of 0 means that the process was not running."""
 
     def __init__(self) -> None:
         self._series: dict[str, list[int]] = {}
@@ -28,28 +27,27 @@ class Memory:
                 self._series.setdefault(name, []).append(size)
 
     def course(self) -> dict[str, list[float]]:
-        """Bytes from start to end, of each process with samples enough."""
+        """Bytes from start to end, for every process with enough samples."""
         return {name: _marks(sizes) for name, sizes in self._long().items()}
 
     def trend(self) -> dict[str, float]:
-        """Bytes by which each rises over the last two thirds of its samples, steps aside.
+        """Growth in bytes over the last two thirds of the samples, single steps left out.
 
-        Of ten parts the least each went down to, and of these the median step from one to the next, nine times: a leak
-        raises them all, a peak none, and a step to a new high-water mark one or two.
+        The samples are cut into ten parts. The growth is nine times the median difference between the minima of
+        neighbouring parts: a leak raises all minima, a peak none, and a step to a new high-water mark one or two.
         """
-        return {name: _rise(sizes[len(sizes) // 3 :]) for name, sizes in self._long().items()}
+        return {name: _growth(sizes[len(sizes) // 3 :]) for name, sizes in self._long().items()}
 
     def grown(self) -> list[str]:
-        """The processes that rise by more than 5 % and 16 MiB."""
-        return [
-            name for name, rise in self.trend().items() if rise > ALLOWED_BYTES + ALLOWED_SHARE * self.course()[name][0]
-        ]
+        """The processes that grew by more than 5 % plus 16 MiB."""
+        course = self.course()
+        return [name for name, rise in self.trend().items() if rise > ALLOWED_BYTES + ALLOWED_SHARE * course[name][0]]
 
     def _long(self) -> dict[str, list[int]]:
-        return {name: sizes for name, sizes in self._series.items() if len(sizes) >= LEAST}
+        return {name: sizes for name, sizes in self._series.items() if len(sizes) >= MIN_SAMPLES}
 
 
-def _rise(sizes: Sequence[int]) -> float:
+def _growth(sizes: Sequence[int]) -> float:
     bounds = [round(part * len(sizes) / PARTS) for part in range(PARTS + 1)]
     floors = [min(sizes[start:end]) for start, end in pairwise(bounds)]
     return median(later - earlier for earlier, later in pairwise(floors)) * (PARTS - 1)
@@ -61,7 +59,8 @@ def _marks(sizes: Sequence[int]) -> list[float]:
 
 
 def resident(pid: int) -> int:
-    """Bytes a process holds in memory; 0 if it is gone, or where there is no ``/proc``."""
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
+    """Resident memory of a process in bytes; 0 if it has ended."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0

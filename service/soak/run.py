@@ -1,4 +1,4 @@
-"""One soak from start to end: start everything, let traffic and mishaps run, let it settle, and judge."""
+"""One soak: starts everything, runs traffic and faults, waits for the last jobs, and gives a verdict."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.soak.audit import Audit
-from service.soak.chaos import Chaos
-from service.soak.fleet import Fleet
-from service.soak.ledger import TERMINAL, Ledger
-from service.soak.memory import Memory, resident
-from service.soak.traffic import Client
-from service.threads import in_thread
+from patchforge.service.soak.audit import Audit
+from patchforge.service.soak.chaos import Chaos
+from patchforge.service.soak.fleet import Fleet
+from patchforge.service.soak.ledger import TERMINAL, Ledger
+from patchforge.service.soak.memory import Memory, resident
+from patchforge.service.soak.traffic import Client
+from patchforge.service.threads import in_thread
 
 SAMPLE_SECONDS = 2.0
-SETTLE_SECONDS = 300.0  # for the jobs still queued when the traffic ends
-WARM_SHARE, WARM_SECONDS = 0.25, 60.0  # traffic before memory counts: the lesser of the two
+SETTLE_SECONDS = 300.0  # limit for the jobs that are queued when the traffic ends
+WARM_SHARE, WARM_SECONDS = 0.25, 60.0  # traffic before memory is measured: the smaller of the two
 QUIET_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a soak; ``broken`` lists every promise that was not kept."""
+    """Result of a soak; `broken` lists every broken promise."""
 
     tally: dict[str, int]
     answers: dict[str, int]
-    mishaps: dict[str, int]
+    faults: dict[str, int]
     memory: dict[str, list[float]]
     trend: dict[str, float]
     lasting: dict[str, int]
@@ -37,7 +37,7 @@ class Verdict:
 
 
 class Soak:
-    """``clients`` callers for ``seconds``; ``hurry`` divides the time between mishaps, 0: there are none."""
+    """`clients` clients for `seconds`; `hurry` divides the time between faults, and 0 means no faults."""
 
     def __init__(self, fleet: Fleet, seconds: float, clients: int, seed: int, hurry: float = 1.0) -> None:
         self.fleet, self.seconds = fleet, seconds
@@ -50,11 +50,11 @@ class Soak:
         self._done = asyncio.Event()
 
     async def run(self, progress: Callable[[float, str], None]) -> Verdict:
-        """``progress`` gets the seconds passed and the tally in words, every second."""
+        """`progress` gets the elapsed seconds and the tally in words, once per second."""
         auditing = asyncio.create_task(self.audit.run())
         try:
-            await self._let_it_rain(progress)
-            await self._settle(progress)
+            await self._run_traffic(progress)
+            await self._await_last_jobs(progress)
         finally:
             auditing.cancel()
             await asyncio.gather(auditing, return_exceptions=True)
@@ -64,13 +64,12 @@ class Soak:
             self.audit.close()
 
     def tally(self) -> dict[str, int]:
-        accepted = len(self.audit.accepted)
         ended = {status: self.audit.count(status) for status in TERMINAL}
-        return {"accepted": accepted, **ended, "lost": accepted - sum(ended.values())}
+        return {"accepted": len(self.audit.accepted), **ended, "lost": len(self.audit.lost)}
 
-    async def _let_it_rain(self, progress: Callable[[float, str], None]) -> None:
+    async def _run_traffic(self, progress: Callable[[float, str], None]) -> None:
         began = time.monotonic()
-        talking = [asyncio.create_task(client.run(self._done)) for client in self.clients]
+        running = [asyncio.create_task(client.run(self._done)) for client in self.clients]
         chaos = asyncio.create_task(self.chaos.run())
         sampled = warm = began + min(WARM_SECONDS, WARM_SHARE * self.seconds)
         try:
@@ -78,11 +77,11 @@ class Soak:
                 if now > warm and now >= sampled:
                     self._sample_memory()
                     sampled = now + SAMPLE_SECONDS
-                for task in (*talking, chaos):
+                for task in (*running, chaos):
                     if task.done():
-                        await task  # it never ends by itself: this raises what ended it
-                self._look_for_deaths()
-                progress(now - began, self._in_words())
+                        await task  # a task that has ended has failed: raise its error
+                self._restart_dead()
+                progress(now - began, self._describe())
                 await asyncio.sleep(1)
         finally:
             self._done.set()
@@ -90,31 +89,31 @@ class Soak:
             await asyncio.gather(chaos, return_exceptions=True)
             self.fleet.restore()
         progress(self.seconds, "waiting for the last answers")
-        await asyncio.gather(*talking)
+        await asyncio.gather(*running)
 
-    async def _settle(self, progress: Callable[[float, str], None]) -> None:
-        """Until every job has ended, nothing is queued, and one more look confirms it."""
-        await self.fleet.ready()
+    async def _await_last_jobs(self, progress: Callable[[float, str], None]) -> None:
+        """Wait until every job has ended and nothing is queued, then scan once more."""
+        await self.fleet.wait_until_ready()
         give_up = time.monotonic() + SETTLE_SECONDS
         while time.monotonic() < give_up:
-            looked = await in_thread(self.audit.try_to_look)
-            progress(self.seconds, self._in_words())
-            if looked and not self.audit.live:
+            scanned = await in_thread(self.audit.try_to_scan)
+            progress(self.seconds, self._describe())
+            if scanned and not self.audit.live:
                 break
             await asyncio.sleep(QUIET_SECONDS)
-        await asyncio.sleep(2 * QUIET_SECONDS)  # idle workers pass over the entries of jobs that ended unclaimed
-        await in_thread(self.audit.try_to_look)
+        await asyncio.sleep(2 * QUIET_SECONDS)  # idle workers skip the entries of jobs that ended unclaimed
+        await in_thread(self.audit.try_to_scan)
 
     def _judge(self) -> Verdict:
         lasting = self.audit.lasting_keys()
         broken = list(self.ledger.broken)
         tally = self.tally()
         if tally["lost"]:
-            lost = sorted(self.audit.accepted - self.audit.ended.keys())
+            lost = sorted(self.audit.lost)
             broken.append(f"{tally['lost']} accepted jobs never ended: {', '.join(lost[:10])}")
         if lasting["queue entries"]:
-            broken.append(f"{lasting['queue entries']} entries are left in the queues")
-        broken += [f"{name} has grown" for name in self.memory.grown()]
+            broken.append(f"{lasting['queue entries']} entries remain in the queues")
+        broken += [f"the memory of {name} has grown" for name in self.memory.grown()]
         return Verdict(
             tally | {"dead letters": self.audit.dead_letters},
             dict(sorted(self.ledger.answers.items())),
@@ -129,23 +128,22 @@ class Soak:
         sizes = {member.name: resident(member.pid) for member in self.fleet.members if member.spared}
         self.memory.sample(sizes | {"queue server (data)": self.audit.used_memory()})
 
-    def _look_for_deaths(self) -> None:
+    def _restart_dead(self) -> None:
         for member in self.fleet.members:
-            if not member.running and not member.busy:
-                self.ledger.blame(f"{member.name} ended by itself; see {member.log}")
+            if not member.running and not member.disturbed:
+                self.ledger.broken.append(f"{member.name} ended by itself; see {member.log}")
                 member.start()
-        if not self.fleet.server.running and not self.fleet.server_busy:
-            self.ledger.blame("the queue server ended by itself")
-            self.fleet.server.stop()
-            self.fleet.server.start()
+        if not self.fleet.server.running and not self.fleet.server_disturbed:
+            self.ledger.broken.append("the queue server ended by itself")
+            self.fleet.restart_server()
 
-    def _in_words(self) -> str:
+    def _describe(self) -> str:
         tally = {kind: count for kind, count in self.tally().items() if kind != "lost"}
         words = [f"{count} {kind}" for kind, count in tally.items() if count]
         words.append(f"{len(self.audit.live)} live")
-        words.append(f"{sum(self.chaos.done.values())} mishaps")
+        words.append(f"{sum(self.chaos.done.values())} faults")
         if self.ledger.broken:
-            words.append(f"{len(self.ledger.broken)} BROKEN, the last: {self.ledger.broken[-1]}")
+            words.append(f"{len(self.ledger.broken)} BROKEN, latest: {self.ledger.broken[-1]}")
         return ", ".join(words)
 
 
@@ -158,6 +156,6 @@ async def soak(
     progress: Callable[[float, str], None],
     hurry: float = 1.0,
 ) -> Verdict:
-    """Starts everything in ``folder``, runs the soak and takes it down again."""
+    """Start everything in `folder`, run the soak, and stop everything."""
     async with Fleet(folder, bundle_dir) as fleet:
         return await Soak(fleet, seconds, clients, seed, hurry).run(progress)

@@ -1,1 +1,1 @@
-"""The worker: claims jobs, packs their patches into evaluations, publishes what comes of it."""
+"""The worker: claims jobs, packs their patches into network evaluations, and publishes the results."""

@@ -1,46 +1,49 @@
-"""How many patches one evaluation should have: found by a short profile of each model when a worker starts."""
+"""Finds how many patches one evaluation should have: profiles each model for a short time when a worker starts."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
-import torch
 
-from model.denoiser import Evaluation, Memory
-from model.pipeline import Pipeline
-from model.types import Plan
+from patchforge.model.denoiser import Evaluation, Memory
+from patchforge.model.device import synchronize
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.types import Plan
 
 ENOUGH = 0.95
-"""The budget is the largest pack that is quick enough and reaches this share of the best throughput of those: the packs
-of real traffic, of plans of many kinds, profit more from being large than the profile's, whose pictures are alike."""
+"""The budget is the largest pack with this share of the best throughput, among packs that are fast enough. Real traffic
+mixes many kinds of plans, and gains more from large packs than the profile, whose pictures are all alike."""
 STEP_SECONDS = 0.1
-"""A pack that takes longer is not quick enough, and no larger one is tried: requests join and leave between steps."""
+"""A pack that takes longer is not fast enough, and no larger one is tried: requests join and leave between steps."""
 MOST_PATCHES = 1 << 15
 SECONDS = 2.0
-"""Of profiling, for each model; the round it ends in is finished."""
+"""Time to profile one model. The last round is completed."""
+
+Clock = Callable[[], float]
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One size of pack."""
+    """One size of pack and its time."""
 
     patches: int
     seconds: float
-    """Of one evaluation, the best of a few."""
+    """The best time of a few evaluations."""
 
     @property
     def throughput(self) -> float:
-        """Patches a second."""
+        """Patches per second."""
         return self.patches / self.seconds
 
 
-def patch_budget(pipeline: Pipeline) -> int:
-    """Patches an evaluation of this model should have at most; logged."""
-    measured = profile(pipeline)
+def patch_budget(pipeline: Pipeline, clock: Clock = time.perf_counter) -> int:
+    """Finds the most patches that one evaluation of this model should have, and logs the profile."""
+    measured = profile(pipeline, clock)
     chosen = largest_good(measured)
     log.info(
         "patch budget",
@@ -52,31 +55,32 @@ def patch_budget(pipeline: Pipeline) -> int:
 
 
 def largest_good(measured: list[Measured]) -> int:
-    """Patches of the largest pack with `ENOUGH` of the best throughput among those that take no more than
-    `STEP_SECONDS`; of the smallest pack if none does."""
+    """Returns the patches of the largest pack with at least `ENOUGH` of the best throughput.
+
+    Only packs that take at most `STEP_SECONDS` count; if there are none, the smallest pack is returned.
+    """
     quick = [each for each in measured if each.seconds <= STEP_SECONDS] or measured[:1]
     best = max(each.throughput for each in quick)
     return max(each.patches for each in quick if each.throughput >= ENOUGH * best)
 
 
-def profile(pipeline: Pipeline) -> list[Measured]:
-    """Packs of 1, 2, 4 … guided pictures, each at its best of several rounds: what else runs here comes and goes."""
+def profile(pipeline: Pipeline, clock: Clock = time.perf_counter) -> list[Measured]:
+    """Times packs of 1, 2, 4 … guided pictures. Takes the best of several rounds, as other processes disturb it."""
     words = pipeline.manifest.class_names[0] if pipeline.manifest.class_names else "picture"
     plan = Plan(pipeline.noise(0), (0.5,), guidance=2.0)
     one = Evaluation(plan, pipeline.condition_on(words), Memory())
     cost = pipeline.denoiser.patches(plan)
-    pipeline.denoiser.evaluate([one])  # the first evaluation pays for what is set up once
-    began, best = time.monotonic(), {1: _seconds(pipeline, [one])}
+    pipeline.denoiser.evaluate([one])  # the first evaluation includes one-time set-up
+
+    def seconds(pictures: int) -> float:
+        began = clock()
+        pipeline.denoiser.evaluate([one] * pictures)
+        synchronize(pipeline.device)
+        return clock() - began
+
+    began, best = clock(), {1: seconds(1)}
     while max(best) * cost <= MOST_PATCHES / 2 and best[max(best)] <= STEP_SECONDS:
-        best[2 * max(best)] = _seconds(pipeline, [one] * 2 * max(best))
-    while time.monotonic() - began < SECONDS:
-        best = {pictures: min(seconds, _seconds(pipeline, [one] * pictures)) for pictures, seconds in best.items()}
-    return [Measured(pictures * cost, seconds) for pictures, seconds in best.items()]
-
-
-def _seconds(pipeline: Pipeline, evaluations: list[Evaluation]) -> float:
-    began = time.perf_counter()
-    pipeline.denoiser.evaluate(evaluations)
-    if pipeline.device.type == "cuda":
-        torch.cuda.synchronize(pipeline.device)
-    return time.perf_counter() - began
+        best[2 * max(best)] = seconds(2 * max(best))
+    while clock() - began < SECONDS:
+        best = {pictures: min(so_far, seconds(pictures)) for pictures, so_far in best.items()}
+    return [Measured(pictures * cost, least) for pictures, least in best.items()]

@@ -1,4 +1,4 @@
-"""How many bytes of keys and values the pictures in flight may keep; counts, touches no tensor."""
+"""Limits the bytes of keys and values that running pictures keep. Only counts, touches no tensor."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Hashable
 
 
 class CacheBudget:
-    """Room is granted to a picture for all it will keep, so that one that has begun can always go on."""
+    """Grants a picture room for everything it will keep, so a picture that has started can always continue."""
 
     def __init__(self, limit: int) -> None:
-        """``limit`` in bytes; a picture that needs more than that is still granted it when it is the only one."""
+        """`limit` is in bytes. A picture that needs more is admitted when it is the only one."""
         self.limit = limit
         self._granted: dict[Hashable, int] = {}
 
     @property
     def used(self) -> int:
-        """Bytes granted."""
+        """Bytes granted now."""
         return sum(self._granted.values())
 
     def holds(self, key: Hashable) -> bool:
-        """Whether ``key`` was granted its room."""
+        """Tells whether `key` has been granted its room."""
         return key in self._granted
 
     def grant(self, key: Hashable, size: int) -> bool:
-        """Whether ``key`` may keep ``size`` bytes now, or already does."""
+        """Grants `key` room for `size` bytes, if it has none yet. Returns False if there is not enough."""
         if self.holds(key):
             return True
         used = self.used
@@ -33,5 +33,5 @@ class CacheBudget:
         return True
 
     def release(self, key: Hashable) -> None:
-        """Harmless for one that was granted nothing."""
+        """Frees the room of `key`, if it has any."""
         self._granted.pop(key, None)

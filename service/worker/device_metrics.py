@@ -1,4 +1,4 @@
-"""What a worker runs on: versions, device, and the memory it takes there."""
+"""Metrics of what a worker runs on: versions, device, and the memory it uses there."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-# The rest of what ProcessCollector tells, such as start times, means nothing once a gateway has added it up.
-_OF_PROCESS = ("cpu_seconds", "open_fds", "resident_memory_bytes")
+# A gateway adds the workers' values up. The other values of ProcessCollector, such as start times, cannot be added.
+_ADDABLE = ("cpu_seconds", "open_fds", "resident_memory_bytes")
 
 
 def register_host(registry: CollectorRegistry, devices: Collection[torch.device]) -> None:
-    """Add process and device to a worker's metrics; what a gateway adds up are then totals over its workers."""
+    """Adds process and devices to a worker's metrics. All values can be added up over workers."""
     info = Gauge(
         "patchforge_worker_info",
         "1 for each worker with these versions and this device.",
@@ -31,12 +31,13 @@ def register_host(registry: CollectorRegistry, devices: Collection[torch.device]
 
 
 def device_name(device: torch.device) -> str:
-    """``cpu``, or what the driver calls the GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """Returns `cpu`, or the driver's name for the GPU."""
+    named = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
+    return named.get_device_name(device) if named else device.type
 
 
 def cuda_memory(device: torch.device) -> tuple[int, int, int]:
-    """Bytes tensors take, bytes PyTorch holds for them, and bytes the GPU has."""
+    """Returns the bytes that tensors use, the bytes that PyTorch has reserved, and the bytes of the whole GPU."""
     _, total = torch.cuda.mem_get_info(device)
     return torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device), total
 
@@ -45,12 +46,12 @@ class DeviceMemory(Collector):
     """A GPU's memory, read at each scrape."""
 
     def __init__(self, read: Callable[[], tuple[int, int, int]]) -> None:
-        """``read`` gives bytes allocated, reserved and there in all."""
+        """`read` returns bytes allocated, reserved and in total."""
         self._read = read
 
     def collect(self) -> Iterable[Metric]:
         names = ("allocated", "reserved", "total")
-        whats = ("Memory that tensors take on GPUs.", "Memory PyTorch holds on GPUs.", "Memory GPUs have in all.")
+        whats = ("Memory that tensors use on GPUs.", "Memory that PyTorch has reserved on GPUs.", "Memory of the GPUs.")
         for name, what, value in zip(names, whats, self._read(), strict=True):
             yield GaugeMetricFamily(f"patchforge_worker_gpu_memory_{name}_bytes", what, value)
 
@@ -62,4 +63,4 @@ class WorkerProcess(Collector):
         self._process = ProcessCollector(namespace="patchforge_worker", registry=None)
 
     def collect(self) -> Iterable[Metric]:
-        return [metric for metric in self._process.collect() if metric.name.endswith(_OF_PROCESS)]
+        return [metric for metric in self._process.collect() if metric.name.endswith(_ADDABLE)]

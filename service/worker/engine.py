@@ -10,33 +10,36 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from model.errors import ParameterError
-from model.generate import Trajectory, settle
-from model.pipeline import Pipeline
-from model.types import Plan, Prediction
-from service.errors import InvalidRequest
-from service.events import Preview
-from service.queue_records import Source
-from service.schemas import Job
-from service.worker.caches import CacheBudget
-from service.worker.live import LiveJob, LivePicture
-from service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
-from service.worker.pictures import encode_picture, encode_preview
-from service.worker.previews import PreviewPace
-from service.worker.scheduler import Candidate
-from service.worker.source_images import prepare
-from service.worker.trouble import NotFinite, isolating, job_error
+from patchforge.model.errors import ParameterError
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.trajectory import Change, Trajectory, plan_next
+from patchforge.model.types import Grid, Plan, Prediction
+from patchforge.service.errors import InvalidRequest
+from patchforge.service.messages.events import Preview
+from patchforge.service.messages.fit import Size, nearest_native
+from patchforge.service.messages.schemas import GenerationRequest, Job
+from patchforge.service.messages.source import Source
+from patchforge.service.worker.caches import CacheBudget
+from patchforge.service.worker.live import Clock, LiveJob, LivePicture
+from patchforge.service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
+from patchforge.service.worker.pace import Allowance
+from patchforge.service.worker.pacer import Pacer
+from patchforge.service.worker.pictures import encode_picture, encode_preview, picture_settings
+from patchforge.service.worker.previews import PreviewPace
+from patchforge.service.worker.scheduler import Candidate
+from patchforge.service.worker.source_images import prepare_source
+from patchforge.service.worker.trouble import NotFinite, isolate_failures, job_error
 
 
 class Chooser(Protocol):
-    """Decides whose turn it is."""
+    """Decides which pictures are evaluated next."""
 
     def choose(self, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """Candidates of one model; at least one if there are any."""
+        """Returns candidates of one model; at least one if there are any."""
 
 
 class Chosen(NamedTuple):
-    """A picture with the plan it was chosen for."""
+    """A picture, and the plan to evaluate for it."""
 
     live: LiveJob
     picture: LivePicture
@@ -44,86 +47,123 @@ class Chosen(NamedTuple):
 
 
 class Engine:
-    """Runs the jobs admitted to it, a step at a time. Not thread-safe: one caller at a time."""
+    """Runs the jobs admitted to it, one step at a time. Not thread-safe."""
 
     def __init__(
-        self, pipelines: Mapping[str, Pipeline], scheduler: Chooser, previews: PreviewPace, cache_bytes: int
+        self,
+        pipelines: Mapping[str, Pipeline],
+        scheduler: Chooser,
+        previews: PreviewPace,
+        cache_bytes: int,
+        pacer: Pacer | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
-        """``cache_bytes`` bounds the keys and values kept between steps."""
+        """`cache_bytes` limits the keys and values kept between steps. Without a `pacer`, pictures take their time."""
         self.pipelines = pipelines
         self.scheduler = scheduler
         self.previews = previews
         self.caches = CacheBudget(cache_bytes)
+        self.pacer = pacer
+        self.clock = clock
         self.jobs: dict[str, LiveJob] = {}
         self.last_evaluation = (0, "")
-        """Patches packed into the last evaluation, and its model."""
+        """Patches in the last evaluation, and its model."""
         self.evaluated = 0
         """Patches in all evaluations so far."""
         self._given: list[LiveJob] = []
-        """Jobs whose pictures are known as a whole, still to be shown: nothing of them will ever be planned."""
+        """Jobs that need no evaluation, because all their patches are known; still to be decoded."""
         self.last_shares: Counter[str] = Counter()
-        """Patches each job had in the last step."""
+        """Job id → its patches in the last step."""
+        self._ended: float | None = None
+        """When the last step ended; None if it left nothing to do."""
+        self._decoding = 0.0
+        """Seconds of this step for finished pictures."""
 
     def admit(self, job: Job, source: Source | None = None) -> LiveJob:
-        """Prepare a job's condition, noise and what it starts from, and add it to the live set.
+        """Prepare a job's condition, noise and source picture, and add the job to the running ones.
 
         Raises:
-            InvalidRequest: the job does not fit the model; ``field`` says where.
+            InvalidRequest: the job does not fit the model; `field` says why.
         """
+        begun = self.clock()
         request = job.request
         pipeline = self.pipelines.get(request.model or "")
         if pipeline is None or request.sampler is None or None in (request.steps, request.guidance, request.seed):
-            raise InvalidRequest("the job names no model of this worker, or lacks a default", field="model")
+            raise InvalidRequest("this worker does not serve the job's model, or a default is missing", field="model")
         try:
+            size = drawn_size(pipeline, request)
+            grid = pipeline.grids[size]
             options = request.sampler.model_dump()
-            sampler = pipeline.sampler(options.pop("name"), request.steps or 1, request.guidance or 0.0, **options)
-            condition, truncated = pipeline.condition(request.prompt, request.class_label)
-            image = None if source is None else prepare(pipeline, source, request.strength)
+            name, steps, guidance = options.pop("name"), request.steps or 1, request.guidance or 0.0
+            sampler = pipeline.sampler(name, steps, guidance, grid=grid, **options)
+            condition, truncated = pipeline.condition(request.prompt, request.class_label, request.negative_prompt)
+            image = None if source is None else prepare_source(pipeline, source, request.strength, request.fit, size)
             pictures = []
             for index in range(request.n):
                 seed = (request.seed or 0) + index
-                noise = pipeline.noise(seed)
-                start = sampler.start(noise) if image is None else sampler.start_from(noise, image.clean, image.times)
-                pictures.append(LivePicture.begin(index, seed, Trajectory(sampler, condition, start)))
+                noise = pipeline.noise(seed, grid)
+                start = sampler.start(noise) if image is None else image.begin(sampler, noise)
+                run = Trajectory(sampler, condition, start)
+                path = [Change(**change.model_dump()) for change in request.path or ()]
+                pictures.append(LivePicture.begin(index, seed, run, request.budget, path, grid != pipeline.grid))
         except ParameterError as error:
             raise InvalidRequest(str(error).removeprefix(f"{error.field}: "), field=error.field) from error
         tokens = pipeline.prompt_tokens(request.prompt)
-        live = LiveJob(job, request.model or "", pictures, truncated, tokens, image, came_at=self.evaluated)
+        cut = pipeline.is_truncated(request.negative_prompt)
+        live = LiveJob(
+            *(job, request.model or "", pictures, truncated, tokens, image, cut, self.evaluated),
+            clock=self.clock,
+            begun=begun,
+        )
         self.jobs[job.id] = live
+        if self.pacer is not None:
+            self.pacer.admit(live)
         if live.done:
             self._given.append(live)
         return live
 
     def drop(self, job_id: str) -> None:
-        """Forget a job, whatever it was doing; its memory is freed."""
+        """Forget a job in any state, and free its memory."""
         live = self.jobs.pop(job_id, None)
         for picture in live.pictures if live else ():
             self.caches.release((job_id, picture.index))
 
     def step(self) -> list[Outcome]:
-        """Schedule, evaluate, advance. A job that fails ends in `JobBroken` and never disturbs the others."""
-        began = time.monotonic()
+        """Schedule, evaluate, advance. A job that fails ends in `JobBroken` and does not affect the others."""
+        outcomes = self._step()
+        self._ended = self.clock() if self.jobs else None
+        return outcomes
+
+    def _step(self) -> list[Outcome]:
+        began, since = self.clock(), self._ended
+        self._decoding = 0.0
         self.last_shares.clear()
-        outcomes = self._show_given()
+        outcomes = self._decode_given() + self._keep_paths()
         planned = self._schedule()
         if not planned:
-            return outcomes + self._close()
+            return outcomes + self._report_finished()
         moved = []
         for chosen, prediction in zip(planned, self._evaluate(planned), strict=True):
             live = chosen.live
             if live.job.id not in self.jobs:
-                continue  # another of its pictures just broke the job
+                continue  # another picture of this job has just broken it
             try:
                 self._advance(chosen, prediction)
                 moved.append(chosen)
-            except Exception as error:  # one job's trouble, of whatever kind, must stay its own
-                outcomes.append(self._broken(live, error))
-        outcomes += self._settle(self._alive(moved))
-        outcomes += self._look(self._alive(moved))
-        self.previews.worked(time.monotonic() - began)
-        return outcomes + self._show(self._alive(moved)) + self._close()
+            except Exception as error:  # one job's failure must not affect the others
+                outcomes.append(self._break_job(live, error))
+        outcomes += self._plan_ahead(self._skip_dropped(moved))
+        outcomes += self._fetch_status(self._skip_dropped(moved))
+        self.previews.worked(self.clock() - began)
+        outcomes += self._decode_due(self._skip_dropped(moved)) + self._report_finished()
+        if self.pacer is not None:
+            patches, model = self.last_evaluation
+            # Since the last step: what else the worker does under load is part of its speed.
+            now = self.clock()
+            self.pacer.evaluated(model, patches, now - (since or began) - self._decoding, now)
+        return outcomes
 
-    def _alive(self, chosen: list[Chosen]) -> list[Chosen]:
+    def _skip_dropped(self, chosen: list[Chosen]) -> list[Chosen]:
         return [each for each in chosen if each.live.job.id in self.jobs]
 
     def _schedule(self) -> list[Chosen]:
@@ -136,7 +176,7 @@ class Engine:
                 if picture.plan is None:
                     continue
                 if not self._may_keep(live, picture, room):
-                    room = False  # is kept for this one: smaller ones that came later would take it for ever
+                    room = False  # reserved for this picture: otherwise smaller ones could overtake it for ever
                     continue
                 key = job_id, picture.index
                 wanting[key] = Chosen(live, picture, picture.plan)
@@ -146,9 +186,9 @@ class Engine:
         return [wanting[each.key] for each in self.scheduler.choose(candidates)]
 
     def _may_keep(self, live: LiveJob, picture: LivePicture, room: bool) -> bool:
-        """Whether there is room for the keys and values the plan is about; if not, the picture waits for others.
+        """Tell whether there is room for the keys and values that the plan keeps. If not, the picture waits.
 
-        Without ``room`` only what was granted before is.
+        Without `room`, only pictures that were granted room before may go on.
         """
         key = live.job.id, picture.index
         if not picture.keeps or self.caches.holds(key):
@@ -157,14 +197,14 @@ class Engine:
         return room and self.caches.grant(key, pool.slot_bytes * picture.trajectory.sampler.branches)
 
     def _evaluate(self, planned: list[Chosen]) -> list[Prediction | Exception]:
-        """Predictions in order."""
+        """Return one prediction or error per plan, in order."""
         model = planned[0].live.model
         denoiser = self.pipelines[model].denoiser
         for each in planned:
             self.last_shares[each.live.job.id] += denoiser.patches(each.plan)
         self.last_evaluation = self.last_shares.total(), model
         self.evaluated += self.last_shares.total()
-        return isolating(denoiser.evaluate, [each.picture.trajectory.evaluation(each.plan) for each in planned])
+        return isolate_failures(denoiser.evaluate, [each.picture.trajectory.evaluation(each.plan) for each in planned])
 
     def _advance(self, chosen: Chosen, prediction: Prediction | Exception) -> None:
         if isinstance(prediction, Exception):
@@ -175,115 +215,174 @@ class Engine:
         except Exception as error:
             raise error if picture.finite else NotFinite(repr(error)) from error
 
-    def _settle(self, moved: list[Chosen]) -> list[Outcome]:
-        """Have the samplers plan ahead, which may take answers from the device, fetched for all of them together."""
+    def _plan_ahead(self, moved: list[Chosen]) -> list[Outcome]:
+        """Let the samplers plan ahead. What they need from the device is fetched for all of them together."""
         outcomes: list[Outcome] = []
-        plans = isolating(settle, [each.picture.trajectory for each in moved])
+        plans = isolate_failures(plan_next, [each.picture.trajectory for each in moved])
         for (live, picture, _), plan in zip(moved, plans, strict=True):
             if live.job.id not in self.jobs:
                 continue
             if isinstance(plan, Exception):
-                outcomes.append(self._broken(live, plan if picture.finite else NotFinite(repr(plan))))
+                outcomes.append(self._break_job(live, plan if picture.finite else NotFinite(repr(plan))))
                 continue
-            picture.go_on(plan)
+            picture.set_plan(plan)
             if picture.done:
                 self.caches.release((live.job.id, picture.index))
         return outcomes
 
-    def _look(self, moved: list[Chosen]) -> list[Outcome]:
-        """Fetch from the device, in one transfer for all pictures, whether all is well and how patches stand."""
+    def _fetch_status(self, moved: list[Chosen]) -> list[Outcome]:
+        """Fetch in one transfer from the device: are the predictions finite, and where are the patches."""
         if not moved:
             return []
-        states = [each.picture.trajectory.state for each in moved]
-        stands = torch.stack([torch.stack([state.times, state.difficulty]) for state in states])
-        finite = torch.stack([each.picture.finite for each in moved]).to(stands.dtype)
-        fetched = torch.cat([finite[:, None], stands.flatten(1)], dim=1).cpu()
+        stands = [each.picture.status() for each in moved]
+        fetched = torch.cat(stands).cpu().split([len(each) for each in stands])
         outcomes: list[Outcome] = []
         for (live, picture, _), row in zip(moved, fetched, strict=True):
             if live.job.id not in self.jobs:
                 continue
             if not row[0]:
-                outcomes.append(self._broken(live, NotFinite("the network predicted values that are not finite")))
-            elif finished := picture.note(*row[1:].view(2, -1)):
+                outcomes.append(self._break_job(live, NotFinite("the network predicted values that are not finite")))
+            elif finished := picture.record_status(*row[1:].view(2, -1)):
                 outcomes.append(PatchesMade(live.job.id, finished))
         return outcomes
 
-    def _broken(self, live: LiveJob, error: Exception) -> JobBroken:
+    def _keep_paths(self) -> list[Outcome]:
+        """Bring pictures on the paths that their budgets, time and load allow, and decode those that land."""
+        allowed = self.pacer.allowances(self.jobs.values()) if self.pacer is not None else {}
+        going = [
+            Chosen(live, picture, picture.plan)
+            for live in self.jobs.values()
+            for picture in live.pictures
+            if picture.plan is not None
+        ]
+        outcomes: list[Outcome] = []
+        while going := [each for each in self._skip_dropped(going) if not each.picture.done]:
+            changed = []
+            for each in going:
+                if each.live.job.id not in self.jobs:
+                    continue  # another picture of this job has just broken it
+                try:
+                    if self._change_path(each, allowed.get((each.live.job.id, each.picture.index))):
+                        changed.append(each)
+                except Exception as error:  # one job's failure must not affect the others
+                    outcomes.append(self._break_job(each.live, error))
+            going = self._skip_dropped(changed)
+            outcomes += self._plan_ahead(going)
+            outcomes += self._fetch_status(self._skip_dropped(going))
+            landed = [each for each in self._skip_dropped(going) if each.picture.done]
+            for model in {each.live.model for each in landed}:
+                outcomes += self._decode_due([each for each in landed if each.live.model == model])
+        return outcomes
+
+    def _change_path(self, chosen: Chosen, allowed: Allowance | None) -> bool:
+        """Change a picture's path once, if it must; tell whether it did."""
+        live, picture, _ = chosen
+        if self.pacer is not None and allowed is not None and picture.keep_time(self.pacer.floors[live.model], allowed):
+            live.lowered = True
+            return True
+        return picture.change_path()
+
+    def _break_job(self, live: LiveJob, error: Exception) -> JobBroken:
         self.drop(live.job.id)
         return JobBroken(live.job.id, job_error(live.job.id, error))
 
-    def _show(self, moved: list[Chosen]) -> list[Outcome]:
-        """Decode, in one batch, finished pictures and the previews that are due."""
-        now = time.monotonic()
-        wanted = [each for each in moved if each.live.job.request.previews and not each.picture.done]
-        shown = self.previews.due([each.picture.previewed for each in wanted], now)
-        due = [each for each in moved if each.picture.done] + [wanted[index] for index in shown]
+    def _decode_due(self, moved: list[Chosen]) -> list[Outcome]:
+        """Decode finished pictures and due previews in one batch."""
+        now = self.clock()
+        done = [each for each in moved if each.picture.done]
+        shown: list[Chosen] = []  # owed, whatever it costs
+        wanted: list[Chosen] = []
+        for each in moved:
+            if each.live.job.request.previews and not each.picture.done:
+                (shown if each.live.owes(each.picture) else wanted).append(each)
+        shown += [wanted[index] for index in self.previews.due([each.picture.previewed for each in wanted], now)]
+        due = done + shown
         if not due:
             return []
-        outcomes = self._decoded([(each.live, each.picture) for each in due], now)
-        self.previews.showed(len(shown), (time.monotonic() - now) * len(shown) / len(due))
+        outcomes = self._decode([(each.live, each.picture) for each in due], now)
+        each_took = (self.clock() - now) / len(due)
+        self.previews.showed(len(shown), each_took * len(shown))
+        if done and self.pacer is not None:
+            self._decoding += each_took * len(done)
+            self.pacer.speeds[done[0].live.model].decoded(len(done), each_took * len(done))
         return outcomes
 
-    def _show_given(self) -> list[Outcome]:
+    def _decode_given(self) -> list[Outcome]:
         given, self._given = self._given, []
         outcomes: list[Outcome] = []
         for live in given:
             if live.job.id in self.jobs:
-                outcomes += self._decoded([(live, picture) for picture in live.pictures], time.monotonic())
+                outcomes += self._decode([(live, picture) for picture in live.pictures], self.clock())
         return outcomes
 
-    def _decoded(self, due: list[tuple[LiveJob, LivePicture]], now: float) -> list[Outcome]:
-        """Pictures of one model, as they stand: finished ones, and previews of the others."""
+    def _decode(self, due: list[tuple[LiveJob, LivePicture]], now: float) -> list[Outcome]:
+        """Decode pictures of one model: finished ones, and previews of the others."""
         pipeline = self.pipelines[due[0][0].model]
 
-        def decode(some: list[tuple[LiveJob, LivePicture]]) -> torch.Tensor:
-            states = [(picture.trajectory.state, picture.done) for _, picture in some]
-            return pipeline.decode(torch.stack([state.x if done else state.estimate for state, done in states]))
+        def decode(some: list[tuple[LiveJob, LivePicture]]) -> list[torch.Tensor]:
+            by_grid: dict[Grid, list[int]] = {}
+            for place, (_, picture) in enumerate(some):
+                by_grid.setdefault(picture.trajectory.sampler.grid, []).append(place)
+            made: dict[int, torch.Tensor] = {}
+            for grid, places in by_grid.items():
+                latents = torch.stack([some[place][1].shown for place in places])
+                made |= dict(zip(places, pipeline.decode(latents, grid), strict=True))
+            return [made[place] for place in range(len(some))]
 
         outcomes: list[Outcome] = []
-        for (live, picture), pixels in zip(due, isolating(decode, due), strict=True):
+        for (live, picture), pixels in zip(due, isolate_failures(decode, due), strict=True):
             if live.job.id not in self.jobs:
-                continue  # another of its pictures just broke the job
+                continue  # another picture of this job has just broken it
             try:
-                outcomes.append(self._shown(live, picture, pixels, now))
+                outcomes.append(self._encode_outcome(live, picture, pixels, now))
             except Exception as error:
-                outcomes.append(self._broken(live, error))
+                outcomes.append(self._break_job(live, error))
         return outcomes
 
-    def _shown(self, live: LiveJob, picture: LivePicture, pixels: torch.Tensor | Exception, now: float) -> Outcome:
+    def _encode_outcome(
+        self, live: LiveJob, picture: LivePicture, pixels: torch.Tensor | Exception, now: float
+    ) -> Outcome:
         if isinstance(pixels, Exception):
             raise pixels
         request = live.job.request
         if picture.done:
-            data = encode_picture(pixels, request, live.source)
+            digest = self.pipelines[live.model].weights_sha256
+            settings = picture_settings(request, picture.seed, digest)
+            data = encode_picture(pixels, request, settings, live.source)
             return PictureMade(live.job.id, picture.index, data)
         picture.previewed = now
-        live.note_preview()
-        return PreviewMade(live.job.id, _preview(picture, encode_preview(pixels)))
+        live.record_preview()
+        return PreviewMade(live.job.id, _build_preview(picture, encode_preview(pixels)))
 
-    def _close(self) -> list[Outcome]:
-        """Reports of the jobs whose pictures are all made."""
+    def _report_finished(self) -> list[Outcome]:
+        """Report the jobs whose pictures are all finished."""
         outcomes: list[Outcome] = []
         for live in [live for live in self.jobs.values() if live.done]:
             try:
                 outcomes.append(JobDone(live.job.id, live.report()))
                 self.drop(live.job.id)
             except Exception as error:
-                outcomes.append(self._broken(live, error))
+                outcomes.append(self._break_job(live, error))
         return outcomes
 
 
-def _preview(picture: LivePicture, png: bytes) -> Preview:
+def drawn_size(pipeline: Pipeline, request: GenerationRequest) -> Size:
+    """The native size in which a request is drawn."""
+    return nearest_native(list(pipeline.grids), request.asked_size or pipeline.manifest.size)
+
+
+def _build_preview(picture: LivePicture, png: bytes) -> Preview:
     run = picture.trajectory
     state, sampler = run.state, run.sampler
     times = [round(value, 4) for value in picture.times.tolist()]
     return Preview(
         index=picture.index,
         evaluation=state.evaluations,
-        evaluations=sampler.evaluations,
+        evaluations=run.evaluations,
         times=times,
         finished_share=sum(value >= 1 for value in times) / len(times),
         patch_evaluations=run.patch_evaluations,
         dense_patch_evaluations=sampler.grid.patches * sampler.branches * state.evaluations,
         b64_png=b64encode(png).decode(),
+        grid=picture.told_grid,
     )

@@ -1,48 +1,49 @@
-"""The worker process: its models loaded, its signals heard."""
+"""The worker process: loads the models, handles signals, runs the worker."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from prometheus_client import start_http_server
 from pydantic import ValidationError
 
-from model.bundle import explain, list_bundles
-from model.device import compile_feed_forwards, prepare_cpu
-from model.errors import BundleError
-from model.pipeline import Pipeline
-from service.errors import InvalidRequest
-from service.queue import JobQueue
-from service.settings import Settings
-from service.threads import in_thread
-from service.worker.budgets import patch_budget
-from service.worker.cards import model_card
-from service.worker.worker import Worker
+from patchforge.model.device import compile_feed_forwards, prepare_cpu
+from patchforge.model.errors import BundleError
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.shipped import SHIPPED
+from patchforge.model.storage.bundle import explain_error, find_bundles
+from patchforge.service.errors import InvalidRequest
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
+from patchforge.service.threads import in_thread
+from patchforge.service.worker.budgets import patch_budget
+from patchforge.service.worker.cards import model_card
+from patchforge.service.worker.worker import Worker
 
 
 def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
-    """The bundles to serve, loaded, by name.
+    """Load the bundles to serve; returns name → pipeline.
 
     Raises:
-        BundleError: one is broken.
-        InvalidRequest: a model asked for is not there, or there is none at all.
+        BundleError: a bundle is broken.
+        InvalidRequest: a requested model does not exist, or there are no models at all.
     """
-    bundles = {bundle.name: bundle for bundle in list_bundles(settings.bundle_dir)}
+    places = settings.bundle_dir or [SHIPPED]
+    bundles, where = find_bundles(places), ", ".join(map(str, places))
     if not bundles:
-        raise InvalidRequest(f"there is no model bundle in {settings.bundle_dir}", field="bundle_dir")
+        raise InvalidRequest(f"there is no model bundle in {where}", field="bundle_dir")
     if missing := [name for name in settings.models if name not in bundles]:
-        there = ", ".join(bundles)
-        raise InvalidRequest(
-            f"no bundle named {', '.join(missing)} in {settings.bundle_dir}; there: {there}", field="models"
-        )
+        available = ", ".join(bundles)
+        raise InvalidRequest(f"{where} has no bundle {', '.join(missing)}; it has: {available}", field="models")
     chosen = settings.models or list(bundles)
     for name in chosen:
         try:
             model_card(bundles[name].manifest)
         except ValidationError as error:
-            raise BundleError(f"{bundles[name].folder}: cannot be served: {explain(error)}") from error
+            raise BundleError(f"{bundles[name].folder}: cannot be served: {explain_error(error)}") from error
     pipelines = {name: Pipeline(bundles[name]) for name in chosen}
     if settings.compile:
         for pipeline in pipelines.values():
@@ -51,18 +52,31 @@ def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
 
 
 def find_budgets(settings: Settings, pipelines: dict[str, Pipeline]) -> dict[str, int]:
-    """Patches an evaluation of each model may have: as set, or as a short profile finds."""
+    """Return the most patches per evaluation of each model: the setting, or the result of a short profile."""
     return {name: settings.patch_budget or patch_budget(pipeline) for name, pipeline in pipelines.items()}
 
 
-async def serve_worker(settings: Settings, redis_url: str, parent: int | None = None) -> None:
-    """Run a worker until SIGTERM or SIGINT, or until the process ``parent`` is gone."""
-    prepare_cpu(settings.threads)
+async def serve_worker(
+    settings: Settings, redis_url: str, parent: int | None = None, started: Callable[[], None] | None = None
+) -> None:
+    """Run a worker until SIGTERM or SIGINT, or until the process `parent` is gone.
+
+    `started` is called when the models are loaded. After that, no setting and no bundle can stop the worker.
+
+    Raises:
+        BundleError: a bundle is broken or unreadable.
+        InvalidRequest: a setting is invalid, or names something that does not exist or is in use.
+        QueueRefused: the queue server refuses this process.
+    """
+    prepare_cpu(settings.threads, only_pictures=True)
     loop = asyncio.get_running_loop()
-    # One thread for all tensors: the C library keeps a heap for each thread that allocates, and what one has freed is
-    # of no use to the others, so that with several a worker's memory creeps up for hours.
+    # One thread for all tensors: the C library has one heap per allocating thread, and memory freed in one heap cannot
+    # be used by another thread. With several threads, a worker's memory grows for hours.
     loop.set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="engine"))
-    pipelines = await in_thread(load_pipelines, settings)
+    try:
+        pipelines = await in_thread(load_pipelines, settings)
+    except OSError as error:
+        raise BundleError(f"a bundle cannot be read: {error}") from error
     budgets = await in_thread(find_budgets, settings, pipelines)
     queue = JobQueue.connect(redis_url, settings)
     worker = Worker(settings, queue, pipelines, budgets, parent)
@@ -70,8 +84,15 @@ async def serve_worker(settings: Settings, redis_url: str, parent: int | None = 
         loop.add_signal_handler(name, worker.draining.set)
     server = None
     if settings.worker_metrics_port:
-        server, _ = start_http_server(settings.worker_metrics_port, settings.host, worker.registry)
+        try:
+            server, _ = start_http_server(settings.worker_metrics_port, settings.host, worker.registry)
+        except OSError as error:
+            where = f"port {settings.worker_metrics_port} of {settings.host}"
+            raise InvalidRequest(f"{where} cannot be used: {error.strerror}", field="worker_metrics_port") from error
     try:
+        await queue.check_not_refused()
+        if started is not None:
+            started()
         await worker.run()
     finally:
         if server is not None:

@@ -1,4 +1,4 @@
-"""What a worker knows of its queue server: whether it can be used, and since when."""
+"""Tracks whether the queue server is reachable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
-from service.errors import Unavailable
+from patchforge.service.errors import Unavailable
 
 RETRY_SECONDS = 0.5
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Outages:
-    """Told of every call's fate; one log line when an outage begins and one when it is over."""
+    """Records the result of every call. Logs one line when an outage begins and one when it ends."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -29,7 +29,7 @@ class Outages:
 
     @property
     def seconds_since(self) -> float:
-        """Since the last failed call, by the monotonic clock."""
+        """Seconds since the last failed call."""
         return time.monotonic() - self._last
 
     def failed(self, error: Unavailable) -> None:
@@ -44,7 +44,7 @@ class Outages:
             log.info("queue server can be used again")
 
     async def attempt(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """The result of one call; None if the server cannot be used."""
+        """Makes one call and returns its result, or None if the server cannot be used."""
         try:
             result = await call(*args, **kwargs)
         except Unavailable as error:
@@ -54,7 +54,7 @@ class Outages:
         return result
 
     async def outlast(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of a call that may be repeated, as often as it takes."""
+        """Repeats a call until the server answers, and returns its result. The call must be safe to repeat."""
         while True:
             try:
                 result = await call(*args, **kwargs)

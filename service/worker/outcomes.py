@@ -1,11 +1,11 @@
-"""What comes of engine steps, for the worker to publish."""
+"""Results of engine steps, for the worker to publish."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.events import PatchesFinished, Preview
-from service.schemas import JobError, SavingsReport
+from patchforge.service.messages.events import PatchesFinished, Preview
+from patchforge.service.messages.schemas import JobError, SavingsReport
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PictureMade:
 
 @dataclass(frozen=True)
 class JobDone:
-    """All pictures of a job are made."""
+    """All pictures of a job are finished."""
 
     job_id: str
     report: SavingsReport
@@ -43,7 +43,7 @@ class JobDone:
 
 @dataclass(frozen=True)
 class JobBroken:
-    """A job cannot go on; others are not affected."""
+    """A job cannot continue; other jobs are not affected."""
 
     job_id: str
     error: JobError

@@ -1,35 +1,81 @@
-"""Finished pictures, as clients want them: of their size, in their format."""
+"""Encodes finished pictures in the size and format that the client wants."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from io import BytesIO
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from service.schemas import GenerationRequest, OutputFormat
-from service.worker.source_images import SourceImage
+from patchforge.model.metadata import save_options
+from patchforge.service.messages.fit import Fit, Size, place, size_of
+from patchforge.service.messages.schemas import GenerationRequest, OutputFormat
+from patchforge.service.worker.source_images import SourceImage
+
+SETTINGS = {
+    "model",
+    "prompt",
+    "negative_prompt",
+    "class_label",
+    "sampler",
+    "steps",
+    "guidance",
+    "budget",
+    "path",
+    "image",
+    "mask",
+    "strength",
+}
+"""Fields of a request that decide what is drawn; of `image` and `mask` a job holds only the SHA-256."""
 
 
 def encode_preview(pixels: Tensor) -> bytes:
-    """``(height, width, 3)`` uint8 as PNG, in the model's own size."""
-    return _encoded(Image.fromarray(pixels.numpy()), OutputFormat.PNG, 0)
+    """Encode `(height, width, 3)` uint8 as PNG, in the size in which it is drawn."""
+    return _encode(Image.fromarray(pixels.numpy()), OutputFormat.PNG, 0, {})
 
 
-def encode_picture(pixels: Tensor, request: GenerationRequest, source: SourceImage | None = None) -> bytes:
-    """``(height, width, 3)`` uint8 as ``request`` asks for it; what a mask keeps of ``source`` is kept exactly."""
+def picture_settings(request: GenerationRequest, seed: int, weights_sha256: str) -> dict[str, Any]:
+    """How one picture of a request is made, for its metadata."""
+    return request.model_dump(include=SETTINGS) | {"seed": seed, "weights_sha256": weights_sha256}
+
+
+def encode_picture(
+    pixels: Tensor,
+    request: GenerationRequest,
+    settings: Mapping[str, Any],
+    source: SourceImage | None = None,
+) -> bytes:
+    """Encode `(height, width, 3)` uint8 as `request` says. Pixels of `source` that a mask keeps are kept exactly.
+
+    `settings` are written into the file, unless the request asks for no metadata.
+    """
     picture = Image.fromarray(pixels.numpy())
+    fit = request.fit
+    if source is not None:  # drawn in the shape of the answer, with bars beside it that nobody needs
+        picture, fit = picture.crop(source.region), Fit.STRETCH
     if request.width and request.height:
-        picture = picture.resize((request.width, request.height), Image.Resampling.LANCZOS)
+        picture = _fitted(picture, (request.width, request.height), fit)
     if source is not None:
         picture = source.over(picture)
-    return _encoded(picture, request.output_format, request.output_compression)
+    metadata = save_options(request.output_format, picture, settings) if request.metadata else {}
+    return _encode(picture, request.output_format, request.output_compression, metadata)
 
 
-def _encoded(picture: Image.Image, output_format: OutputFormat, quality: int) -> bytes:
+def _fitted(picture: Image.Image, size: Size, fit: Fit | None) -> Image.Image:
+    """A picture brought to this size. Gateways that say nothing of `fit` mean to stretch."""
+    crop, box = place(picture.size, size, fit or Fit.STRETCH)
+    fitted = picture.resize(size_of(box), Image.Resampling.LANCZOS, box=crop)
+    if fitted.size == size:
+        return fitted
+    canvas = Image.new("RGB", size, "white")
+    canvas.paste(fitted, box)
+    return canvas
+
+
+def _encode(picture: Image.Image, output_format: OutputFormat, quality: int, options: Mapping[str, Any]) -> bytes:
+    lossy = {} if output_format is OutputFormat.PNG else {"quality": quality}
     buffer = BytesIO()
-    if output_format is OutputFormat.PNG:
-        picture.save(buffer, "png")
-    else:
-        picture.save(buffer, output_format.value, quality=quality)
+    picture.save(buffer, output_format.value, **lossy, **options)
     return buffer.getvalue()

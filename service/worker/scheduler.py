@@ -1,15 +1,16 @@
-"""Which pictures take part in the next evaluation; counts patches, touches no tensor.
+"""Chooses the pictures of the next evaluation. Counts patches, touches no tensor.
 
-Two parts. **A guaranteed one**: in every step each waiting picture is credited its weight's share of a tenth of a
-step. Once its credit pays for the patches it wants, it is *owed* them, and those owed are served first, longest owed
-first. **An urgent one**: what is left of the budget goes to deadlines that are near, nearest first, then by the least
-work left in the job, less what its waiting has earned it. Least work alone keeps the mean wait short, but lets a long
-job wait for every short one that comes; with age it outranks them, which keeps the longest waits short.
+There are two rules. **The guaranteed share**: in every step, a tenth of the step is divided among all waiting pictures
+by weight, and credited to them. As soon as a picture's credit pays for the patches it wants, it is *owed* them. Owed
+pictures go first, longest owed first. **Urgency**: the rest of the budget goes to near deadlines, nearest first, and
+then to the picture whose job has the least work left, minus a bonus for the time that it has waited. Least work first
+keeps the mean wait short, but a long job would wait for every short one that arrives. With the bonus it overtakes them
+at some point, which keeps the longest waits short.
 
-A picture of weight w that wants a share s of its model's budget is therefore served at least once every
-``⌈s·W / (⅒·w)⌉ + N`` steps, where W is the weight of all N pictures in flight: whatever arrives meanwhile, however
-short and urgent, cannot hold it back for longer. Guaranteed shares are of the model's own budget, so that a step of one
-model counts as much as a step of another. Urgency counts patches, whatever their model.
+So a picture of weight w that wants a share s of its model's budget is served at least once every `⌈s·W / (⅒·w)⌉ + N`
+steps, where W is the weight of all N running pictures. No arrival can delay it further, however short or urgent.
+Guaranteed shares refer to the model's own budget, so a step of one model counts as much as a step of another. Urgency
+counts patches of any model.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 GUARANTEED = 0.1
-"""Part of each step that is handed out by weight alone: more of it makes all jobs late together, at a quarter the
-slowest in twenty by up to a tenth."""
+"""Share of each step that is divided by weight alone. A larger one delays all jobs together: at a quarter, the slowest
+five percent of jobs take up to a tenth longer."""
 AGEING = 0.5
-"""What a patch evaluated while a job waits earns it, in patches of work. At 0 the longest waits grow under load; from
-0.1 to 1 little changes, and beyond that the mean wait grows towards that of first come, first served."""
+"""Bonus for each patch evaluated while a job waits, in patches of work. At 0, the longest waits grow under load. From
+0.1 to 1, little changes. Above that, the mean wait approaches that of first come, first served."""
 NEAR_SECONDS = 10.0
-"""A deadline further off than this is no reason to let others wait."""
+"""Deadlines further away than this do not count as urgent."""
 ROUNDING = 1e-9
 
 Key = tuple[str, int]
@@ -34,21 +35,21 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A picture that wants an evaluation of ``cost`` patches by ``model``."""
+    """A picture that wants an evaluation of `cost` patches by `model`."""
 
     key: Key
     model: str
     cost: int
     weight: float = 1.0
-    """Of the picture: its job's, divided by how many pictures that still has."""
+    """Weight of its job, divided by the number of the job's unfinished pictures."""
     remaining: float = 0.0
-    """Work its job still needs, in patches divided by the job's weight; at most, for it may finish early."""
+    """Upper bound of the job's remaining work, in patches divided by the job's weight. It may finish earlier."""
     waited: float = 0.0
-    """Patches evaluated, whosever they were, since its job came, times the job's weight."""
+    """Patches evaluated for any job since this one came, times the job's weight."""
     deadline: float | None = None
-    """Seconds left until the job's deadline; None without one, or once it has passed."""
+    """Seconds until the job's deadline; None if it has none, or it has passed."""
     alone: bool = False
-    """Never packed with others."""
+    """Must not be packed with others."""
 
 
 @dataclass
@@ -56,24 +57,29 @@ class _Account:
     credit: float = 0.0
     """In steps."""
     owed_since: int | None = None
-    """The step in which the credit first paid for what is wanted."""
+    """The step in which the credit first paid for the picture's patches."""
 
 
 class Scheduler:
-    """Packs evaluations: first who is owed one, then who is most urgent. One evaluation runs one model."""
+    """Packs evaluations: pictures that are owed one first, then by urgency. One evaluation runs one model."""
 
-    def __init__(self, budgets: Mapping[str, int]) -> None:
-        """``budgets``: the most patches one evaluation of each model should have."""
+    def __init__(self, budgets: Mapping[str, int], limits: Mapping[str, int] | None = None) -> None:
+        """`budgets`: the most patches that one evaluation of each model should have. `limits`: the same for the next
+        evaluation, if that changes.
+        """
         self.budgets = budgets
+        self._limits = budgets if limits is None else limits
         self._accounts: dict[Key, _Account] = {}
         self._step = 0
 
     def choose(self, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """The next evaluation's pictures; at least one if there are candidates, however large it is."""
+        """Return the pictures of the next evaluation: at least one if there are candidates, however large it is."""
         waiting = list(candidates)
         self._step += 1
         self._credit(waiting)
-        chosen = self._pack(sorted(waiting, key=self._rank))  # stable: equals keep their order of arrival
+        chosen = self._pack(
+            sorted(waiting, key=self._rank)
+        )  # sorting is stable: equal ranks keep their order of arrival
         for each in chosen:
             account = self._accounts[each.key]
             account.credit = max(0.0, account.credit - self._share(each))
@@ -84,7 +90,7 @@ class Scheduler:
         return candidate.cost / self.budgets[candidate.model]
 
     def _credit(self, waiting: list[Candidate]) -> None:
-        """Everyone's part of what is guaranteed; no more is saved up than the next evaluation costs."""
+        """Add each picture's guaranteed share to its credit, up to the cost of its next evaluation."""
         self._accounts = {each.key: self._accounts.get(each.key) or _Account() for each in waiting}
         total = sum(each.weight for each in waiting)
         for each in waiting:
@@ -102,11 +108,11 @@ class Scheduler:
         return 1, candidate.deadline if near and candidate.deadline is not None else math.inf, urgency
 
     def _pack(self, ranked: list[Candidate]) -> list[Candidate]:
-        """The first, and of its model whoever else fits, in order."""
+        """Return the first picture, and then all that fit with it and share its model."""
         if not ranked or ranked[0].alone:
             return ranked[:1]
         chosen: list[Candidate] = []
-        left = self.budgets[ranked[0].model]
+        left = self._limits[ranked[0].model]
         for each in ranked:
             if not chosen or (each.model == ranked[0].model and not each.alone and each.cost <= left):
                 chosen.append(each)

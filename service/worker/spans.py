@@ -1,7 +1,7 @@
-"""Spans of the jobs a worker holds: how long each waited, its run, and every engine step that took it further.
+"""Spans of a worker's jobs: how long a job waited, its run, and each engine step that it took part in.
 
-A step serves many jobs, and each of them has a span for it in its own trace, so that every trace is whole. Those of one
-step have the same times, and all but the first link to the first.
+A step serves many jobs. Each sampled job gets a span for it in its own trace, so that every trace is complete. The
+spans of one step have the same times, and all but the first link to the first.
 """
 
 from __future__ import annotations
@@ -11,37 +11,40 @@ from collections.abc import Mapping
 
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode, set_span_in_context
 
-from service import keys
-from service.queue import Claim
-from service.schemas import JobError, SavingsReport
-from service.tracing import TRACER, context_of, job_attributes
+from patchforge.service.messages.schemas import JobError, SavingsReport
+from patchforge.service.queue import Claim, keys
+from patchforge.service.tracing import TRACER, context_of, job_attributes
 
 
 class JobSpans:
-    """Of the jobs in flight. Those that no one samples take part in nothing."""
+    """Spans of the running jobs. Jobs whose trace is not sampled get none."""
 
     def __init__(self) -> None:
         self._open: dict[str, Span] = {}
 
     def begin(self, claim: Claim) -> None:
-        """A worker has the job; if for the first time, its wait is over."""
+        """Start a job's span. If this is its first start, also record how long it waited."""
         job, now = claim.job, time.time_ns()
         attributes = job_attributes(job)
         span = TRACER.start_span("job", context_of(job), SpanKind.CONSUMER, attributes, start_time=now)
         if not span.is_recording():
             return
         self._open[job.id] = span
-        if claim.attempt == 1 and claim.stream != keys.queue(job.request.model or "", keys.RETURNED):
-            # As long as the queue server's clock says, and where this machine's, like all spans of the job, puts it.
+        if claim.attempt == 1 and not keys.is_returned(claim.stream):
             waited = max(0.0, (job.started_at or job.created_at) - job.created_at)
-            # Without a call to hang from, it belongs to the job, though it is over when that begins.
+            # The duration comes from the queue server's clock, the position from this machine's, like all other spans.
+            # Without a caller's span, the wait belongs to the job's span, although it ends when that begins.
             parent = context_of(job) if job.trace else set_span_in_context(span)
             wait = TRACER.start_span("queue wait", parent, attributes=attributes, start_time=now - round(waited * 1e9))
             wait.end(now)
 
     def stepped(self, patches: Mapping[str, int], began: int, broken: Mapping[str, JobError]) -> None:
-        """A step that began at ``began``, in nanoseconds since 1970, and has just ended; by job, the patches it took
-        of each, and what broke.
+        """Record a step that has just ended.
+
+        Args:
+            patches: job id → patches evaluated for it.
+            began: when the step began, in nanoseconds since 1970.
+            broken: job id → error, for jobs that the step broke.
         """
         if not self._open:
             return
@@ -54,13 +57,13 @@ class JobSpans:
             span = TRACER.start_span("step", context, attributes=attributes, links=links, start_time=began)
             links = links or [Link(span.get_span_context())]
             if job_id in broken:
-                _note(span, broken[job_id])
+                _record_error(span, broken[job_id])
             span.end(now)
 
     def end(
         self, job_id: str, outcome: str, report: SavingsReport | None = None, error: JobError | None = None
     ) -> None:
-        """The job is out of this worker's hands."""
+        """End a job's span: the job has left this worker."""
         span = self._open.pop(job_id, None)
         if span is None:
             return
@@ -70,10 +73,10 @@ class JobSpans:
             saved = report.dense_patch_evaluations - report.patch_evaluations
             span.set_attribute("patchforge.patch_evaluations_saved", saved)
         if error is not None:
-            _note(span, error)
+            _record_error(span, error)
         span.end()
 
 
-def _note(span: Span, error: JobError) -> None:
+def _record_error(span: Span, error: JobError) -> None:
     span.set_attribute("error.type", error.code)
     span.set_status(StatusCode.ERROR, error.message)

@@ -1,4 +1,4 @@
-"""One job's trouble stays its own: isolation of what fails, and what its client is told."""
+"""Contains failures: one job's error must not affect other jobs. Also decides what the client is told."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TypeVar
 import structlog
 import torch
 
-from model.errors import ModelError
-from service.schemas import JobError
+from patchforge.model.errors import ModelError
+from patchforge.service.messages.schemas import JobError
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -20,10 +20,10 @@ class NotFinite(ModelError):
     """The network predicted NaN or infinity for this picture."""
 
 
-def isolating(call: Callable[[list[T]], Iterable[R]], items: list[T]) -> list[R | Exception]:
-    """What ``call`` makes of each item, in order. If it fails on all at once, each half is tried by itself.
+def isolate_failures(call: Callable[[list[T]], Iterable[R]], items: list[T]) -> list[R | Exception]:
+    """Returns what `call` makes of each item, in order. If it fails for all together, each half is tried alone.
 
-    So only the culprit fails, and what is merely too much for the device's memory is done in smaller portions.
+    So only the item at fault fails, and a batch too large for the device's memory is computed in smaller parts.
     """
     try:
         return list(call(items))
@@ -31,12 +31,12 @@ def isolating(call: Callable[[list[T]], Iterable[R]], items: list[T]) -> list[R 
         if len(items) == 1:
             return [error]
         log.warning("pictures failed together; trying each half", pictures=len(items), error=repr(error))
-    half = len(items) // 2  # out here the failed attempt's memory is free again
-    return isolating(call, items[:half]) + isolating(call, items[half:])
+    half = len(items) // 2  # outside `except`, the memory of the failed attempt is free again
+    return isolate_failures(call, items[:half]) + isolate_failures(call, items[half:])
 
 
 def job_error(job_id: str, error: Exception, otherwise: str = "evaluation_failed") -> JobError:
-    """What the client is told of an exception; ``otherwise`` is the code of one of no known kind."""
+    """Returns what to tell the client about an exception. `otherwise` is the code for unknown exceptions."""
     memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
     code = "out_of_memory" if memory else "not_finite" if isinstance(error, NotFinite) else otherwise
     log.error("job broke", job=job_id, code=code, exc_info=None if memory else error)

@@ -1,4 +1,4 @@
-"""An OTLP/HTTP collector that keeps the spans it is sent."""
+"""An OTLP/HTTP collector that keeps all spans it receives."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from tests.faults.processes import PATIENCE
+from tests.patience import PATIENCE
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A span as it came over the wire; ids are hexadecimal, times nanoseconds since 1970."""
+    """A span as it was sent. Ids are hexadecimal, times are nanoseconds since 1970."""
 
     service: str
     name: str
@@ -34,11 +34,11 @@ class Sent:
     message: str
     attributes: dict[str, Any]
     links: tuple[str, ...]
-    """Ids of the spans it points to."""
+    """Ids of the linked spans."""
 
 
 class Collector(AbstractContextManager["Collector"]):
-    """Listens on a free port of loopback while it is entered."""
+    """Listens on a free port of loopback inside the block."""
 
     def __init__(self) -> None:
         self.spans: list[Sent] = []
@@ -77,7 +77,7 @@ class Collector(AbstractContextManager["Collector"]):
         self._server.server_close()
 
     def until(self, enough: Callable[[list[Sent]], bool], trace: str) -> list[Sent]:
-        """The spans of a trace by their start, as soon as there are enough of them."""
+        """Waits for this many spans of a trace, and returns them by start time."""
 
         def of_it() -> list[Sent]:
             return sorted((span for span in self.spans if span.trace == trace), key=lambda span: span.start)

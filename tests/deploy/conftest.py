@@ -1,4 +1,4 @@
-"""A live gateway and worker that have seen every kind of request, and what Prometheus would find at their ports."""
+"""A live gateway and worker that have handled every kind of request, and what Prometheus finds at their ports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.embedded import free_port
-from service.pb.patchforge.v1 import image_service_pb2 as pb
-from service.sampler_options import SAMPLERS
+from patchforge.service.embedded import free_port
+from patchforge.service.messages.samplers import SAMPLERS
+from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults.gateways import Gateway
 from tests.faults.harness import Stack
+from tests.patience import PATIENCE
 
 collect_ignore = [] if sys.platform == "linux" else ["test_queries.py", "test_tracing.py"]  # processes watched by /proc
 ADDED_BY_PROMETHEUS = {"job", "instance"}
@@ -25,13 +26,13 @@ ADDED_BY_PROMETHEUS = {"job", "instance"}
 
 @dataclass
 class Live:
-    """The processes' addresses, and how to make them busy."""
+    """The processes' addresses, and how to make them work."""
 
     gateway: Gateway
     worker_metrics: str
 
     def traffic(self) -> None:
-        """A job of every sampler and of both models, over REST and gRPC, and some that are refused."""
+        """Sends jobs with every sampler and both models, over REST and gRPC, and some that are refused."""
         jobs = [
             self.gateway.submit(
                 {"model": "tiny-class", "class_label": "cat", "sampler": sampler, "steps": 4, "guidance": 2.0}
@@ -47,10 +48,10 @@ class Live:
             assert [answer.event for answer in stub.GenerateImage(pb.GenerateImageRequest(generation=wanted))]
 
     def expositions(self) -> list[str]:
-        """As deploy/prometheus scrapes them: the gateway without its workers, and the worker itself."""
+        """Scrapes like deploy/prometheus: the gateway without its workers, and the worker itself."""
         return [
             self.gateway.http.get("/metrics", params={"workers": "false"}).text,
-            httpx.get(self.worker_metrics, timeout=60).text,
+            httpx.get(self.worker_metrics, timeout=PATIENCE).text,
         ]
 
 
@@ -66,8 +67,8 @@ def live(tmp_path_factory: pytest.TempPathFactory, bundle_dir: Path) -> Iterator
 
 @pytest.fixture(scope="session")
 def exposed(live: Live) -> dict[str, set[str]]:
-    """Labels by the name of each series that the live processes expose, and those only a GPU worker has."""
-    from service.worker.device_metrics import DeviceMemory
+    """Returns name → labels of each series that the live processes expose, and of those that only GPU workers have."""
+    from patchforge.service.worker.device_metrics import DeviceMemory
 
     gpu = CollectorRegistry()
     gpu.register(DeviceMemory(lambda: (1, 2, 3)))

@@ -1,4 +1,4 @@
-"""Every PromQL query that ships: of the dashboard's panels and variables, of the alerts, of the autoscaler."""
+"""Every PromQL query that we ship: in the dashboard's panels and variables, the alerts, and the autoscaler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCALING = ROOT / "deploy" / "kubernetes" / "components" / "keda" / "scaled-objec
 
 @dataclass(frozen=True)
 class Query:
-    """One query, its dashboard variables filled in, and where it stands."""
+    """A query with its dashboard variables filled in, and its place."""
 
     where: str
     text: str
@@ -39,7 +39,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def filled_in(text: str) -> str:
-    """As Grafana asks it with every variable at All."""
+    """Returns the query as Grafana sends it if every variable is All."""
     for name, value in (("$__rate_interval", "1m"), ("$__range", "1h"), ("$model", ".*"), ("$sampler", ".*")):
         text = text.replace(name, value)
     return text
@@ -54,7 +54,7 @@ def of_panels() -> list[Query]:
 
 
 def of_variables() -> list[Query]:
-    """``label_values(metric, label)`` asks for the series of the metric that have the label."""
+    """`label_values(metric, label)` asks for the series of the metric that have the label."""
     found = []
     for variable in dashboard()["templating"]["list"]:
         match = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
@@ -77,7 +77,7 @@ def every_query() -> list[Query]:
 
 
 def nodes(tree: Any) -> list[Any]:
-    """The parts of a parsed query, itself first."""
+    """Yields the parts of a parsed query, beginning with itself."""
     found: list[Any] = []
     promql_parser.walk(tree, found.append)
     return found
@@ -88,7 +88,7 @@ def selectors(tree: Any) -> list[Any]:
 
 
 def labels_relied_on(tree: Any) -> Iterator[tuple[Any, str]]:
-    """(selector, label) for every label the query matches, groups or joins by."""
+    """Returns (selector, label) for every label that the query matches, groups or joins by."""
     for selector in selectors(tree):
         for matcher in selector.matchers.matchers:
             yield selector, matcher.name

@@ -1,15 +1,16 @@
-"""Each alert fires when it should and not otherwise, by Prometheus's own rule tests."""
+"""Each alert fires when it should and not otherwise, tested with Prometheus's own rule tests."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "rules" / "patchforge.yml"
@@ -18,6 +19,7 @@ needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool here (
 
 GATEWAY = 'up{job="patchforge-gateway",instance="a"}'
 WORKER = 'up{job="patchforge-worker",instance="w"}'
+LOST = 'patchforge_log_lines_dropped_total{instance="a",process="gateway"}'
 STUCK = (
     'patchforge_requests_running{instance="w",model="m"}',
     'patchforge_evaluation_seconds_count{instance="w",model="m"}',
@@ -28,14 +30,14 @@ RULE = {rule["alert"]: rule for group in yaml.safe_load(RULES.read_text("utf-8")
 
 @dataclass(frozen=True)
 class Case:
-    """What Prometheus saw, one value a minute (``0+3x20`` counts up by three), and whether the alert then fires."""
+    """What Prometheus saw, one value per minute (`0+3x20` counts up by three), and whether the alert then fires."""
 
     alert: str
     series: dict[str, str]
     fires: bool
     minutes: int = 20
     labels: dict[str, str] = field(default_factory=dict)
-    """Of the alert, beside its name, state and severity."""
+    """Labels of the alert, besides its name, state and severity."""
 
 
 def both(alert: str, good: dict[str, str], bad: dict[str, str], **labels: str) -> list[Case]:
@@ -48,6 +50,10 @@ def failures(code: str) -> str:
 
 def ended(status: str) -> str:
     return f'patchforge_requests_total{{model="m",sampler="euler",status="{status}"}}'
+
+
+def degraded(reason: str) -> str:
+    return f'patchforge_requests_degraded_total{{model="m",reason="{reason}"}}'
 
 
 CASES = [
@@ -111,6 +117,12 @@ CASES = [
         },
     ),
     *both(
+        "PatchforgeQualityLowered",
+        {degraded("load"): "0+4x20", degraded("time"): "0+9x20", ended("completed"): "0+10x20"},
+        {degraded("load"): "0+6x20", ended("completed"): "0+10x20"},
+        model="m",
+    ),
+    *both(
         "PatchforgeErrorRatio",
         {ended("failed"): "0+1x20", ended("completed"): "0+50x20"},
         {ended("failed"): "0+1x20", ended("completed"): "0+10x20"},
@@ -156,6 +168,13 @@ CASES = [
         {"patchforge_requests_reclaimed_total": "0x15 1x5"},
     ),
     *both(
+        "PatchforgeLogLinesDropped",
+        {LOST: "7x20"},
+        {LOST: "0x15 3x5"},
+        instance="a",
+        process="gateway",
+    ),
+    *both(
         "PatchforgeWorkerStuck",
         dict(zip(STUCK, ("3x20", "0+9x20"), strict=True)),
         dict(zip(STUCK, ("3x20", "5x20"), strict=True)),
@@ -166,7 +185,7 @@ CASES = [
 
 
 def rule_test(case: Case) -> dict[str, Any]:
-    """One of promtool's unit tests: the alert's state, asked as a query so that annotations need no repeating."""
+    """One of promtool's unit tests. It asks for the alert's state by a query, so annotations need not be repeated."""
     firing = f'ALERTS{{alertname="{case.alert}",alertstate="firing"}}'
     labels = {"alertname": case.alert, "alertstate": "firing", **RULE[case.alert]["labels"], **case.labels}
     text = ",".join(f'{name}="{value}"' for name, value in labels.items())
@@ -189,8 +208,7 @@ def rule_test(case: Case) -> dict[str, Any]:
 def test_alert(case: Case, tmp_path: Path) -> None:
     file = tmp_path / "test.yml"
     file.write_text(yaml.safe_dump(rule_test(case)), "utf-8")
-    ran = subprocess.run([str(PROMTOOL), "test", "rules", file], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    run(str(PROMTOOL), "test", "rules", file)
 
 
 @needs_promtool
@@ -198,7 +216,7 @@ def test_a_wrong_expectation_is_noticed(tmp_path: Path) -> None:
     case = next(case for case in CASES if case.fires)
     file = tmp_path / "test.yml"
     file.write_text(yaml.safe_dump(rule_test(Case(case.alert, case.series, fires=False))), "utf-8")
-    assert subprocess.run([str(PROMTOOL), "test", "rules", file], capture_output=True).returncode != 0
+    assert run(str(PROMTOOL), "test", "rules", file, status=None).returncode != 0
 
 
 def test_every_alert_has_a_case_of_either_kind() -> None:
@@ -215,8 +233,5 @@ def test_an_alert_says_what_is_wrong_and_what_follows(rule: dict[str, Any]) -> N
 @needs_promtool
 @pytest.mark.parametrize("name", ["prometheus.yml", "kubernetes.yml"])
 def test_the_configuration(name: str) -> None:
-    checked = subprocess.run(
-        [str(PROMTOOL), "check", "config", RULES.parents[1] / name], capture_output=True, text=True
-    )
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    checked = run(str(PROMTOOL), "check", "config", RULES.parents[1] / name)
     assert f"{len(RULE)} rules found" in checked.stdout

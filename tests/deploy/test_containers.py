@@ -1,11 +1,11 @@
-"""Dockerfile and docker-compose.yml, by hadolint and Compose itself, and held against the code they run."""
+"""Dockerfile and docker-compose.yml: checked with hadolint and Compose itself, and compared with the code."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -16,8 +16,9 @@ import yaml
 from opentelemetry import environment_variables as api_variables
 from opentelemetry.sdk import environment_variables as sdk_variables
 
-from service.settings import Settings
-from service.tracing import exporters_wanted
+from patchforge.service.settings import Settings
+from patchforge.service.tracing import exporters_wanted
+from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
 TOOLS = Path(sys.executable).parent
@@ -25,50 +26,43 @@ KEY = "name:" + "0" * 64
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 
 
-def run(*command: str | Path) -> str:
-    ran = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    """docker-compose.yml as Compose itself reads it, with what is started only when asked for."""
+    """docker-compose.yml as Compose itself reads it, including optional services."""
     return composed("--profile", "gpu", "--profile", "tracing")
 
 
 def composed(*options: str) -> dict[str, Any]:
-    return json.loads(run(TOOLS / "docker-compose", *options, "config", "--format", "json"))["services"]
+    ours = {name: value for name, value in os.environ.items() if name.startswith("PATCHFORGE_")}
+    command = TOOLS / "docker-compose", *options, "config", "--format", "json"
+    return json.loads(run(*command, **ours).stdout)["services"]
 
 
 def settings_of(environment: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """What the service reads of an environment, in which every name has to be a setting's, or OpenTelemetry's."""
+    """Returns the environment that a service reads. Every name must be a setting or one of OpenTelemetry's."""
     known = {f"PATCHFORGE_{name.upper()}" for name in Settings.model_fields}
     assert {*environment} <= known | {*vars(api_variables), *vars(sdk_variables)}
     for name, value in environment.items():
-        if value is not None:  # else it is passed on as it is set outside
+        if value is not None:  # otherwise it is passed on from outside
             monkeypatch.setenv(name, value)
     return Settings()
 
 
 def test_hadolint_has_nothing_to_say() -> None:
-    assert run(TOOLS / "hadolint", "Dockerfile") == ""
+    assert run(TOOLS / "hadolint", "Dockerfile").stdout == ""
 
 
 def test_hadolint_would() -> None:
-    bad = subprocess.run(
-        [TOOLS / "hadolint", "-"], input="FROM debian:latest\nRUN cd /tmp\n", text=True, capture_output=True
-    )
-    assert "DL3007" in bad.stdout
+    assert "DL3007" in run(TOOLS / "hadolint", "-", text="FROM debian:latest\nRUN cd /tmp\n", status=None).stdout
 
 
 @pytest.mark.parametrize("path", ["deploy", "docker-compose.yml"])
 def test_yamllint_has_nothing_to_say(path: str) -> None:
-    assert run(TOOLS / "yamllint", "--strict", path) == ""
+    assert run(TOOLS / "yamllint", "--strict", path).stdout == ""
 
 
 def stages() -> dict[str, str]:
-    """Text of each stage of the Dockerfile, by name."""
+    """Returns the text of each stage of the Dockerfile, by name."""
     parts = re.split(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, flags=re.MULTILINE)[1:]
     return {name: f"FROM {source}\n{text}" for source, name, text in zip(*[iter(parts)] * 3, strict=True)}
 
@@ -104,6 +98,8 @@ def test_what_the_build_copies_is_there_and_reaches_it() -> None:
         assert (ROOT / name).exists()
     copied = re.findall(r"^COPY (?!--)(\S+)", DOCKERFILE, re.MULTILINE)
     assert len(copied) >= 4
+    assert "." in copied  # the wheel's build needs all files
+    assert {"MANIFEST.in", "model", "patchforge", "proto", "pyproject.toml", "service", "setup.py"} <= {*allowed}
     assert all(name == "." or name.partition("/")[0] in allowed for name in copied)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert {*project["license-files"], project["readme"]} <= {*allowed}
@@ -121,6 +117,15 @@ def test_a_service_of_compose(services: dict[str, Any], name: str, monkeypatch: 
     if name != "gateway":
         assert service["networks"]["default"]["aliases"] == ["workers"]
         assert settings.worker_metrics_port == 9100
+
+
+def test_image_tags_are_the_version_of_the_package() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    files = [ROOT / "docker-compose.yml", *(ROOT / "deploy").rglob("*.y*ml"), *(ROOT / "docs").glob("*.md")]
+    tag = re.compile(r"(?:image: |-t )patchforge-[a-z-]+:(\S+)|newTag: \"([^\"]+)\"")
+    tags = [found[1] or found[2] for path in files for found in tag.finditer(path.read_text("utf-8"))]
+    assert len(tags) >= 8
+    assert {*tags} == {version}
 
 
 def test_compose_opens_ports_on_loopback_only(services: dict[str, Any]) -> None:

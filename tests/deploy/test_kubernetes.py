@@ -1,10 +1,9 @@
-"""The manifests, as kustomize renders them, by Kubernetes's own schemas, and held against the code they run."""
+"""The manifests as kustomize renders them: checked with Kubernetes's own schemas, and compared with the code."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.settings import Settings
-from service.tracing import exporters_wanted
+from patchforge.service.settings import Settings
+from patchforge.service.tracing import exporters_wanted
 from tests.deploy.test_containers import settings_of, stages
+from tests.processes import run
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 VERSION = "1.32"
@@ -26,13 +26,11 @@ Manifest = dict[str, Any]
 def rendered(overlay: str | Path) -> list[Manifest]:
     if KUBECTL is None:
         pytest.skip("no kubectl here, whose kustomize renders overlays")
-    ran = subprocess.run([KUBECTL, "kustomize", FOLDER / overlay], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    return list(yaml.safe_load_all(ran.stdout))
+    return list(yaml.safe_load_all(run(KUBECTL, "kustomize", FOLDER / overlay).stdout))
 
 
 def rendered_together(tmp_path: Path) -> list[Manifest]:
-    """The kustomization of one's own that docs/operation.md shows, with every component, in its place."""
+    """The example kustomization in docs/operation.md, with every component, in its place."""
     shutil.copytree(FOLDER, tmp_path / "kubernetes")
     text = (FOLDER.parents[1] / "docs" / "operation.md").read_text("utf-8")
     [shown] = re.findall(r"^```\n(apiVersion: kustomize.*?)^```$", text, re.MULTILINE | re.DOTALL)
@@ -43,7 +41,7 @@ def rendered_together(tmp_path: Path) -> list[Manifest]:
 
 
 def written() -> list[Manifest]:
-    """What lies in the base, as it was written."""
+    """Returns the files of the base, as written."""
     names = yaml.safe_load((FOLDER / "base" / "kustomization.yaml").read_text("utf-8"))["resources"]
     return [each for name in names for each in yaml.safe_load_all((FOLDER / "base" / name).read_text("utf-8"))]
 
@@ -98,7 +96,7 @@ def test_a_deployment(name: str, settings: Settings) -> None:
     assert container["image"].removeprefix("patchforge-") in stages()
     assert {*container} >= {"startupProbe", "livenessProbe"}
     assert {"secretRef": {"name": "patchforge", "optional": True}} in container["envFrom"]
-    [writable] = container["volumeMounts"]  # gateways keep large uploads there, torch what it compiles
+    [writable] = container["volumeMounts"]  # for large uploads of gateways and compiled code of torch
     assert writable["mountPath"] == "/tmp"
     assert "emptyDir" in one_named(pod["volumes"], writable["name"])
 

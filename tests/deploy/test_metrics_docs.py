@@ -1,12 +1,11 @@
-"""The table of metrics in docs/operation.md is what a live server says of them, and its commands are what there is.
+"""The metrics table in docs/operation.md matches a live server, and the commands beside it exist.
 
-``python -m tests.deploy.test_metrics_docs`` writes the table anew.
+`python -m tests.deploy.test_metrics_docs` writes the table anew.
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,10 @@ import pytest
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
-from service.metrics import GatewayMetrics, WorkerMetrics
+from patchforge.service.gateway.metrics import GatewayMetrics
+from patchforge.service.worker.metrics import WorkerMetrics
 from tests.deploy.queries import rules
+from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
 OPERATION = ROOT / "docs" / "operation.md"
@@ -24,10 +25,10 @@ BEGIN, END = "<!-- metrics: made by python -m tests.deploy.test_metrics_docs -->
 
 
 def registries() -> Iterator[tuple[str, CollectorRegistry]]:
-    """Of a gateway, and of a worker on a GPU."""
+    """The series of a gateway, and of a worker on a GPU."""
     import torch
 
-    from service.worker.device_metrics import DeviceMemory, register_host
+    from patchforge.service.worker.device_metrics import DeviceMemory, register_host
 
     gateway, worker = CollectorRegistry(), CollectorRegistry()
     GatewayMetrics(gateway, max_waiting=1)
@@ -39,7 +40,7 @@ def registries() -> Iterator[tuple[str, CollectorRegistry]]:
 
 
 def labels_of(registry: CollectorRegistry, metric: Metric) -> list[str]:
-    """From the collector that was declared with them; others are made when scraped, without labels."""
+    """Declared collectors know their labels. Others are made at a scrape, and have none."""
     collector: Collector | None = registry._names_to_collectors.get(metric.name)
     return list(getattr(collector, "_labelnames", ()))
 
@@ -84,8 +85,7 @@ def test_the_files_and_targets_in_commands_exist() -> None:
     assert len(commands) >= 6
     dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
     for command in commands:
-        parsed = subprocess.run(["bash", "-nc", command], capture_output=True, text=True)
-        assert parsed.returncode == 0, parsed.stderr
+        run("bash", "-nc", command)
         for path in re.findall(r"deploy/\S+", command):
             assert (ROOT / path).exists(), command
         for target in re.findall(r"--target (\S+)", command):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,17 +13,20 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.embedded import free_port
-from service.metrics import FAILURE_CODES
-from service.schemas import JobStatus
+from patchforge.service.embedded import free_port
+from patchforge.service.messages.schemas import JobStatus
+from patchforge.service.worker.metrics import FAILURE_CODES, LOWERED_BY, MET
 from tests.deploy.conftest import Live
 from tests.deploy.queries import RULES, Query, every_query, labels_relied_on, of_panels, of_variables, selectors
-from tests.faults.processes import eventually
+from tests.patience import PATIENCE
+from tests.processes import eventually, launch
 
 QUERIES = every_query()
 CLOSED = {
     ("patchforge_requests_total", "status"): {status.value for status in JobStatus if status.terminal},
     ("patchforge_request_failures_total", "code"): {*FAILURE_CODES},
+    ("patchforge_requests_degraded_total", "reason"): {*LOWERED_BY},
+    ("patchforge_requests_in_time_total", "met"): {*MET},
     ("patchforge_http_requests_total", "status"): {f"{first}xx" for first in range(1, 6)},
     ("up", "job"): {"patchforge-gateway", "patchforge-worker"},
     ("process_resident_memory_bytes", "job"): {"patchforge-gateway", "patchforge-worker"},
@@ -33,7 +35,7 @@ PROMETHEUS = shutil.which("prometheus")
 
 
 def unknown(query: Query, exposed: dict[str, set[str]]) -> list[str]:
-    """What a query relies on that no server exposes."""
+    """Series that queries use and no server exposes."""
     tree = query.ast
     found = [selector.name for selector in selectors(tree) if selector.name not in exposed]
     found += [
@@ -65,7 +67,7 @@ def test_what_does_not_exist_is_noticed(exposed: dict[str, set[str]]) -> None:
 
 
 def test_every_metric_of_ours_is_on_the_dashboard_or_watched(exposed: dict[str, set[str]]) -> None:
-    """But for those that are there for other uses."""
+    """Except for those that exist for other uses."""
     asked = {selector.name for query in QUERIES for selector in selectors(query.ast)}
     families = {name.removesuffix(end) for name in asked for end in ("_bucket", "_sum", "_count", "")}
     ours = {name for name in exposed if name.startswith("patchforge_") and not name.endswith("_created")}
@@ -77,13 +79,13 @@ def test_every_metric_of_ours_is_on_the_dashboard_or_watched(exposed: dict[str, 
 
 @pytest.fixture(scope="module")
 def prometheus(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A real Prometheus with our configuration, pointed at the live processes and in a hurry."""
+    """A real Prometheus with our configuration and short intervals, which scrapes the live processes."""
     if PROMETHEUS is None:
         pytest.skip("no prometheus here (Debian: apt install prometheus)")
     folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
     shutil.copytree(RULES.parent, folder / "rules")
     config: dict[str, Any] = yaml.safe_load((RULES.parents[1] / "prometheus.yml").read_text("utf-8"))
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["global"] = {"scrape_interval": "2s", "evaluation_interval": "2s"}  # also the limit for one scrape
     addresses = {"patchforge-gateway": live.gateway.url, "patchforge-worker": live.worker_metrics}
     for job in config["scrape_configs"]:
         del job["dns_sd_configs"]
@@ -92,17 +94,16 @@ def prometheus(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
     arguments = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [PROMETHEUS, *arguments, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log
-        )
+        address = f"--web.listen-address=127.0.0.1:{port}"
+        process = launch(PROMETHEUS, *arguments, address, stdout=log, stderr=log)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=60) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=PATIENCE) as client:
             eventually(lambda: up(client) == 2, "both targets to be scraped")
             live.traffic()
             yield client
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(PATIENCE)
 
 
 def ask(client: httpx.Client, query: str) -> list[dict[str, Any]]:
@@ -114,7 +115,7 @@ def ask(client: httpx.Client, query: str) -> list[dict[str, Any]]:
 def up(client: httpx.Client) -> int:
     try:
         return len(ask(client, "up == 1"))
-    except (httpx.TransportError, ValueError):  # not listening, or not yet answering in JSON
+    except (httpx.TransportError, ValueError):  # not listening yet, or not yet answering in JSON
         return 0
 
 
@@ -134,11 +135,11 @@ def test_prometheus_evaluates_the_alerts_and_none_fires(prometheus: httpx.Client
 
     alerts = eventually(evaluated, "the alerts to be evaluated")
     assert {rule["health"] for rule in alerts} == {"ok"}
-    assert {rule["name"]: rule["state"] for rule in alerts if rule["state"] != "inactive"} == {}
+    assert [rule["name"] for rule in alerts if rule["state"] == "firing"] == []  # a slow machine's may be pending
 
 
 def test_nothing_is_counted_twice(live: Live, prometheus: httpx.Client) -> None:
-    """The gateway's own view of its workers is theirs, and is left out where they are scraped themselves."""
+    """The gateway's view of its workers equals theirs, and is left out if workers are scraped themselves."""
     query = "sum(patchforge_patch_evaluations_total)"
 
     def same() -> bool:

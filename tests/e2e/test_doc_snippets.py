@@ -1,4 +1,4 @@
-"""Every snippet of README.md and docs/ that can be run, as it stands (only the ports differ)."""
+"""Runs every snippet of README.md and docs/ that can be run, unchanged except for ports."""
 
 from __future__ import annotations
 
@@ -7,38 +7,34 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.doc_snippets import ROOT, SERVER, TOOLS, Snippet, brings_its_server, is_run, program, snippets
 from tests.e2e.conftest import Served, start
+from tests.processes import PYTHON, run
 
 LIVE = [snippet for snippet in snippets() if is_run(snippet)]
 SERVING = [snippet for snippet in snippets() if brings_its_server(snippet)]
-INTERPRETERS = {"sh": ["bash", "-ec"], "python": [sys.executable, "-c"]}
+INTERPRETERS = {"sh": ("bash", "-ec"), "python": PYTHON}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where a snippet's files go; what it may read of the repository is there too."""
+    """The folder for a snippet's files. It also has what a snippet may read from the repository."""
     (tmp_path / "deploy").symlink_to(ROOT / "deploy")
     return tmp_path
 
 
-def run(language: str, text: str, folder: Path) -> str:
-    """What it says; the programs it needs have to be there."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
-    command = [*INTERPRETERS[language], text]
-    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+def run_snippet(language: str, text: str, folder: Path) -> str:
+    """Runs it and returns its output. The programs that it needs must be installed."""
+    path = f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
+    return run(*INTERPRETERS[language], text, cwd=folder, seconds=600, PATH=path).stdout
 
 
 def with_addresses(text: str, served: Served) -> str:
-    """Those of a server on the ports of its choice."""
+    """Replaces addresses by those of a server on other ports."""
     scheme, _, address = served.http.partition("://")
     text = text.replace("127.0.0.1:50051", served.grpc).replace("127.0.0.1:8000", address)
     assert scheme == "http" or "http://" not in text
@@ -46,7 +42,7 @@ def with_addresses(text: str, served: Served) -> str:
 
 
 def no_refusal(text: str) -> None:
-    """curl is content with any answer, but nobody else is."""
+    """Makes curl fail on error answers, which it would accept otherwise."""
     for line in text.splitlines():
         answer = json.loads(line) if line.startswith("{") else {}
         assert not answer.get("error"), line
@@ -58,7 +54,7 @@ def test_a_snippet(served: Served, snippet: Snippet, folder: Path) -> None:
     for name in {program(command)[0] for command in snippet.commands} if snippet.language == "sh" else ():
         if name == "promtool" and shutil.which(name) is None:
             pytest.skip("no promtool on this machine")
-    said = run(snippet.language, with_addresses(snippet.text, served), folder)
+    said = run_snippet(snippet.language, with_addresses(snippet.text, served), folder)
     no_refusal(said)
     made = [path.name for path in folder.rglob("*.png") if path.read_bytes().startswith(b"\x89PNG")]
     assert set(re.findall(r"open\(\"([\w-]+\.png)\", \"wb\"", snippet.text)) <= set(made)
@@ -68,15 +64,15 @@ def test_a_snippet(served: Served, snippet: Snippet, folder: Path) -> None:
 
 @pytest.mark.parametrize("snippet", SERVING, ids=str)
 def test_a_snippet_that_starts_its_own_server(snippet: Snippet, folder: Path) -> None:
-    """What comes before, the server with the settings it is given, and what comes after."""
+    """Runs what comes before, the server with its settings, and what comes after."""
     commands = snippet.commands
     at = next(number for number, command in enumerate(commands) if program(command) == SERVER)
-    run("sh", "\n".join(map(shlex.join, commands[:at])), folder)
+    run_snippet("sh", "\n".join(map(shlex.join, commands[:at])), folder)
     settings = dict(word.split("=", 1) for word in commands[at][: -len(SERVER)])
     server = start(folder / "data", cwd=folder, PATCHFORGE_BUNDLE_DIR=str(ROOT / "model" / "bundles"), **settings)
     try:
-        said = run("sh", with_addresses("\n".join(map(shlex.join, commands[at + 1 :])), server), folder)
+        said = run_snippet("sh", with_addresses("\n".join(map(shlex.join, commands[at + 1 :])), server), folder)
         no_refusal(said)
         assert said
     finally:
-        assert server.stop() == 0
+        assert server.terminate() == 0

@@ -1,22 +1,16 @@
-"""The playground with the shipped model: previews that settle, maps that differ from patch to patch.
-
-``python -m tests.e2e.test_playground URL`` makes docs/images/playground.png anew, at a server with that model; with
-``PATCHFORGE_PREVIEW_SHARE=1 PATCHFORGE_PREVIEW_INTERVAL_SECONDS=0`` it has a preview of every evaluation to look at.
-"""
+"""The playground with the shipped model: previews become the picture, and maps differ from patch to patch."""
 
 from __future__ import annotations
 
 import asyncio
-import re
-import sys
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
 from playwright.async_api import expect
 
-from tests.e2e.conftest import ROOT, Served
+from tests.e2e.conftest import Served
+from tests.processes import run
 from tests.service.gateway.browser import BROWSER, draw, playground
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
@@ -40,13 +34,12 @@ async def test_a_real_picture_settles_and_can_be_made_again(served: Served, tmp_
         await (await download.value).save_as(tmp_path / "saved.png")
         await page.get_by_role("radio", name="curl").check(force=True)
         text = await page.locator("#code").inner_text()
-    process = await asyncio.create_subprocess_exec("bash", "-ec", text, cwd=tmp_path)
-    assert await asyncio.wait_for(process.wait(), 90) == 0
+    await asyncio.to_thread(run, "bash", "-ec", text, cwd=tmp_path)
     assert (tmp_path / "picture-0.png").read_bytes() == (tmp_path / "saved.png").read_bytes()
 
 
 async def test_marked_patches_are_drawn_anew_and_the_others_kept_to_the_pixel(served: Served, tmp_path: Path) -> None:
-    """By pointer, on a picture just made; the rest of the work is saved."""
+    """Edits a picture that was just drawn, by mouse; the work for other patches is saved."""
 
     async def saved(name: str) -> Image.Image:
         async with page.expect_download() as download:
@@ -63,7 +56,7 @@ async def test_marked_patches_are_drawn_anew_and_the_others_kept_to_the_pixel(se
         await canvas.hover(position={"x": 5, "y": 5})
         box = await canvas.bounding_box()
         assert box is not None
-        await page.mouse.down()  # at the upper left, and on through three more patches of eight in the row
+        await page.mouse.down()  # at the upper left, then over three more of the eight patches in the row
         await page.mouse.move(box["x"] + box["width"] * 3.5 / 8, box["y"] + 5, steps=20)
         await page.mouse.up()
         await expect(page.locator("#marked")).to_contain_text("4 of 64 patches marked")
@@ -78,29 +71,10 @@ async def test_marked_patches_are_drawn_anew_and_the_others_kept_to_the_pixel(se
 
 
 async def test_two_samplers_differ_in_work_and_pixels(served: Served) -> None:
-    async with playground(served.http) as page:
+    async with playground(served.http, advanced=True) as page:
         await page.check("#compare")
         await page.select_option("#sampler", "euler")
         await page.select_option("#other-sampler", "multistep")
         await draw(page, "grinning face", 3)
-        await expect(page.locator("#verdict")).to_contain_text("Multistep did as much work as Euler")
-        await expect(page.locator("#verdict")).to_contain_text(" dB PSNR")
-
-
-async def screenshot(url: str) -> bytes:
-    """A small PNG of the page, looking back at the middle of a run, with some history below."""
-    async with playground(url, viewport={"width": 1280, "height": 1212}) as page:
-        for prompt, seed in (("tiger face", 5), ("grinning face, 3d", 3), ("soccer ball", 8), ("grinning face", 4)):
-            await draw(page, prompt, seed)
-        place = page.locator("#place")
-        while not re.search(r" [2-7]\d % finished", await place.inner_text()):
-            await page.locator("#scrubber").press("ArrowLeft")
-        await page.locator("#prompt").focus()
-        picture = await page.screenshot()
-    small = BytesIO()
-    Image.open(BytesIO(picture)).convert("RGB").quantize(256, kmeans=2).save(small, "PNG", optimize=True)
-    return small.getvalue()
-
-
-if __name__ == "__main__":
-    (ROOT / "docs" / "images" / "playground.png").write_bytes(asyncio.run(screenshot(sys.argv[1])))
+        await expect(page.locator("#verdict")).to_contain_text("Multistep did the same work as Euler")
+        await expect(page.locator("#verdict")).to_contain_text("PSNR between the pictures: ")

@@ -1,4 +1,4 @@
-"""Odd things to send, and how many: a few with each `make test`, always the same; many with `make test-faults`."""
+"""Odd input for fuzzing: a few fixed cases in `make test`, many random ones in `make test-faults`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ amounts = pytest.mark.parametrize(
 
 
 def fuzz(cases: int) -> settings:
-    """Settings for so many cases; no case has to be quick, for the machine may be busy."""
+    """Settings for `cases` cases. None of them has to be fast, because the machine may be busy."""
     return settings(
         max_examples=cases,
         derandomize=cases == FEW,
@@ -34,9 +34,9 @@ def fuzz(cases: int) -> settings:
 
 @contextmanager
 def little_memory(mebibytes: float) -> Iterator[None]:
-    """Fails if the process takes so much more in here than it did before. For one case: hypothesis itself grows."""
+    """Fails if the process needs this much more memory inside the block. For one case only: hypothesis itself grows."""
     with suppress(OSError):
-        _RESET_PEAK.write_text("5")  # Linux's; elsewhere a case may take what any before it took, and so much more
+        _RESET_PEAK.write_text("5")  # Linux only; elsewhere the limit is above the peak of all earlier cases
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / _PER_MEBIBYTE
@@ -58,10 +58,10 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def no_code_run() -> Iterator[None]:
-    """Fails if Python starts a program, opens a connection or unpickles anything: it raises audit events then."""
+    """Fails if Python starts a program, opens a connection or unpickles anything. All of these raise audit events."""
     global _heard
     if not _hooked:
-        sys.addaudithook(_hear)  # for good: it cannot be taken back, only be told to listen no more
+        sys.addaudithook(_hear)  # hooks cannot be removed, so this one is switched off after the block
         _hooked.append(True)
     _heard = []
     try:
@@ -92,13 +92,13 @@ ANYTHING = st.recursive(
 
 
 def as_json(value: Any) -> bytes:
-    """Such text as strangers send: NaN and all, lone surrogates escaped."""
+    """JSON as strangers send it: with NaN, and with lone surrogates escaped."""
     return json.dumps(value).encode()
 
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """The bytes cut off, changed, doubled or filled up, here and there."""
+    """Returns the bytes with random damage: cut, changed, inserted, removed or repeated parts."""
     broken = bytearray(whole)
     for _ in range(draw(st.integers(1, 6))):
         at = draw(st.integers(0, max(0, len(broken) - 1)))

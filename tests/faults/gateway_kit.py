@@ -1,4 +1,4 @@
-"""What the gateway's rows share: a gateway before a scripted worker, raw sockets to abuse it with, and how it fares."""
+"""Tools for the gateway's rows: a gateway with a scripted worker, raw sockets, and checks of the gateway's health."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import grpc
 import openai
 import pytest
 
-from service import keys
+from patchforge.service.queue import keys
 from tests.faults.gateways import Gateway, Seen
 from tests.faults.harness import Stack
-from tests.faults.processes import PATIENCE, Process
 from tests.faults.scripted_worker import CURTAIN, READ
+from tests.patience import PATIENCE
+from tests.processes import Process
 from tests.service.gateway.harness import CARDS
 
 APPLE: dict[str, Any] = {"prompt": "a red apple", "model": "tiny-text", "seed": 7}
@@ -44,12 +45,12 @@ class Stage(Stack):
         return self
 
     def jobs(self) -> list[str]:
-        """The ids of all jobs, ended ones too."""
+        """Returns the ids of all jobs, including ended ones."""
         with self.redis as redis:
             return [key.decode().removeprefix(keys.JOB) for key in redis.keys(keys.JOB + "*")]
 
     def at_rest(self) -> None:
-        """Waits for jobs that earlier tests left: they are played beside this test's, and store what they make."""
+        """Waits for jobs that earlier tests left: they would run beside this test's jobs, and store their results."""
         played = {card.name.encode() for card in CARDS}
         with self.redis as redis:
             for job in self.jobs():
@@ -59,7 +60,7 @@ class Stage(Stack):
 
     @contextmanager
     def served_by_nobody(self, name: str) -> Iterator[None]:
-        """A text model that is said to be served meanwhile, and that no worker takes jobs for."""
+        """Announces a text model for which no worker takes jobs."""
         card = CARDS[0].model_copy(update={"name": name})
         with self.redis as redis:
             redis.set(keys.worker_models(name), f"[{card.model_dump_json()}]")
@@ -71,14 +72,14 @@ class Stage(Stack):
                 redis.delete(keys.worker_models(name))
 
     def stored(self) -> set[bytes]:
-        """The keys of all that callers have brought about."""
+        """Returns the keys of everything that callers have created."""
         with self.redis as redis:
-            announced = (keys.WORKERS, keys.worker_models(""), keys.worker_metrics(""))
+            announced = (keys.WORKERS, keys.WORKER_MODELS, keys.ANNOUNCEMENT, keys.WORKER_METRICS)
             return {key for key in redis.scan_iter() if not key.decode().startswith(announced)}
 
     @contextmanager
     def another_gateway(self, **settings: Any) -> Iterator[Gateway]:
-        """One more gateway on the same queue, ready, gone afterwards."""
+        """Runs one more gateway on the same queue inside the block."""
         gateway = self.start_gateway(**settings)
         try:
             gateway.await_ready()
@@ -88,7 +89,7 @@ class Stage(Stack):
 
     @contextmanager
     def curtain_down(self) -> Iterator[None]:
-        """Jobs stand still after their first preview, and go on afterwards."""
+        """Jobs pause after their first preview until the block ends."""
         with self.redis as redis:
             redis.set(CURTAIN, 1)
             try:
@@ -97,7 +98,7 @@ class Stage(Stack):
                 redis.delete(CURTAIN)
 
     def read_attentively(self, gateway: Gateway, job: str) -> list[Seen]:
-        """All events of a flood that waits for its reader, who is this one."""
+        """Returns all events of a flood, and tells the worker of each one read, because the worker waits for that."""
         seen = []
         with self.redis as redis:
             for event in gateway.stream(job):
@@ -109,7 +110,7 @@ class Stage(Stack):
 
 
 def openai_client(gateway: Gateway, api_key: str = "unused") -> openai.OpenAI:
-    """The official client; to be entered."""
+    """The official client, as a context manager."""
     return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=api_key, max_retries=0, timeout=PATIENCE)
 
 
@@ -125,7 +126,7 @@ def raw(gateway: Gateway, receive_buffer: int | None = None) -> socket.socket:
 
 
 def answer_to(gateway: Gateway, sent: bytes) -> bytes:
-    """All that comes back for these bytes, until the gateway closes the connection."""
+    """Sends these bytes, and returns everything that the gateway sends until it closes the connection."""
     with raw(gateway) as connection:
         connection.sendall(sent)
         return until_closed(connection)
@@ -139,7 +140,7 @@ def until_closed(connection: socket.socket) -> bytes:
 
 
 def post(path: str, body: bytes, *headers: str) -> bytes:
-    """A request that closes its connection, byte for byte."""
+    """Builds a request that closes its connection."""
     head = [f"POST {path} HTTP/1.1", "Host: x", "Connection: close", "Content-Type: application/json"]
     head += [f"Content-Length: {len(body)}", *headers]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
@@ -154,7 +155,7 @@ def problem_of(answer: bytes) -> dict[str, Any]:
 
 
 def refusals(gateway: Gateway) -> float:
-    """Its answers of "no, and it is your doing", over HTTP and gRPC, by its own metrics."""
+    """Counts its answers that blame the caller, over HTTP and gRPC, from its own metrics."""
     http = gateway.metric("patchforge_http_requests_total", workers=False, status="4xx")
     codes = ("INVALID_ARGUMENT", "NOT_FOUND", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
     rpc = (gateway.metric("patchforge_grpc_requests_total", workers=False, status=code) for code in codes)
@@ -162,7 +163,7 @@ def refusals(gateway: Gateway) -> float:
 
 
 def faults(gateway: Gateway) -> float:
-    """Its answers of "that was our fault"."""
+    """Counts its answers that blame the server."""
     http = gateway.metric("patchforge_http_requests_total", workers=False, status="5xx")
     rpc = (gateway.metric("patchforge_grpc_requests_total", workers=False, status=code) for code in OUR_FAULT)
     return http + sum(rpc)
@@ -172,15 +173,15 @@ OUR_FAULT = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
 
 
 def memory(pid: int, what: str = "VmRSS") -> float:
-    """MiB resident now, or (``VmHWM``) at most."""
+    """Returns the current resident memory in MiB, or with `VmHWM` its maximum."""
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{what}:")) / 1024
 
 
 @contextmanager
 def flat_memory(process: Process, allowed: float) -> Iterator[None]:
-    """Fails if the process ever takes ``allowed`` MiB more than at the start."""
-    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak counts from now
+    """Fails if the process ever uses `allowed` MiB more than at the start."""
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # resets the maximum
     before = memory(process.pid)
     yield
     grown = memory(process.pid, "VmHWM") - before
@@ -189,13 +190,13 @@ def flat_memory(process: Process, allowed: float) -> Iterator[None]:
 
 @contextmanager
 def unharmed(stage: Stage, gateway: Gateway | None = None, memory: float = 24, refused: int = 0) -> Iterator[Gateway]:
-    """Whatever is done to the gateway, it allocates next to nothing, stores nothing, reports no bug, and goes on.
+    """Whatever the block does, the gateway uses little memory, stores nothing, logs no error, and continues to work.
 
-    What an operator sees: at least so many answers ``refused``, and none that was our fault.
+    An operator sees at least `refused` refusals, and no server error.
     """
     gateway = gateway or stage.gateway
     mark = gateway.mark()
-    gateway.ended(gateway.submit(APPLE))  # what it does for the first time may take memory
+    gateway.ended(gateway.submit(APPLE))  # the first job may need memory that stays in use
     stage.at_rest()
     before, refused_before, faults_before = stage.stored(), refusals(gateway), faults(gateway)
     with flat_memory(gateway, memory):
@@ -210,7 +211,7 @@ def unharmed(stage: Stage, gateway: Gateway | None = None, memory: float = 24, r
 
 
 def refusal(call: Any, request: Any, **options: Any) -> tuple[grpc.StatusCode, str | None]:
-    """The status a call ends with, and the field it names."""
+    """Returns the status that a call ends with, and the field that it names."""
     with pytest.raises(grpc.RpcError) as caught:
         call(request, **options)
     return caught.value.code(), dict(caught.value.trailing_metadata() or ()).get("error-field")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -17,13 +18,14 @@ import numpy as np
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
-from tests.faults.processes import PATIENCE, Process, eventually
+from patchforge.service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
+from tests.patience import PATIENCE
+from tests.processes import Process, eventually
 
 TERMINAL = ("completed", "failed", "cancelled", "expired")
 SHORT: dict[str, Any] = {"class_label": "cat", "seed": 7, "sampler": "euler", "steps": 4, "guidance": 2.0}
-MEDIUM = SHORT | {"steps": 200, "n": 10}  # a second of work or two
-LONG = SHORT | {"steps": 200, "n": 4, "sampler": {"name": "dual_loop", "inner_steps": 16}}  # ten and more
+MEDIUM = SHORT | {"steps": 200, "n": 10}  # about one or two seconds of work
+LONG = SHORT | {"steps": 200, "n": 4, "sampler": {"name": "dual_loop", "inner_steps": 16}}  # ten seconds or more
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Seen:
 class Gateway(Process):
     """A gateway and a client's view through it."""
 
-    def __init__(self, name: str, arguments: list[str], environment: dict[str, str]) -> None:
-        super().__init__(name, arguments, environment)
+    def __init__(self, name: str, *command: str | Path, **variables: str) -> None:
+        super().__init__(name, *command, **variables)
         self.url = self.grpc_address = ""
 
     def await_ports(self) -> None:
@@ -53,7 +55,7 @@ class Gateway(Process):
         super().close()
 
     def await_ready(self) -> None:
-        """Until `/readyz` says that requests are welcome."""
+        """Waits until `/readyz` answers that the gateway is ready."""
         eventually(lambda: self.ready().status_code == 200)
 
     def ready(self) -> httpx.Response:
@@ -66,7 +68,7 @@ class Gateway(Process):
             yield ImageServiceStub(channel)
 
     def submit(self, body: dict[str, Any] | None = None, key: str | None = None, **changes: Any) -> str:
-        """The id of an accepted job: ``SHORT``, or ``body``, with ``changes``."""
+        """Submits `SHORT`, or `body`, with `changes`; returns the id of the accepted job."""
         key = key or str(uuid4())
         answer = patiently(lambda: self.post((body or SHORT) | changes, key))
         assert answer.status_code == 202, answer.text
@@ -87,10 +89,10 @@ class Gateway(Process):
         return answer.json()
 
     def follow(self, job_id: str, after: str | None = None) -> Iterator[Seen]:
-        """The events of one SSE connection; ends with the job, or when the gateway ends the stream."""
+        """Yields the events of one SSE connection, which ends with the job, or when the gateway ends the stream."""
         headers = {} if after is None else {"Last-Event-ID": after}
         with self.http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as answer:
-            assert answer.status_code == 200, answer.read()
+            assert answer.status_code in (200, 204), answer.read()
             event: dict[str, str] = {}
             for line in answer.iter_lines():
                 name, _, value = line.partition(": ")
@@ -101,11 +103,11 @@ class Gateway(Process):
                     event = {}
 
     def events(self, job_id: str) -> list[Seen]:
-        """All events of a job up to its end."""
+        """Returns all events of a job."""
         return list(self.stream(job_id))
 
     def stream(self, job_id: str) -> Iterator[Seen]:
-        """The events of a job up to its end, over as many connections as it takes."""
+        """Yields all events of a job, over any number of connections."""
         last: Seen | None = None
         give_up = time.monotonic() + PATIENCE
         while last is None or last.type not in TERMINAL:
@@ -115,10 +117,10 @@ class Gateway(Process):
                     last = event
                     yield event
             except (httpx.TransportError, AssertionError):
-                time.sleep(0.1)  # as a browser would, before it connects anew
+                time.sleep(0.1)  # like a browser before it reconnects
 
     def until(self, job_id: str, kind: str) -> Seen:
-        """The first event of this kind, as soon as it is there."""
+        """Waits for the first event of this kind."""
         events = self.follow(job_id)
         try:
             for event in events:
@@ -129,7 +131,7 @@ class Gateway(Process):
         raise AssertionError(f"job {job_id} ended without {kind!r}")
 
     def ended(self, job_id: str) -> dict[str, Any]:
-        """The job once it has ended, which its events must tell exactly once."""
+        """Waits for a job's end, checks that it has exactly one terminal event, and returns the job."""
         ends = [event.type for event in self.events(job_id) if event.type in TERMINAL]
         job = self.job(job_id)
         assert ends == [job["status"]]
@@ -141,19 +143,19 @@ class Gateway(Process):
         return np.asarray(Image.open(BytesIO(answer.content)).convert("RGB")).astype(int)
 
     def metric(self, name: str, *, workers: bool = True, **labels: str) -> float:
-        """The sum of the samples of this name and these labels, of the gateway and, if wanted, of all workers."""
+        """Returns the sum of all samples with this name and these labels, from the gateway and all workers."""
         exposition = self.http.get("/metrics", params={"workers": workers}).text
         families = text_string_to_metric_families(exposition)
         samples = [sample for family in families for sample in family.samples if sample.name == name]
         return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
     def await_metric(self, value: float, name: str, **labels: str) -> None:
-        """Until the metric has this value; workers publish theirs every two seconds."""
+        """Waits until the metric has this value. Workers publish theirs every two seconds."""
         eventually(lambda: self.metric(name, **labels) == value, f"{name}{labels} to be {value}")
 
 
 def patiently(call: Callable[[], httpx.Response]) -> httpx.Response:
-    """The answer to a call that may be repeated; a queue server on a busy machine is not always heard in time."""
+    """Repeats a call until the queue server answers in time, which takes several tries on a busy machine."""
 
     def heard() -> httpx.Response | None:
         answer = call()
@@ -162,5 +164,5 @@ def patiently(call: Callable[[], httpx.Response]) -> httpx.Response:
 
     give_up = time.monotonic() + PATIENCE
     while (answer := heard()) is None:
-        assert time.monotonic() < give_up, "the queue server is away"
+        assert time.monotonic() < give_up, "the queue server cannot be reached"
     return answer

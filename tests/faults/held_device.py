@@ -1,4 +1,4 @@
-"""Runs the command line on a device that tells its steps and stands still while a file, the curtain, is there.
+"""Runs the command line with a device that logs its steps, and pauses while a file, the curtain, exists.
 
 Behind the curtain each new job still gets its first steps, until it is under way and has shown a preview if it may.
 """
@@ -13,15 +13,17 @@ from typing import Any
 
 import structlog
 
-from service.cli import app
-from service.worker.engine import Engine
-from service.worker.live import LiveJob
+from patchforge.service import tracing
+from patchforge.service.cli.main import app
+from patchforge.service.worker.engine import Engine
+from patchforge.service.worker.live import LiveJob
+from tests.patience import PATIENCE
 
 Step = Callable[[Engine], list[Any]]
 
 
 def held(step: Step) -> Step:
-    """``step``, which does nothing while the curtain is down and every job is under way."""
+    """Wraps `step`: it does nothing while the curtain exists and every job has started."""
     curtain = Path(os.environ["PATCHFORGE_CURTAIN"])
     begun: set[str] = set()
 
@@ -39,7 +41,7 @@ def held(step: Step) -> Step:
 
 
 def told(step: Step) -> Step:
-    """``step``, with a log line that says which jobs it is for."""
+    """Wraps `step`: it also logs which jobs a step is for."""
 
     def told_step(engine: Engine) -> list[Any]:
         structlog.get_logger().info("step", jobs=list(engine.jobs))
@@ -49,5 +51,6 @@ def told(step: Step) -> Step:
 
 
 if __name__ == "__main__":
+    tracing.FLUSH_SECONDS = PATIENCE  # time to export the last spans on a busy machine
     Engine.step = held(told(Engine.step))  # type: ignore[method-assign]
     app(["worker"])

@@ -1,4 +1,4 @@
-"""Just enough HTTP/2 to be a bad gRPC client: frames by hand, on a socket of one's own."""
+"""Just enough HTTP/2 to be a bad gRPC client: hand-made frames on a socket."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+DATA, HEADERS, SETTINGS, PING, GOAWAY = 0, 1, 4, 6, 7
 ACK = END_STREAM = 1
 END_HEADERS = 4
 INITIAL_WINDOW_SIZE = 4
-ENHANCE_YOUR_CALM = 11  # GOAWAY's error code for a client that overdoes it
+ENHANCE_YOUR_CALM = 11  # GOAWAY's error code for a client that sends too much
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Frame:
 
 
 class Connection:
-    """A connection that has shaken hands. It acknowledges settings and nothing else by itself."""
+    """A connection after its handshake. By itself, it acknowledges settings and does nothing else."""
 
     def __init__(self, address: str, timeout: float, window: int = 65535) -> None:
-        """``window``: how many bytes of each answer there is room for."""
+        """`window` is the number of bytes that the server may send of each answer."""
         host, _, port = address.rpartition(":")
         self.socket = socket.create_connection((host, int(port)), timeout)
         self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
@@ -42,7 +42,7 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """Whatever another thread is sending or awaiting ends too."""
+        """Closes the connection. Threads that are sending or waiting on it end too."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
@@ -52,7 +52,7 @@ class Connection:
         self.socket.sendall(length + struct.pack(">BBI", kind, flags, stream) + payload)
 
     def call(self, method: str, message: bytes, stream: int = 1, **metadata: str) -> None:
-        """Begins a gRPC call that sends one message; nothing of its answer is read."""
+        """Begins a gRPC call with one message. Nothing of its answer is read."""
         headers = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x", "te": "trailers"}
         headers |= {"content-type": "application/grpc"} | {name.replace("_", "-"): v for name, v in metadata.items()}
         block = b"".join(b"\x00" + _literal(name) + _literal(value) for name, value in headers.items())
@@ -63,7 +63,7 @@ class Connection:
         self.send(PING, payload=struct.pack(">Q", number))
 
     def frames(self) -> Iterator[Frame]:
-        """What arrives, as it arrives; ends when the server closes the connection."""
+        """Yields frames as they arrive, until the server closes the connection."""
         buffered = b""
         while True:
             try:
@@ -83,7 +83,7 @@ class Connection:
 
 
 def _literal(text: str) -> bytes:
-    """An HPACK string, uncompressed."""
+    """Encodes an uncompressed HPACK string."""
     raw = text.encode()
     assert len(raw) < 127
     return bytes([len(raw)]) + raw

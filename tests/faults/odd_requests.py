@@ -1,4 +1,4 @@
-"""Requests to fuzz with, as JSON and as gRPC messages: sound ones, ones with a field that is anything, and worse."""
+"""Requests to fuzz with, as JSON and as gRPC messages: valid ones, ones with a random field, and random values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from service.pb.patchforge.v1 import image_service_pb2 as pb
+from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults.fuzzing import ANYTHING, ODD_NUMBERS, ODD_TEXT
 from tests.service.gateway.harness import CARDS
 
@@ -57,7 +57,7 @@ ODD: Fields = {name: ANYTHING for name in (*SUBJECT, *SAMPLER, *SIZE, *PICTURES,
 
 
 def united(*parts: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    """Of a field in several of them, the last says."""
+    """Fields of which gRPC keeps only the last one."""
     return st.tuples(*parts).map(lambda dicts: {name: value for each in dicts for name, value in each.items()})
 
 
@@ -78,7 +78,7 @@ SOME_ODD = united(one_of(ODD) | some_of(ODD), NONE | st.dictionaries(ODD_TEXT, A
 
 
 def bodies(sound: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    """Requests that are sound, that have a field or more that is anything, or are anything altogether."""
+    """Valid requests, requests with one or more random fields, or random values."""
     return sound | united(sound, one_of(ODD)) | united(sound, SOME_ODD) | SOME_ODD
 
 

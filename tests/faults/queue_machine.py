@@ -1,4 +1,4 @@
-"""Every call and mishap of the queue as rules for hypothesis to interleave; each compares the queue with its model.
+"""Every call and accident of the queue, as rules that hypothesis mixes. Each rule compares the queue with its model.
 
 To the queue a crashed worker and a paused one are alike: silent. A paused one speaks again, too late: here, any claim
 ever given may act at any time. Time passes by ageing entries on the server, so nothing sleeps.
@@ -19,16 +19,16 @@ from hypothesis.stateful import (
     rule,
 )
 
-from service import keys
-from service.errors import IdempotencyConflict, NotFound, NotReady, QueueFull, Unavailable
-from service.events import TERMINAL_EVENTS, Cancelled, Failed, Started
-from service.queue import Claim, Heartbeat, _proof
-from service.queue_records import EVENT
-from service.schemas import Job as RealJob
-from service.schemas import JobError, Priority
+from patchforge.service.errors import IdempotencyConflict, NotFound, NotReady, QueueFull, Unavailable
+from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Failed, Started
+from patchforge.service.messages.schemas import Job as RealJob
+from patchforge.service.messages.schemas import JobError, Priority
+from patchforge.service.queue import keys
+from patchforge.service.queue.job_queue import Claim, Heartbeat, _claim_arguments
+from patchforge.service.queue.records import EVENT
 from tests.faults.queue_model import Job, Model, require
 from tests.faults.queue_rig import CAP, MAX_ATTEMPTS, Rig
-from tests.service.queue_kit import DONE, a_request, watched
+from tests.service.queue.kit import DONE, a_request, watched
 
 T = TypeVar("T")
 
@@ -42,9 +42,11 @@ REQUEST = st.fixed_dictionaries(
         "deadline": st.booleans(),
         "key": st.sampled_from([None, None, None, "k1", "k2"]),
         "fingerprint": st.sampled_from(["one", "one", "two"]),
+        "special": st.sampled_from([False, False, True]),
     }
 )
-# One of the live claims or waiting jobs, or else one of all there ever were.
+ABLE = st.booleans()  # can this worker run special jobs?
+# One of the live claims or waiting jobs, or otherwise one of all that ever existed.
 WHICH = st.tuples(st.sampled_from([True, True, False]), st.integers(0, 7))
 
 once_claimed = precondition(lambda self: self.claims)
@@ -52,16 +54,16 @@ once_submitted = precondition(lambda self: self.jobs)
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """A few gateways' and workers' worth of calls, in any order."""
+    """The calls of a few gateways and workers, in any order."""
 
     def __init__(self, rig: Rig) -> None:
         super().__init__()
         self.rig = rig
         self.model = Model(CAP, MAX_ATTEMPTS)
-        self.jobs: list[str] = []  # every id and claim ever given
+        self.jobs: list[str] = []  # the ids of all jobs, and in `claims` all claims
         self.claims: list[Claim] = []
         self.ended: list[RealJob] = []
-        self.untold: dict[str, Claim] = {}  # by worker: what it took last, if no answer told it
+        self.untold: dict[str, Claim] = {}  # worker → its last claim, if the answer was lost
         rig.client.flushall()
         rig.forget_calls()
         rig.gateway.on_ended = rig.worker.on_ended = self.ended.append
@@ -70,14 +72,14 @@ class QueueMachine(RuleBasedStateMachine):
         self.rig.tally["runs"] += 1
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """One step of the queue; the model's step begins with it."""
+        """Runs one step of the queue. The model's step begins with it."""
         self.rig.tally["calls"] += 1
         self.ended.clear()
         self.model.begin_step()
         return self.rig.run(coroutine)
 
     def ask(self, question: Coroutine[Any, Any, Any]) -> Any:
-        """A call's answer, or the kind of refusal."""
+        """Returns a call's result, or the kind of its refusal."""
 
         async def answer() -> Any:
             try:
@@ -88,7 +90,7 @@ class QueueMachine(RuleBasedStateMachine):
         return self.call(answer())
 
     def check_ended(self) -> None:
-        """Jobs that ended unasked were reported, each once."""
+        """Checks that each job that ended as a side effect was reported once."""
         told = sorted((job.id, job.status.value) for job in self.ended)
         require(told == sorted(self.model.ended_unasked), f"told of {told}, expected {self.model.ended_unasked}")
         self.rig.tally.update(f"{status} unasked" for _, status in told)
@@ -110,15 +112,18 @@ class QueueMachine(RuleBasedStateMachine):
         for request in requests:
             self.submit_one(**request)
         for _ in range(count):
-            self.claim_one(worker, ["a", "b"])
+            self.claim_one(worker, ["a", "b"], able=True)
 
     @rule(request=REQUEST)
     def submit(self, request: dict[str, Any]) -> None:
         self.submit_one(**request)
 
-    def submit_one(self, model: str, priority: Priority, deadline: bool, key: str | None, fingerprint: str) -> None:
+    def submit_one(
+        self, model: str, priority: Priority, deadline: bool, key: str | None, fingerprint: str, special: bool
+    ) -> None:
         request = a_request(model=model, priority=priority, deadline_seconds=3600.0 if deadline else None)
-        answer = self.ask(self.rig.gateway.submit(request, idempotency_key=key, fingerprint=fingerprint))
+        needs = {"special"} if special else None
+        answer = self.ask(self.rig.gateway.submit(request, idempotency_key=key, fingerprint=fingerprint, needs=needs))
         self.check_ended()
         expected, first = self.model.submit_outcome(key, fingerprint)
         self.rig.tally[f"submit: {expected}"] += 1
@@ -128,7 +133,7 @@ class QueueMachine(RuleBasedStateMachine):
         elif expected == "same":
             require(answer.id == first, "a repeated key returns its first job")
         else:
-            self.model.accept(Job(answer.id, model, priority.value, deadline), key, fingerprint)
+            self.model.accept(Job(answer.id, model, priority.value, deadline, special), key, fingerprint)
             self.jobs.append(answer.id)
 
     @once_submitted
@@ -143,7 +148,7 @@ class QueueMachine(RuleBasedStateMachine):
     @once_submitted
     @rule(which=WHICH, skip=st.integers(0, 3))
     def look(self, which: tuple[bool, int], skip: int) -> None:
-        """At the picture and, once the job has ended, at its events from some place on."""
+        """Watches the picture and, if the job has ended, its events from some position."""
         job_id = self.a_job(which)
         picture = self.ask(self.rig.gateway.image(job_id, 0))
         known = self.model.jobs.get(job_id)
@@ -158,19 +163,19 @@ class QueueMachine(RuleBasedStateMachine):
 
     # Workers.
 
-    @rule(worker=WORKERS, models=MODELS)
-    def claim(self, worker: str, models: list[str]) -> None:
-        self.claim_one(worker, models)
+    @rule(worker=WORKERS, models=MODELS, able=ABLE)
+    def claim(self, worker: str, models: list[str], able: bool) -> None:
+        self.claim_one(worker, models, able)
 
-    # Hypothesis leaves some rules out of each run; without this one there would be little to see.
-    @rule(worker=WORKERS, count=st.integers(1, 3))
-    def claim_several(self, worker: str, count: int) -> None:
+    # Hypothesis leaves out some rules in each run; without this one, little would happen.
+    @rule(worker=WORKERS, count=st.integers(1, 3), able=ABLE)
+    def claim_several(self, worker: str, count: int, able: bool) -> None:
         for _ in range(count):
-            self.claim_one(worker, ["a", "b"])
+            self.claim_one(worker, ["a", "b"], able)
 
-    def claim_one(self, worker: str, models: list[str]) -> None:
-        taken = self.call(self.rig.worker.claim(worker, models, block_seconds=0))
-        expected = self.model.next_up(models)
+    def claim_one(self, worker: str, models: list[str], able: bool) -> None:
+        taken = self.call(self.rig.worker_that(able).claim(worker, models, block_seconds=0))
+        expected = self.model.next_up(models, able)
         self.check_ended()
         if self.told_at_last(worker, taken):
             return
@@ -180,14 +185,14 @@ class QueueMachine(RuleBasedStateMachine):
             require(taken.job.id in expected, "the most urgent job goes first, and in order")
             self.model.start(taken)
             self.claims.append(taken)
-            self.rig.tally["claims"] += 1
+            self.rig.tally["special claims" if self.model.jobs[taken.job.id].special else "claims"] += 1
 
-    @rule(worker=WORKERS, models=MODELS)
-    def claim_is_not_answered(self, worker: str, models: list[str]) -> None:
-        """The queue server may have started a job then; later calls of the worker settle it."""
+    @rule(worker=WORKERS, models=MODELS, able=ABLE)
+    def claim_is_not_answered(self, worker: str, models: list[str], able: bool) -> None:
+        """The queue server may have started a job then. The worker's later calls find out."""
         untold = self.untold.pop(worker, None)
-        taken = self.call(self.rig.unanswered(worker, models))
-        expected = self.model.next_up(models)
+        taken = self.call(self.rig.unanswered(worker, models, able))
+        expected = self.model.next_up(models, able)
         self.check_ended()
         if untold and (job := self.model.owned(untold)):
             job.idle = False
@@ -200,21 +205,22 @@ class QueueMachine(RuleBasedStateMachine):
             self.rig.tally["unanswered claims"] += 1
 
     def told_at_last(self, worker: str, taken: Claim | None) -> bool:
-        """Whether this answer is to the worker's call before it, which had none."""
+        """Tells whether this is the answer to the worker's previous call, whose answer was lost."""
         untold = self.untold.pop(worker, None)
         job = untold and self.model.owned(untold)
         if not untold or not job:
             return False
-        require(taken and _proof(taken) == _proof(untold), "the same claim, told at last")
+        require(taken and _claim_arguments(taken) == _claim_arguments(untold), "the same claim, told at last")
         job.idle = False
         self.rig.tally["told at last"] += 1
         return True
 
     @once_claimed
-    @rule(worker=WORKERS, models=MODELS, silent=WHICH)
-    def reclaim(self, worker: str, models: list[str], silent: tuple[bool, int]) -> None:
+    @rule(worker=WORKERS, models=MODELS, silent=WHICH, able=ABLE)
+    def reclaim(self, worker: str, models: list[str], silent: tuple[bool, int], able: bool) -> None:
         self.fall_silent(self.a_claim(silent))
-        taken = self.call(self.rig.worker.reclaim(worker, models))
+        self.rig.age_waiting([job.id for job in self.model.lines if job.special])
+        taken = self.call(self.rig.worker_that(able).reclaim(worker, models))
         expired = [job_id for job_id, _ in self.model.ended_unasked]
         for job in self.ended:
             if job.id not in expired:
@@ -223,9 +229,9 @@ class QueueMachine(RuleBasedStateMachine):
         if self.told_at_last(worker, taken):
             return
         if taken is None:
-            self.model.nothing_to_reclaim(models)
+            self.model.nothing_to_reclaim(models, able)
         else:
-            self.model.restart(taken, models)
+            self.model.restart(taken, models, able)
             self.claims.append(taken)
             self.rig.tally["reclaims"] += 1
 
@@ -274,7 +280,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.rig.tally["acts of a holder" if job else "stale acts refused"] += 1
         return job
 
-    # What befalls them.
+    # Accidents.
 
     @once_claimed
     @rule(worker=WORKERS)
@@ -305,7 +311,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(chance=st.integers(0, 39))
     def mishap(self, chance: int) -> None:
-        """Rarely, someone empties the server, or kills it: then a submit is refused, and what was accepted is kept."""
+        """Rarely, empties or kills the server. Then a submit is refused, and accepted jobs are kept."""
         if chance == 17:
             self.rig.client.flushall()
             self.model.forget_all()
@@ -335,4 +341,5 @@ class QueueMachine(RuleBasedStateMachine):
                 require(real["queues"][stream][0].get(entry) == job_id, "a live job has its entry in its stream")
         pending = {(stream, entry) for stream, (_, given) in real["queues"].items() for entry in given}
         running = {(job.holder.stream, job.holder.entry_id) for job in model.jobs.values() if job.holder}
-        require(pending == running, "an entry is pending exactly while its job runs")
+        special = {tuple(real["jobs"][job.id][0][2:4]) for job in model.lines if job.special}
+        require(pending - special == running, "an entry is pending exactly while its job runs, or may wait for long")

@@ -1,33 +1,36 @@
-"""What the queue promises, as plain Python: the reference its model-based test compares the real one with."""
+"""What the queue promises, in plain Python: the model-based test compares the real queue with this."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 
-from service.queue import Claim
+from patchforge.service.queue import Claim
 
 LEVELS = ("returned", "high", "normal", "low")
 ENDINGS = {"completed", "failed", "cancelled", "expired"}
 
 
 class Broken(AssertionError):
-    """The queue did what the model does not allow."""
+    """The queue did something that the model does not allow."""
 
 
 def require(holds: object, what: str) -> None:
-    """Raises Broken unless ``holds``."""
+    """Raises Broken unless `holds` is true."""
     if not holds:
         raise Broken(what)
 
 
 @dataclass
 class Job:
-    """One accepted request; ``holder`` is the one claim that may speak for it, while it runs."""
+    """An accepted request. While it runs, `holder` is its only valid claim."""
 
     id: str
     model: str
     level: str
     deadline: bool
+    special: bool = False
+    """Only some workers can run it."""
     status: str = "waiting"
     attempt: int = 0
     holder: Claim | None = None
@@ -43,7 +46,7 @@ class Job:
 
 
 class Model:
-    """All jobs, in the order they joined their lines; each method is one atomic step of the queue."""
+    """All jobs, in queue order. Each method is one atomic step of the queue."""
 
     def __init__(self, cap: int, max_attempts: int) -> None:
         self.cap, self.max_attempts = cap, max_attempts
@@ -53,13 +56,13 @@ class Model:
         self.ended_unasked: list[tuple[str, str]] = []  # (job id, status) of this step
 
     def begin_step(self) -> None:
-        """Whatever the command, jobs past their deadline expire first."""
+        """Expires jobs past their deadline, before every command."""
         self.ended_unasked = []
         for job in [job for job in self.lines if job.overdue]:
             self._end_unasked(job, "expired")
 
     def submit_outcome(self, key: str | None, fingerprint: str) -> tuple[str, str | None]:
-        """What a submit must answer: conflict, same (with the job's id), full or new."""
+        """Returns what a submit must answer: conflict, same (with the job's id), full or new."""
         known, first = self.keys.get(key, (fingerprint, None)) if key else (fingerprint, None)
         if known != fingerprint:
             return "conflict", None
@@ -74,16 +77,19 @@ class Model:
         if key:
             self.keys[key] = fingerprint, job.id
 
-    def next_up(self, models: list[str]) -> set[str]:
-        """Jobs a claim may take: of the most urgent level that has any, the first of each model."""
-        for level in LEVELS:
-            line = [job for job in self.lines if job.level == level and job.model in models]
+    def next_up(self, models: list[str], able: bool) -> set[str]:
+        """Returns the jobs that a claim may take: the first job of each model, in the most urgent level that has any.
+
+        Workers that can run special jobs take those of a level last.
+        """
+        for level, special in product(LEVELS, (False, True) if able else (False,)):
+            line = [job for job in self.lines if (job.level, job.special) == (level, special) and job.model in models]
             if line:
                 return {next(job.id for job in line if job.model == model) for model in {job.model for job in line}}
         return set()
 
     def start(self, claim: Claim) -> None:
-        """A job leaves its line, or its silent holder, for a new holder."""
+        """Moves a job from its queue, or from its silent holder, to a new holder."""
         job = self.jobs[claim.job.id]
         if job in self.lines:
             self.lines.remove(job)
@@ -91,27 +97,34 @@ class Model:
         job.attempt += 1
         require(claim.attempt == job.attempt == claim.job.attempt, "attempts are counted right")
 
-    def reclaimable(self, job: Job, models: list[str]) -> bool:
+    def silent(self, job: Job, models: list[str]) -> bool:
         return job.status == "running" and job.idle and job.model in models
 
+    def over(self, job: Job) -> bool:
+        """Tells whether a silent holder's job ends instead of running again. Any worker may end it."""
+        return job.cancel or job.attempt >= self.max_attempts
+
     def end_by_reclaim(self, job_id: str, models: list[str]) -> None:
-        """A silent holder's job ends if it was to be cancelled, or is out of attempts."""
+        """Ends the job of a silent holder if it should be cancelled or has no attempts left."""
         job = self.jobs[job_id]
-        require(self.reclaimable(job, models), "only a silent worker's job ends by reclaim")
-        require(job.cancel or job.attempt >= self.max_attempts, "a job that may run again does not end")
+        require(self.silent(job, models), "only a silent worker's job ends by reclaim")
+        require(self.over(job), "a job that may run again does not end")
         self._end_unasked(job, "cancelled" if job.cancel else "failed")
 
-    def restart(self, claim: Claim, models: list[str]) -> None:
+    def restart(self, claim: Claim, models: list[str], able: bool) -> None:
         job = self.jobs[claim.job.id]
-        require(self.reclaimable(job, models), "only a silent worker's job is taken over")
-        require(not job.cancel and job.attempt < self.max_attempts, "a job to be ended is not run again")
+        require(self.silent(job, models), "only a silent worker's job is taken over")
+        require(able or not job.special, "only a worker that can run it takes it over")
+        require(not self.over(job), "a job to be ended is not run again")
         self.start(claim)
 
-    def nothing_to_reclaim(self, models: list[str]) -> None:
-        require(not [job for job in self.jobs.values() if self.reclaimable(job, models)], "a silent job was left")
+    def nothing_to_reclaim(self, models: list[str], able: bool) -> None:
+        silent = [job for job in self.jobs.values() if self.silent(job, models)]
+        left = [job for job in silent if self.over(job) or able or not job.special]
+        require(not left, "a silent job was left")
 
     def owned(self, claim: Claim) -> Job | None:
-        """The job, if the claim still speaks for it."""
+        """Returns the job if the claim is still valid."""
         job = self.jobs.get(claim.job.id)
         return job if job is not None and job.status == "running" and job.holder is claim else None
 
@@ -128,7 +141,7 @@ class Model:
         return owned is not None
 
     def release(self, owned: Job | None) -> bool:
-        """Back in line, first of all, as if it had not been started; its deadline was met."""
+        """Puts the job first in the queue, as if it had not started. Its deadline was met."""
         if owned is None:
             return False
         if owned.cancel:

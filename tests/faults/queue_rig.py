@@ -1,4 +1,4 @@
-"""A real queue server that a test may kill, two views of its queue, and one look at everything in it."""
+"""A real queue server that tests may kill, two connections to it, and a snapshot of everything in it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import Any, TypeVar
 
 import redis
 
-from service import keys
-from service.embedded import EmbeddedServer
-from service.errors import Unavailable
-from service.queue import Claim, JobQueue, _claim
-from service.settings import Settings
+from patchforge.service.embedded import EmbeddedServer
+from patchforge.service.errors import Unavailable
+from patchforge.service.messages.protocol import CAPABILITIES
+from patchforge.service.queue import keys
+from patchforge.service.queue.job_queue import Claim, JobQueue, _claim_from
+from patchforge.service.settings import Settings
+from tests.patience import PATIENCE
 
 T = TypeVar("T")
 
 CAP, MAX_ATTEMPTS, IDLE_MS = 4, 3, 3_600_000
 PREFIXES = (keys.JOB, keys.EVENTS, keys.IMAGES, keys.QUEUE)
 
-# Everything about the given jobs, the waiting list and the queues, in one atomic look.
+# Everything about the given jobs, the waiting list and the queues, in one atomic call.
 SNAPSHOT = """
 local jobs, queues = {}, {}
 for _, id in ipairs(ARGV) do
@@ -46,14 +48,14 @@ return cjson.encode({ jobs = jobs, queues = queues, waiting = redis.call('ZRANGE
 
 
 class Rig:
-    """One server for all runs, and two views of its queue: a gateway's and a worker's."""
+    """One server for all runs, and two connections to its queue: a gateway's and a worker's."""
 
     def __init__(self, folder: Path) -> None:
         self.server = EmbeddedServer(folder)
         self.server.start()
         self.runner = asyncio.Runner()
         self.tally: Counter[str] = Counter()
-        """What happened, so that a test can tell it was not in vain."""
+        """Counts what happened, so that a test can check that it tested something."""
         limits = Settings(max_waiting=CAP, max_attempts=MAX_ATTEMPTS, claim_idle_seconds=IDLE_MS / 1000)
         self.gateway, self.worker = (JobQueue.connect(self.server.url, limits) for _ in range(2))
         self.client = redis.Redis.from_url(self.server.url)
@@ -66,19 +68,31 @@ class Rig:
         return json.loads(self._snapshot([keys.WAITING, *PREFIXES, keys.GROUP], list(jobs)))
 
     def age(self, claim: Claim) -> None:
-        """As if the claim's worker had been silent for longer than it may."""
+        """Makes the claim look as if its worker had been silent for too long."""
         entry = [claim.entry_id]
         self.client.xclaim(claim.stream, keys.GROUP, keys.CONSUMER, 0, entry, idle=IDLE_MS + 1, justid=True)
 
-    async def unanswered(self, worker: str, models: Sequence[str]) -> Claim | None:
-        """A claim that the server carries out and the worker hears nothing of; what it took is for the test alone."""
-        queue, taken = self.worker, None
+    def age_waiting(self, jobs: Sequence[str]) -> None:
+        """Makes these special jobs look as if they had waited for long. Their entries are delivered while they wait."""
+        for job in jobs:
+            stream, entry = self.client.hmget(keys.job(job), "stream", "entry")
+            with contextlib.suppress(redis.ResponseError):  # the group does not exist yet
+                self.client.xclaim(stream, keys.GROUP, keys.CONSUMER, 0, [entry], idle=IDLE_MS + 1, justid=True)
+
+    def worker_that(self, able: bool) -> JobQueue:
+        """Returns the connection of a worker that can, or cannot, run special jobs."""
+        self.worker.capabilities = CAPABILITIES | {"special"} if able else CAPABILITIES
+        return self.worker
+
+    async def unanswered(self, worker: str, models: Sequence[str], able: bool) -> Claim | None:
+        """Makes a claim whose answer the worker does not get. The test gets it."""
+        queue, taken = self.worker_that(able), None
         carry_out = queue._run
 
         async def carried_out(*args: Any, **kwargs: Any) -> Any:
             nonlocal taken
             record, _ = await carry_out(*args, **kwargs)
-            taken = _claim(worker, record) if record else None
+            taken = _claim_from(worker, record) if record else None
             raise Unavailable("no answer")
 
         queue._run = carried_out  # type: ignore[method-assign]
@@ -90,7 +104,7 @@ class Rig:
         return taken
 
     def forget_calls(self) -> None:
-        """As if all workers began anew."""
+        """Makes all workers forget their unanswered calls, as after a restart."""
         self.worker._unanswered.clear()
 
     def kill_server(self) -> None:
@@ -98,21 +112,21 @@ class Rig:
         self.server.stop()
 
     def start_server(self) -> None:
-        """Comes back from the log it wrote; the clients reconnect."""
+        """Kills the server and starts it again with its log. The clients reconnect."""
         self.server.start()
         self.tally["server kills"] += 1
         for queue in (self.gateway, self.worker):
             self.run(self._reconnected(queue))
         self.client.close()
-        self.client.config_set("auto-aof-rewrite-min-size", "4mb")  # so that kills meet rewrites, and restarts are fast
+        self.client.config_set("auto-aof-rewrite-min-size", "4mb")  # so kills hit rewrites
 
     async def _reconnected(self, queue: JobQueue) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 try:
                     return await queue.ping()
                 except Unavailable:
-                    await asyncio.sleep(0)  # the next try takes the next connection
+                    await asyncio.sleep(0)  # the next try uses the next connection
 
     def close(self) -> None:
         self.run(self.gateway.close())

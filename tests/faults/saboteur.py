@@ -1,4 +1,4 @@
-"""Runs the command line with a network that has accidents: which, a request orders by its seed."""
+"""Runs the command line with a network that fails on request: the seed selects the failure."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import replace
 
 import torch
 
-from model.denoiser import Denoiser, Evaluation, Memory
-from model.types import Prediction
-from service.cli import app
-from service.queue_records import Source
-from service.schemas import Job
-from service.worker.engine import Engine
-from service.worker.live import LiveJob
+from patchforge.model.denoiser import Denoiser, Evaluation, Memory
+from patchforge.model.types import Prediction
+from patchforge.service.cli.main import app
+from patchforge.service.messages.schemas import Job
+from patchforge.service.messages.source import Source
+from patchforge.service.worker.engine import Engine
+from patchforge.service.worker.live import LiveJob
 from tests.faults.held_device import held
 
 KILLS, GREEDY, TOO_GREEDY, RAISES, TURNS_NAN, UNCERTAIN = range(666_001, 666_007)
-ROOM = 3  # greedy pictures the device has memory for at a time
+ROOM = 3  # greedy pictures that fit into the device's memory at a time
 
 _admit, _evaluate = Engine.admit, Denoiser.evaluate
-_owners: list[tuple[Memory, int]] = []  # which request's seed a picture belongs to
+_owners: list[tuple[Memory, int]] = []  # the seed of each picture's request
 
 
 def admit(engine: Engine, job: Job, source: Source | None = None) -> LiveJob:
@@ -32,14 +32,14 @@ def admit(engine: Engine, job: Job, source: Source | None = None) -> LiveJob:
 
 
 def evaluate(denoiser: Denoiser, evaluations: Sequence[Evaluation]) -> list[Prediction]:
-    # A worker also measures its device, for no request.
+    # A worker also profiles its device, without any request.
     seeds = [next((seed for memory, seed in _owners if memory is each.memory), 0) for each in evaluations]
     if KILLS in seeds:
         os.kill(os.getpid(), signal.SIGKILL)
     if seeds.count(GREEDY) > ROOM:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB")  # as a GPU would
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB")  # like a GPU
     if TOO_GREEDY in seeds:
-        torch.empty(1 << 50)  # more than the CPU can have
+        torch.empty(1 << 50)  # more than any CPU has
     if RAISES in seeds:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     predictions = _evaluate(denoiser, evaluations)

@@ -1,8 +1,8 @@
-"""A worker process without a model: plays the scenes of the gateway's tests, so that the gateway's faults show fast.
+"""A worker process without a model: plays the scripts of the gateway's tests, so that these run fast.
 
-Jobs are held after their first preview while the key ``CURTAIN`` is set. A prompt of "flood N BYTES" is answered with
+Jobs are held after their first preview while the key `CURTAIN` is set. A prompt of "flood N BYTES" is answered with
 N previews of so many bytes, as fast as the queue takes them; "flood N BYTES AHEAD" keeps at most AHEAD previews ahead
-of a reader, who pushes onto the list ``READ`` + job id for each one it has seen.
+of a reader, who pushes onto the list `READ` + job id for each one it has seen.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 import structlog
 
-from service.errors import Unavailable
-from service.events import Completed, Preview, Started
-from service.logs import configure_logs
-from service.queue import Claim, Heartbeat, JobQueue
-from service.settings import Settings
+from patchforge.service.errors import Unavailable
+from patchforge.service.logs import configure_logs
+from patchforge.service.messages.events import Completed, Preview, Started
+from patchforge.service.queue import Claim, Heartbeat, JobQueue
+from patchforge.service.settings import Settings
 from tests.service.gateway.harness import CARDS, ScriptedWorker, png, report
 
 CURTAIN = "curtain"
@@ -28,7 +28,7 @@ ANNOUNCE_SECONDS = 2.0
 
 
 class PatientQueue(JobQueue):
-    """Repeats what the queue server, on a busy machine, did not answer in time; a worker's calls may be."""
+    """Repeats a call until the queue server answers. A worker's calls may be repeated."""
 
     async def _run(self, *args: Any, **options: Any) -> Any:
         while True:
@@ -41,7 +41,7 @@ class PatientQueue(JobQueue):
                 return await super()._do(*command)
 
     async def claim(self, worker_id: str, models: Sequence[str], *, block_seconds: float) -> Claim | None:
-        """A job, perhaps one that was claimed before by a call whose answer was lost."""
+        """Returns a job, possibly one that was claimed by an earlier call whose answer was lost."""
         with suppress(Unavailable):
             return await self.reclaim(worker_id, models) or await super().claim(
                 worker_id, models, block_seconds=block_seconds
@@ -50,7 +50,7 @@ class PatientQueue(JobQueue):
 
 
 class FloodingWorker(ScriptedWorker):
-    """Plays floods too, and looks for its curtain in Redis."""
+    """Also plays floods, and looks for its curtain in Redis."""
 
     async def _may_go_on(self, claim: Claim) -> bool:
         while await self.queue.heartbeat(claim) is Heartbeat.OK:

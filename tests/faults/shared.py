@@ -1,4 +1,4 @@
-"""What the tests share that harm no process: two gateways and a worker whose network can be sabotaged."""
+"""Processes shared by tests that harm none of them: two gateways, and a worker whose network can be sabotaged."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from tests.faults.gateways import Gateway
 from tests.faults.harness import Stack
-from tests.faults.processes import Process, eventually
+from tests.processes import Process, eventually
 
 MAX_RUNNING = 5
 
 
 @dataclass(frozen=True)
 class Shared:
-    """To be left as it was found: everything running, nothing queued."""
+    """Tests must leave it as they found it: all processes running, nothing queued."""
 
     stack: Stack
     gateway: Gateway
@@ -30,11 +30,11 @@ class Shared:
         return cls(stack, *gateways, worker)
 
     def total(self, status: str) -> float:
-        """How many requests ended so, by everyone's metrics: any call of any process may find a job overdue."""
+        """Counts the requests that ended with this status, over all processes, because any of them may expire a job."""
         name = "patchforge_requests_total"
         own = self.other_gateway.metric(name, workers=False, status=status)
         return own + self.gateway.metric(name, status=status)
 
     def await_ended(self, status: str, count: float) -> None:
-        """Until the metrics say so; workers publish theirs every two seconds."""
+        """Waits until the metrics say so. Workers publish theirs every two seconds."""
         eventually(lambda: self.total(status) == count, f"{count} requests to have {status}")

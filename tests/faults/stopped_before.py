@@ -1,4 +1,4 @@
-"""Runs the command line with a worker that stops dead (SIGSTOP), once, just before it tells the queue something."""
+"""Runs the command line with a worker that stops itself (SIGSTOP), once, just before a call to the queue."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import signal
 from typing import Any
 
-from service.cli import app
-from service.queue import Claim, JobQueue
+from patchforge.service.cli.main import app
+from patchforge.service.queue import Claim, JobQueue
 
 
 def stop_before(method: str) -> None:
-    """``method`` of JobQueue is what the worker is about to call; its claim is real, and known to be, by then."""
+    """`method` is the JobQueue method that the worker is about to call. Its claim exists and is known by then."""
     tell, publish = getattr(JobQueue, method), JobQueue.publish
     published = told = False
 

@@ -1,4 +1,4 @@
-"""A wire to the queue server that tells when a certain request passes, before the server has it."""
+"""A connection to the queue server that reports a certain request before the server gets it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 
 class Tap:
-    """Passes bytes between clients and a server; runs a callback once, when a client sends what it waits for."""
+    """Passes bytes between clients and a server. Runs a callback once, when a client sends the expected bytes."""
 
     def __init__(self, server_url: str) -> None:
         self._server = urlsplit(server_url)
@@ -26,11 +26,11 @@ class Tap:
         self._listening.close()
 
     def once(self, wanted: bytes, callback: Callable[[], None]) -> None:
-        """When the next request with these bytes comes by, do this first and then pass it on."""
+        """Runs the callback when the next request with these bytes comes, and then passes it on."""
         self._wanted, self._callback, self._on_answer = wanted, callback, False
 
     def once_answered(self, wanted: bytes, callback: Callable[[], None]) -> None:
-        """When the server has answered the next request with these bytes, do this before the client hears of it."""
+        """Runs the callback when the server has answered the next request with these bytes, before the client knows."""
         self._wanted, self._callback, self._on_answer = wanted, callback, True
 
     def _accept(self) -> None:
@@ -40,7 +40,7 @@ class Tap:
                 threading.Thread(target=self._carry, args=(client,), daemon=True).start()
 
     def _carry(self, client: socket.socket) -> None:
-        """Until either side closes; what was sent by then still arrives."""
+        """Copies bytes until either side closes. Bytes sent before that still arrive."""
         address = str(self._server.hostname), self._server.port or 0
         with contextlib.suppress(OSError), client, socket.create_connection(address) as server:
             answering = False

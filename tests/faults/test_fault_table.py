@@ -1,4 +1,4 @@
-"""docs/faults.md names every row there is a test for, and nothing an operator sees that its tests do not look at."""
+"""docs/faults.md names every row that has a test, and nothing that an operator sees without a test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Nodes = dict[str, list[ast.AST]]
 
 @dataclass(frozen=True)
 class Module:
-    """What a file's functions can mean by a name."""
+    """What names in a file's functions can refer to."""
 
     own: Nodes
     imported: set[str]
@@ -33,7 +33,7 @@ class Module:
 
 
 def defined(tree: ast.AST) -> Nodes:
-    """The functions, methods and assigned values of a module or class, by name."""
+    """Returns functions, methods and assigned values of a module or class, by name."""
     found: Nodes = {}
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef):
@@ -53,7 +53,7 @@ KITS = [module for path, module in FILES.items() if not path.name.startswith("te
 
 
 def row_tests(row: int) -> list[tuple[ast.AST, Module]]:
-    """Each test of a row, and where it is."""
+    """Returns each test of a row, and its place."""
     return [
         (node, module)
         for module in FILES.values()
@@ -64,7 +64,7 @@ def row_tests(row: int) -> list[tuple[ast.AST, Module]]:
 
 
 def texts(node: ast.AST, module: Module, seen: set[ast.AST]) -> Iterator[str]:
-    """Every string in a test and, docstrings aside, in all that it uses, by name, of its own file or of the kits."""
+    """Returns all strings in a test and, without docstrings, in everything of its file or the kits that it uses."""
     if node in seen:
         return
     seen.add(node)

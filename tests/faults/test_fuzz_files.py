@@ -1,4 +1,4 @@
-"""Mutated bundles and checkpoints: read whole, or refused with a BundleError; no code run, little memory taken."""
+"""Mutated bundles and checkpoints are read completely or refused with a BundleError. No code runs; memory is small."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from model.autoencoder import Codec
-from model.bundle import network_shapes, open_bundle, read_manifest
-from model.errors import BundleError
-from model.import_checkpoint import import_checkpoint
-from model.pipeline import Pipeline
-from model.safe_pickle import Name, Record, TensorRef, read_pickle
-from model.weights import DTYPES, load_weights
+from patchforge.model.codec import Codec
+from patchforge.model.errors import BundleError
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.storage.bundle import network_shapes, open_bundle, read_manifest
+from patchforge.model.storage.import_checkpoint import import_checkpoint
+from patchforge.model.storage.safe_pickle import Name, Record, TensorRef, read_pickle
+from patchforge.model.storage.weights import DTYPES, load_weights
 from tests.faults.fuzzing import ANYTHING, amounts, as_json, damaged, fuzz, little_memory, no_code_run
 from tests.model.model_files import class_manifest, config_tree, rezip, save, text_manifest, tiny_weights
 
@@ -30,20 +30,20 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def harmless(libraries: None) -> Iterator[None]:
-    """Whatever the file, nothing in it is run."""
+    """Nothing in any file is executed."""
     with no_code_run():
         yield
 
 
 @pytest.fixture(scope="module")
 def libraries(bundle_dir: Path) -> None:
-    """Loaded before anything is measured."""
+    """Loads libraries before anything is measured."""
     Pipeline.open(bundle_dir / "tiny-class", CPU)
 
 
 @pytest.fixture
 def bundle(bundle_dir: Path, tmp_path: Path) -> Path:
-    """A whole bundle to damage."""
+    """A valid bundle to damage."""
     folder = tmp_path / "bundle"
     for source in (bundle_dir / "tiny-class").rglob("*"):
         if source.is_file():
@@ -55,7 +55,7 @@ def bundle(bundle_dir: Path, tmp_path: Path) -> Path:
 
 @st.composite
 def mutated(draw: st.DrawFn, tree: dict[str, Any]) -> Any:
-    """A JSON tree with a few of its parts replaced, removed, or joined by others."""
+    """A JSON tree with some of its parts replaced, removed, or with others added."""
     tree = json.loads(json.dumps(tree))
     for _ in range(draw(st.integers(1, 4))):
         parent: Any = tree
@@ -87,7 +87,7 @@ ODD_PARTS = st.one_of(
 
 
 def refused_or(read: Callable[..., object], *arguments: Any) -> Any:
-    """What is read, None if it is refused; any other exception is a failure, and so is much memory taken."""
+    """Returns what was read, or None if it was refused. Other exceptions fail, and so does much memory."""
     with suppress(BundleError), little_memory(64):
         return read(*arguments)
     return None
@@ -98,7 +98,7 @@ def refused_or(read: Callable[..., object], *arguments: Any) -> Any:
 
 @amounts
 def test_bundle_json(tmp_path: Path, cases: int) -> None:
-    """What is accepted describes a network that can be laid out, without a number of it allocated."""
+    """What is accepted describes a network that can be laid out without allocating any numbers."""
     trees = [class_manifest(), text_manifest()]
 
     @fuzz(cases)
@@ -114,7 +114,7 @@ def test_bundle_json(tmp_path: Path, cases: int) -> None:
 
 @amounts
 def test_bundles_with_another_description(bundle: Path, cases: int) -> None:
-    """Weights, autoencoder and bundle.json that do not agree make no pipeline."""
+    """Weights, autoencoder and bundle.json that do not fit together make no pipeline."""
     tree = json.loads((bundle / "bundle.json").read_text())
 
     @fuzz(cases // 5)
@@ -148,7 +148,7 @@ def test_autoencoder_config(bundle: Path, cases: int) -> None:
 @amounts
 @pytest.mark.parametrize("part", ["header", "bytes"])
 def test_weights(bundle: Path, cases: int, part: str) -> None:
-    """Of the right shapes, of a known type and finite; or refused."""
+    """Weights have the right shapes, a known type and finite values; or they are refused."""
     whole = (bundle / "model.safetensors").read_bytes()
     end = 8 + struct.unpack("<Q", whole[:8])[0]
     shapes = network_shapes(read_manifest(bundle).network)
@@ -180,7 +180,7 @@ def test_weights(bundle: Path, cases: int, part: str) -> None:
 @amounts
 @pytest.mark.parametrize("part", ["pickle", "directory", "anywhere"])
 def test_checkpoints(tmp_path: Path, bundle_dir: Path, cases: int, part: str) -> None:
-    """Imported whole, or not at all."""
+    """A checkpoint is imported completely, or not at all."""
     autoencoder, out = bundle_dir / ".autoencoder", tmp_path / "out"
     path = save(tmp_path, OmegaConf.create(config_tree()), tiny_weights(depth=1))
     whole = path.read_bytes()
@@ -214,7 +214,7 @@ OPCODES = [
 
 @amounts
 def test_pickles_of_any_opcodes(cases: int) -> None:
-    """The machine that reads them knows data only: what comes out is inert."""
+    """The interpreter of checkpoints knows only data, so its result is inert."""
     text = st.sampled_from([b"storage", b"0", b"cpu", b"state_dict", b"config", b"touch /tmp/marker"])
     parts = st.one_of(
         st.sampled_from(OPCODES),

@@ -1,4 +1,4 @@
-"""Whatever tensors arrive over the Open Inference Protocol, they become a sound request, or name the input at fault."""
+"""Any tensors over the Open Inference Protocol become a valid request, or an error that names the input."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from service.errors import InvalidRequest
-from service.gateway.inference import FILES, INPUTS, OUTPUTS, generation_from, wanted
-from service.gateway.inference_rest import HEAD_LENGTH, infer_body
-from service.gateway.inference_rpc import CONTENTS, asked
-from service.gateway.tensors import BYTES, CODES, Given
-from service.pb.inference import grpc_inference_service_pb2 as pb
-from service.schemas import GenerationRequest
-from service.settings import Settings
+from patchforge.service.errors import InvalidRequest
+from patchforge.service.gateway.inference.protocol import FILES, INPUTS, OUTPUTS, Wish, build_generation
+from patchforge.service.gateway.inference.rest import JSON_LENGTH, infer_body
+from patchforge.service.gateway.inference.rpc import CONTENTS, read_request
+from patchforge.service.gateway.inference.tensors import BYTES, CODES
+from patchforge.service.messages.schemas import GenerationRequest
+from patchforge.service.pb.inference import grpc_inference_service_pb2 as pb
+from patchforge.service.settings import Settings
 from tests.faults.fuzzing import ANYTHING, ODD_TEXT, amounts, as_json, damaged, fuzz, little_memory
 from tests.faults.odd_requests import INT32, INT64, NONE, SAMPLER, SIZE, SOUND, SUBJECT, TEXT, Fields, some_of, united
 from tests.faults.test_fuzz_requests import sound, well_told
 from tests.service.gateway.harness import CARDS
 
 Body = tuple[bytes, dict[str, str]]
-"""What is posted, and its headers."""
+"""A request body, and its headers."""
 
 CARD = CARDS[0]
 VALUES: Fields = {
@@ -38,10 +38,10 @@ VALUES: Fields = {
     "guidance": st.floats(0, 30, width=32),
     **SIZE,
     "strength": st.floats(0.015625, 1, width=32),
-    "image": st.just("UE5H"),
-    "mask": st.just("UE5H"),
+    "image": st.just("iVBORw=="),
+    "mask": st.just("iVBORw=="),
 }
-"""Of each input as a native request has it; numbers are such as FP32 holds."""
+"""Values of each input as in a native request. Numbers fit into FP32."""
 SOUND_FIELDS = united(
     some_of(
         {name: VALUES[name] for name in ("sampler", "n", "seed", "steps", "guidance")}, {"prompt": VALUES["prompt"]}
@@ -52,11 +52,11 @@ SOUND_FIELDS = united(
 
 
 def element(name: str, value: Any) -> Any:
-    """The one element of a tensor that says the same: a number, or bytes."""
+    """The single element of a tensor with the same meaning: a number, or bytes."""
     if INPUTS[name] != BYTES:
         return value
     if name in FILES:
-        return b"PNG"
+        return b"\x89PNG"
     return (json.dumps(value) if isinstance(value, dict) else value).encode()
 
 
@@ -71,15 +71,16 @@ def head(name: str, **how: Any) -> dict[str, Any]:
 
 
 def as_lists(fields: dict[str, Any]) -> Body:
-    """All of it JSON."""
+    """Everything as JSON."""
     elements = {name: element(name, value) for name, value in fields.items()}
+    elements |= {name: fields[name] for name in fields.keys() & {*FILES}}  # JSON has no bytes: they stay base64
     listed = {name: one.decode() if isinstance(one, bytes) else one for name, one in elements.items()}
     body = as_json({"inputs": [head(name, data=[one]) for name, one in listed.items()]})
     return body, {"content-type": "application/json"}
 
 
 def as_bytes(fields: dict[str, Any]) -> Body:
-    """All tensors after the JSON."""
+    """All tensors as bytes after the JSON."""
     tensors = {name: raw(name, value) for name, value in fields.items()}
     inputs = [head(name, parameters={"binary_data_size": len(tensor)}) for name, tensor in tensors.items()]
     return with_tail({"inputs": inputs}, b"".join(tensors.values()))
@@ -87,7 +88,7 @@ def as_bytes(fields: dict[str, Any]) -> Body:
 
 def with_tail(said: Any, tail: bytes) -> Body:
     told = as_json(said)
-    return told + tail, {"content-type": "application/octet-stream", HEAD_LENGTH.lower(): str(len(told))}
+    return told + tail, {"content-type": "application/octet-stream", JSON_LENGTH.lower(): str(len(told))}
 
 
 def as_contents(fields: dict[str, Any]) -> pb.ModelInferRequest:
@@ -105,18 +106,20 @@ def as_raw(fields: dict[str, Any]) -> pb.ModelInferRequest:
     return pb.ModelInferRequest(inputs=inputs, raw_input_contents=[raw(*each) for each in fields.items()])
 
 
-def posted(body: Body) -> list[Given]:
-    """The inputs as the gateway takes them in over REST; the outputs wanted are looked at too."""
+def posted(body: Body) -> Wish:
+    """Reads what the gateway takes in over REST."""
     content, headers = body
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": content, "more_body": False}
 
-    app = SimpleNamespace(state=SimpleNamespace(settings=Settings()))
+    settings = Settings()
+    app = SimpleNamespace(state=SimpleNamespace(settings=settings))
     told = [(name.encode(), value.encode("utf-8", "surrogatepass")) for name, value in headers.items()]
-    request, inputs = asyncio.run(infer_body(Request({"type": "http", "app": app, "headers": told}, receive)))
-    assert set(wanted([output.name for output in request.outputs])) <= set(OUTPUTS)
-    return inputs
+    scope = {"type": "http", "app": app, "headers": told, "state": {"body_limit": settings.max_upload_bytes}}
+    _, wish = asyncio.run(infer_body(Request(scope, receive)))
+    assert set(wish.outputs) <= set(OUTPUTS)
+    return wish
 
 
 @amounts
@@ -126,9 +129,9 @@ def test_a_request_is_the_same_however_its_tensors_travel(cases: int) -> None:
     def holds(fields: dict[str, Any]) -> None:
         meant = GenerationRequest.model_validate(fields | {"model": CARD.name, "previews": False})
         for way in (as_lists, as_bytes):
-            assert generation_from(CARD, posted(way(fields))) == meant
+            assert build_generation(CARD, posted(way(fields))) == meant
         for message in (as_contents(fields), as_raw(fields)):
-            assert generation_from(CARD, asked(message)[0]) == meant
+            assert build_generation(CARD, read_request(message)) == meant
 
     holds()
 
@@ -154,7 +157,7 @@ SAID = some_of(
 
 @st.composite
 def odd_bodies(draw: st.DrawFn) -> Body:
-    """A sound body with one tensor more, or damaged, or with another length told; or a body of anything."""
+    """A valid body with one more tensor, or damaged, or with a wrong length; or a random body."""
     fields = draw(SOUND_FIELDS)
     content, headers = draw(st.sampled_from([as_lists, as_bytes]))(fields)
     match draw(st.sampled_from(["damaged", "another", "length", "anything"])):
@@ -164,7 +167,7 @@ def odd_bodies(draw: st.DrawFn) -> Body:
             said = {"inputs": [head(name, data=[value]) for name, value in fields.items()] + [draw(TENSORS)]}
             content, headers = with_tail(said, draw(st.binary(max_size=20)))
         case "length":
-            headers = headers | {HEAD_LENGTH.lower(): draw(st.integers(-1, len(content) + 1).map(str) | ODD_TEXT)}
+            headers = headers | {JSON_LENGTH.lower(): draw(st.integers(-1, len(content) + 1).map(str) | ODD_TEXT)}
         case _:
             content, headers = with_tail(draw(SAID), draw(st.binary(max_size=40)))
     return content, headers
@@ -180,7 +183,7 @@ def test_bodies(cases: int) -> None:
     @little_memory(64)
     def holds(body: Body, card: Any) -> None:
         try:
-            generation = generation_from(card, posted(body))
+            generation = build_generation(card, posted(body))
         except InvalidRequest as error:
             well_told(error)
         except HTTPException as error:
@@ -216,7 +219,7 @@ OUTPUT_TENSORS = st.builds(pb.ModelInferRequest.InferRequestedOutputTensor, name
 
 @st.composite
 def odd_messages(draw: st.DrawFn) -> pb.ModelInferRequest | None:
-    """A sound message with a tensor, an output or bytes more, or damaged; None if it is none any more."""
+    """A valid message with one more tensor, output or byte, or damaged; None if it cannot be parsed any more."""
     message = draw(st.sampled_from([as_contents, as_raw]))(draw(SOUND_FIELDS))
     if draw(st.booleans()):
         message.inputs.append(draw(MESSAGE_TENSORS))
@@ -243,12 +246,12 @@ def test_messages(cases: int) -> None:
         if message is None:
             return
         try:
-            inputs, names = asked(message)
-            generation = generation_from(card, inputs)
+            wish = read_request(message)
+            generation = build_generation(card, wish)
         except InvalidRequest as error:
             well_told(error)
         else:
-            assert set(names) <= set(OUTPUTS)
+            assert set(wish.outputs) <= set(OUTPUTS)
             sound(generation)
             accepted.append(generation)
 

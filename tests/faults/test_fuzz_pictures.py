@@ -1,4 +1,4 @@
-"""Pictures and forms off the wire: taken in whole, or refused with the field at fault; little memory taken."""
+"""Uploaded pictures and forms are accepted completely, or refused with the field at fault. Memory stays small."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from service.errors import InvalidRequest
-from service.gateway.images_request import EditRequest
-from service.gateway.multipart import form_body
-from service.gateway.source_pictures import _take_in
-from service.schemas import GenerationRequest
-from service.settings import Settings
+from patchforge.service.errors import InvalidRequest
+from patchforge.service.gateway.openai.multipart import form_body
+from patchforge.service.gateway.openai.requests import EditRequest
+from patchforge.service.gateway.source_pictures import _prepare
+from patchforge.service.messages.schemas import GenerationRequest
+from patchforge.service.settings import Settings
 from tests.faults.fuzzing import ODD_TEXT, amounts, damaged, fuzz, little_memory
 from tests.faults.test_fuzz_requests import sound, well_told
 from tests.service.gateway.harness import CARDS
+from tests.service.gateway.pictures import cmyk_profile, grey_profile, rgb_profile
 
 SIDE = 24
 BOUNDARY = b"xYzZy"
 
 
 def encoded(kind: str, mode: str, **options: Any) -> bytes:
-    """A picture whose left half is fully transparent, where it can be."""
+    """A picture whose left half is fully transparent, if its format allows that."""
     picture = Image.linear_gradient("L").resize((SIDE, SIDE)).convert(mode)
     if "A" in mode:
         picture.paste(0, (0, 0, SIDE // 2, SIDE))
@@ -48,13 +49,18 @@ PICTURES = [
     encoded("jpeg", "CMYK", progressive=True),
     encoded("webp", "RGBA"),
     encoded("webp", "RGB", lossless=True),
+    encoded("png", "RGB", icc_profile=rgb_profile((0.14, 0.06, 0.71), (0.39, 0.72, 0.1), (0.44, 0.22, 0.01))),
+    encoded("webp", "RGBA", icc_profile=grey_profile(1.0)),
+    encoded("jpeg", "CMYK", icc_profile=cmyk_profile()),
+    encoded("jpeg", "RGB", progressive=True)[:-2],
+    encoded("png", "I;16"),
 ]
 ANY_PICTURE = st.sampled_from(PICTURES) | st.sampled_from(PICTURES).flatmap(damaged) | st.binary(max_size=60)
 
 
 @amounts
 def test_pictures(cases: int) -> None:
-    """What is taken in has the size asked for; the worker gets nothing but whole PNGs."""
+    """An accepted picture has the requested size, and the worker gets only valid PNGs."""
 
     @fuzz(cases)
     @given(ANY_PICTURE, st.none() | ANY_PICTURE, st.none() | st.tuples(st.integers(16, 64), st.integers(16, 64)))
@@ -66,7 +72,7 @@ def test_pictures(cases: int) -> None:
         if size:
             fields |= {"width": size[0], "height": size[1]}
         try:
-            request, source = _take_in(GenerationRequest.model_validate(fields))
+            request, source = _prepare(GenerationRequest.model_validate(fields))
         except InvalidRequest as error:
             well_told(error)
             return
@@ -87,7 +93,7 @@ PARTS = st.tuples(NAMES | ODD_TEXT, TEXTS | st.sampled_from([b"7", b"true", b"du
 
 
 def form(parts: list[tuple[str, bytes, bool]]) -> bytes:
-    """As a client would send it, field names quoted as they come."""
+    """A form as a client sends it, with random quoting of field names."""
     body = b""
     for name, content, is_file in parts:
         file_name = b'; filename="x.png"' if is_file else b""
@@ -102,11 +108,11 @@ SOUND_FORM = form([("prompt", b"a red apple", False), ("image", PICTURES[0], Tru
 FORMS = st.lists(PARTS, max_size=6).map(form) | damaged(SOUND_FORM) | st.binary(max_size=100)
 
 
-# Of a form that breaks off, starlette leaves the last file to the garbage collector.
+# If a form breaks off, starlette leaves the last file to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @amounts
 def test_forms(cases: int) -> None:
-    """A form that is read makes a sound request; any other is a 4xx."""
+    """A form that can be read becomes a valid request. All others get a 4xx."""
 
     @fuzz(cases)
     @given(FORMS, st.sampled_from(CARDS))
@@ -138,11 +144,13 @@ def test_boundaries_of_any_length(length: int) -> None:
 
 
 async def read(body: bytes, content_type: str = f"multipart/form-data; boundary={BOUNDARY.decode()}") -> EditRequest:
-    """What the gateway makes of a form."""
+    """Reads a form as the gateway does."""
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    app = SimpleNamespace(state=SimpleNamespace(settings=Settings()))
-    headers = [(b"content-type", content_type.encode())]
-    return await form_body(EditRequest)(Request({"type": "http", "app": app, "headers": headers}, receive))
+    settings = Settings()
+    app = SimpleNamespace(state=SimpleNamespace(settings=settings))
+    scope = {"type": "http", "app": app, "headers": [(b"content-type", content_type.encode())]}
+    scope["state"] = {"body_limit": settings.max_upload_bytes}
+    return await form_body(EditRequest)(Request(scope, receive))

@@ -1,4 +1,4 @@
-"""Whatever a request is made of, it becomes a sound message, or an InvalidRequest that names a field."""
+"""Any request becomes a valid message, or an InvalidRequest that names a field."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from service.errors import InvalidEventId, InvalidRequest
-from service.events import Failed, ImageReady, Started
-from service.gateway.convert import event_to_proto, generation_from_proto, generation_to_proto
-from service.gateway.images_request import EditRequest, ImagesRequest, OpenAIRequest
-from service.gateway.jobs import check, fill
-from service.gateway.rest import as_sse
-from service.gateway.validation import parse_json, validated
-from service.pb.patchforge.v1 import image_service_pb2 as pb
-from service.queue import JobQueue
-from service.queue_records import EVENT
-from service.schemas import GenerationRequest, JobError
-from service.settings import Settings
+from patchforge.service.errors import InvalidEventId, InvalidRequest
+from patchforge.service.gateway.defaults import check_fits_model, fill_defaults
+from patchforge.service.gateway.openai.requests import EditRequest, ImagesRequest, OpenAIRequest
+from patchforge.service.gateway.rest import as_sse
+from patchforge.service.gateway.rpc.convert import event_to_proto, generation_from_proto, generation_to_proto
+from patchforge.service.gateway.validation import parse_json, validated
+from patchforge.service.messages.events import Failed, ImageReady, Started
+from patchforge.service.messages.schemas import GenerationRequest, JobError
+from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
+from patchforge.service.queue import JobQueue
+from patchforge.service.queue.records import EVENT
+from patchforge.service.settings import Settings
 from tests.faults.fuzzing import ODD_TEXT, amounts, as_json, damaged, fuzz, little_memory
 from tests.faults.odd_requests import FROM_PICTURE, MESSAGES, NATIVE, NONE, OPENAI, bodies, united
 from tests.service.gateway.harness import CARDS
-from tests.service.queue_kit import DONE, a_preview
+from tests.service.queue.kit import DONE, a_preview
 
 
 def read(model: type[BaseModel], raw: bytes) -> BaseModel | None:
-    """What the gateway makes of a body; None if it is refused as it should be."""
+    """Parses a body as the gateway does. Returns None if it is properly refused."""
     try:
         value = parse_json(raw)
         if not isinstance(value, dict):
@@ -66,7 +66,7 @@ def test_bytes_that_may_be_json(cases: int) -> None:
 
 @amounts
 def test_native_requests(cases: int) -> None:
-    """What is accepted is in bounds, survives storage, and converts to gRPC and back."""
+    """An accepted request is within limits, survives storage, and converts to gRPC and back."""
     accepted: list[GenerationRequest] = []
 
     @fuzz(cases)
@@ -87,19 +87,20 @@ def sound(request: GenerationRequest) -> None:
     assert request.steps is None or 1 <= request.steps <= 200
     assert request.strength is None or 0.01 <= request.strength <= 1, "less would be no step at all"
     assert (request.prompt is None) != (request.class_label is None)
-    assert through_grpc(request) == request
+    # Over gRPC, an empty model means none.
+    assert through_grpc(request) == request.model_copy(update={"model": request.model or None})
     for card in CARDS:
         try:
-            check(request, card)
+            check_fits_model(request, card)
         except InvalidRequest as error:
             well_told(error)
             continue
-        filled = fill(request, card)
+        filled = fill_defaults(request, card)
         assert GenerationRequest.model_validate_json(filled.model_dump_json()) == filled
 
 
 def through_grpc(request: GenerationRequest) -> GenerationRequest:
-    """There and back; what is told of a job does not repeat its pictures."""
+    """Converts there and back. What is told about a job does not repeat its pictures."""
     message = generation_to_proto(request)
     pictures = {name: value for name in ("image", "mask") if (value := getattr(request, name)) is not None}
     for name in pictures:
@@ -134,7 +135,7 @@ def test_openai_requests(cases: int, model: type[OpenAIRequest]) -> None:
 
 @amounts
 def test_grpc_requests(cases: int) -> None:
-    """Bytes off the wire, and messages with any value a field can hold."""
+    """Random bytes, and messages with every value that a field can hold."""
     whole = generation_to_proto(GenerationRequest(prompt="a red apple", n=2, seed=7, steps=9)).SerializeToString()
     accepted: list[GenerationRequest] = []
 
@@ -165,7 +166,7 @@ def message_from(raw: bytes) -> pb.Generation | None:
 @amounts
 @pytest.mark.parametrize("lines_of", [lambda frame: re.split("\r\n|\r|\n", frame), str.splitlines], ids=["sse", "py"])
 def test_events_on_the_wire(cases: int, lines_of: Callable[[str], list[str]]) -> None:
-    """One event is one frame, whatever text is in it: to the standard's parser, and to clients that split as Python."""
+    """One event is one frame, with any text: for the standard's parser, and for clients that split like Python."""
     text = ODD_TEXT.filter(lambda text: not re.search("[\ud800-\udfff]", text))
     events = st.one_of(
         st.builds(lambda code, message: Failed(error=JobError(code=code, message=message)), text, text),
@@ -190,8 +191,8 @@ def test_events_on_the_wire(cases: int, lines_of: Callable[[str], list[str]]) ->
 
 @amounts
 def test_event_ids(cases: int) -> None:
-    """Either two numbers that Redis takes, or a refusal at once."""
-    queue = JobQueue.connect("redis://127.0.0.1:1/0", Settings())  # never connected to
+    """Either two numbers that Redis accepts, or a refusal at once."""
+    queue = JobQueue.connect("redis://127.0.0.1:1/0", Settings())  # never connects
     ids = st.from_regex(r"[0-9٣²+\-. ]{0,20}(-[0-9]{0,20})?\n?", fullmatch=True) | ODD_TEXT
 
     @fuzz(cases)

@@ -1,4 +1,4 @@
-"""Row 27: without a key there is no way in, and with one no way to another's jobs."""
+"""Row 27: without a key nobody gets in, and with a key nobody reaches another caller's jobs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from service.api_keys import entry, new_key
-from service.pb.inference import grpc_inference_service_pb2 as oip
-from service.pb.inference.grpc_inference_service_pb2_grpc import GRPCInferenceServiceStub
-from service.pb.patchforge.v1 import image_service_pb2 as pb
-from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
+from patchforge.service.gateway.auth import make_entry, new_key
+from patchforge.service.pb.inference import grpc_inference_service_pb2 as oip
+from patchforge.service.pb.inference.grpc_inference_service_pb2_grpc import GRPCInferenceServiceStub
+from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
+from patchforge.service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
 from tests.faults.gateway_kit import (
     APPLE,
     JSON,
@@ -30,7 +30,7 @@ from tests.faults.gateway_kit import (
     status_of,
 )
 from tests.faults.gateways import Gateway
-from tests.faults.processes import PATIENCE
+from tests.patience import PATIENCE
 
 GENERATION = pb.Generation(prompt="a red apple", model="tiny-text", seed=7)
 OPEN = (
@@ -56,6 +56,12 @@ CLOSED = [
     ("GET", "/v2/models/tiny-text/ready"),
     ("GET", "/v2/models/tiny-text/versions/1"),
     ("GET", "/v2/models/tiny-text/versions/1/ready"),
+    ("GET", "/v2/models/tiny-text/stats"),
+    ("GET", "/v2/models/tiny-text/versions/1/stats"),
+    ("GET", "/v2/models/stats"),
+    ("GET", "/v2/models/tiny-text/config"),
+    ("GET", "/v2/models/tiny-text/versions/1/config"),
+    ("POST", "/v2/repository/index"),
     ("GET", "/v2/health"),
     ("GET", "/v2/health/live/"),
     ("GET", "/docs"),
@@ -71,7 +77,7 @@ TWISTED = ["//healthz", "/playground/../v1/models", "/playground%2f..%2fv1%2fmod
 
 @dataclass(frozen=True)
 class Locked:
-    """A gateway that asks for keys: two of Alice's, so that she can change them, and one of Bob's."""
+    """A gateway that requires keys: two of Alice's, so that she can change them, and one of Bob's."""
 
     gateway: Gateway
     alice: str
@@ -85,7 +91,7 @@ class Locked:
 @pytest.fixture(scope="module")
 def locked(stage: Stage) -> Iterator[Locked]:
     keys = [new_key() for _ in range(3)]
-    entries = [entry(name, key) for name, key in zip(("alice", "alice", "bob"), keys, strict=True)]
+    entries = [make_entry(name, key) for name, key in zip(("alice", "alice", "bob"), keys, strict=True)]
     with stage.another_gateway(api_keys=entries, log_level="DEBUG") as gateway:
         yield Locked(gateway, *keys)
 
@@ -98,8 +104,8 @@ def bad_credentials(locked: Locked) -> list[dict[str, str]]:
         f"Bearer {new_key()}",
         f"Bearer {locked.alice}x",
         f"Bearer {locked.alice[:-1]}",
-        f"Bearer {entry('alice', locked.alice)}",
-        f"Bearer {entry('alice', locked.alice).partition(':')[2]}",
+        f"Bearer {make_entry('alice', locked.alice)}",
+        f"Bearer {make_entry('alice', locked.alice).partition(':')[2]}",
         f"Basic {locked.alice}",
         locked.alice,
         "Bearer alice",
@@ -109,7 +115,7 @@ def bad_credentials(locked: Locked) -> list[dict[str, str]]:
 
 
 def test_row_27_no_way_in_over_rest(locked: Locked) -> None:
-    """Every path but the open ones, streams included, whatever the request is otherwise like."""
+    """Every path except the open ones, streams included, with any request."""
     http, refused = locked.gateway.http, refusals(locked.gateway)
     for headers in bad_credentials(locked):
         for method, path in CLOSED if len(headers) == 0 else CLOSED[2:10]:
@@ -126,6 +132,7 @@ def test_row_27_no_way_in_over_rest(locked: Locked) -> None:
                 assert answer.json()["code"] == "unauthenticated"
             assert "x" * 100 not in answer.text
     assert http.get("/v1/models", headers=[(b"authorization", b"Bearer \xff\xfe\xc3\xa9")]).status_code == 401
+    assert http.head("/v1/models").status_code == 401
     for path in TWISTED:
         answer = answer_to(locked.gateway, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         assert status_of(answer) in (401, 404), path
@@ -135,7 +142,7 @@ def test_row_27_no_way_in_over_rest(locked: Locked) -> None:
 
 
 def test_row_27_every_path_there_is_was_tried(locked: Locked) -> None:
-    """By the gateway's own list, so that no new one is forgotten above."""
+    """Uses the gateway's own list, so that new endpoints are not forgotten."""
     with locked.http(locked.alice) as alice:
         known = alice.get("/openapi.json").json()["paths"]
     places = {"{job_id}": NO_JOB, "{name}": "tiny-text", "{version}": "1", "{kind}": "finish"}
@@ -156,7 +163,7 @@ def test_row_27_a_body_without_a_key_is_not_taken(locked: Locked, path: str) -> 
 
 
 def test_row_27_no_way_in_over_grpc(locked: Locked) -> None:
-    """Calls, streams and reflection; health, like the probes, is open."""
+    """Calls, streams and reflection need a key. Health is open, like the probes."""
     with grpc.insecure_channel(locked.gateway.grpc_address) as channel:
         inference = GRPCInferenceServiceStub(channel)
         images, reflection = ImageServiceStub(channel), reflection_pb2_grpc.ServerReflectionStub(channel)
@@ -214,18 +221,19 @@ ANOTHERS = [
     *(("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/image")),
     *(("GET", "/maps/finish.png"), ("GET", "/maps/difficulty.png")),
 ]
+SAME_NAME = {"X-Request-Id": "same"}  # or each answer would have another
 
 
 def test_row_27_anothers_job_is_not_there(locked: Locked, stage: Stage) -> None:
-    """Not to see, follow, fetch or cancel: exactly as if there were no such job."""
+    """Another caller's job cannot be seen, followed, fetched or cancelled, exactly as if it did not exist."""
     with locked.http(locked.alice) as alice, locked.http(locked.bob) as bob, stage.curtain_down():
         job = alice.post("/v1/jobs", json=APPLE).json()["id"]
-        strangers = [bob, stage.gateway.http]  # and a gateway that asks for no key is no way round
+        strangers = [bob, stage.gateway.http]  # a gateway without keys must not find the job either
         for stranger in strangers:
             for method, path in ANOTHERS:
-                answer = stranger.request(method, f"/v1/jobs/{job}{path}")
+                answer = stranger.request(method, f"/v1/jobs/{job}{path}", headers=SAME_NAME)
                 assert answer.status_code == 404, (method, path)
-                unknown = stranger.request(method, f"/v1/jobs/{NO_JOB}{path}")
+                unknown = stranger.request(method, f"/v1/jobs/{NO_JOB}{path}", headers=SAME_NAME)
                 assert answer.text.replace(job, NO_JOB) == unknown.text
         with locked.gateway.grpc() as stub:
             calls: list[Any] = [
@@ -262,13 +270,13 @@ def test_row_27_idempotency_keys_are_each_tenants_own(locked: Locked, stage: Sta
 
 
 def test_row_27_no_secret_is_logged(locked: Locked, stage: Stage) -> None:
-    """Nor kept: not a key, nor its hash, whatever was tried above."""
+    """After all the tests above, neither a key nor its hash is stored."""
     locked.gateway.http.get("/v1/jobs/x?api_key=wrong", headers={"Authorization": f"Bearer {locked.alice}"})
     written = locked.gateway.transcript()
     with stage.redis as redis:
         kept = b" ".join(value for key in redis.keys("*job:*") for value in redis.hvals(key)).decode()
     for key in (locked.alice, locked.alices_new, locked.bob):
-        for secret in (key, entry("", key)[1:]):
+        for secret in (key, make_entry("", key)[1:]):
             assert secret not in written
             assert secret not in kept
     assert "alice" in kept

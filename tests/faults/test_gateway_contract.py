@@ -1,4 +1,4 @@
-"""The gateway keeps to its own OpenAPI document, whatever it is sent: schemathesis asks, a scripted worker answers."""
+"""The gateway follows its own OpenAPI document: schemathesis sends requests, and a scripted worker answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.faults.gateway_kit import APPLE, NO_JOB, Stage
-from tests.faults.processes import PATIENCE
+from tests.patience import PATIENCE
 
 CHECKS = [
     not_a_server_error,
@@ -33,12 +33,12 @@ CHECKS = [
     response_schema_conformance,
 ]
 FEW, MANY = 12, 150
-UNLIKELY = ("class_label", "image", "mask", "strength", "deadline_seconds")  # to be sound beside the others, or in time
+UNLIKELY = ("class_label", "image", "mask", "strength", "deadline_seconds")  # rarely valid beside the others
 
 
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """A gateway with room for every job that is made up."""
+    """A gateway with room for all generated jobs."""
     with Stage(tmp_path_factory.mktemp("contract"), max_waiting=100_000) as stage:
         yield stage
 
@@ -54,9 +54,9 @@ def test_many_answers_are_as_documented(busy: Stage) -> None:
 
 
 def explore(stage: Stage, cases: int) -> None:
-    """So many sound requests for each operation, and as many that are not."""
+    """Sends this many valid requests to each operation, and as many invalid ones."""
     gateway = stage.gateway
-    schema = schemathesis.openapi.from_url(f"{gateway.url}/openapi.json")
+    schema = schemathesis.openapi.from_url(f"{gateway.url}/openapi.json", timeout=PATIENCE)
     mark, met = gateway.mark(), Counter[int]()
     made = gateway.submit(APPLE)
     gateway.ended(made)
@@ -74,7 +74,7 @@ def explore(stage: Stage, cases: int) -> None:
 def answers(
     operation: Any, mode: GenerationMode, session: requests.Session, jobs: list[str], cases: int
 ) -> Counter[int]:
-    """The statuses that an operation answered with, each as its description says."""
+    """Returns the statuses that an operation answered with, and their descriptions."""
     met: Counter[int] = Counter()
 
     @settings(
@@ -95,6 +95,6 @@ def answers(
         met[answer.status_code] += 1
         case.validate_response(answer, checks=CHECKS)
 
-    with suppress(Unsatisfiable):  # of what takes nothing, nothing can be wrong
+    with suppress(Unsatisfiable):  # an operation without parameters has no invalid ones
         conforms()
     return met

@@ -1,4 +1,4 @@
-"""Whatever a stranger sends, the answer is a clear no, and the gateway is none the worse for it."""
+"""Whatever a stranger sends, the answer is a clear refusal, and the gateway is unharmed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import grpc
 import httpx
 import pytest
 
-from service.pb.patchforge.v1 import image_service_pb2 as pb
+from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults import http2
 from tests.faults.gateway_kit import (
     APPLE,
@@ -30,8 +30,9 @@ from tests.faults.gateway_kit import (
     until_closed,
 )
 from tests.faults.gateways import Gateway
-from tests.faults.processes import PATIENCE, eventually
-from tests.service.gateway.test_rpc import BAD_FIELDS, generate
+from tests.patience import PATIENCE
+from tests.processes import eventually
+from tests.service.gateway.rpc.test_server import BAD_FIELDS, generate
 from tests.service.gateway.test_validation import BAD_BODIES
 
 SERVICE = "/patchforge.v1.ImageService"
@@ -47,7 +48,7 @@ def test_row_22_nonsense_in_requests(stage: Stage) -> None:
         for path in SUBMITS:
             for name, body, _ in BAD_BODIES:
                 if path != SUBMITS[0] and name in ("null", "a prompt for a class model"):
-                    continue  # to OpenAI's API they are sound
+                    continue  # valid in OpenAI's API
                 answer = gateway.http.post(path, content=body, headers=JSON)
                 assert 400 <= answer.status_code < 500, (path, name)
                 assert len(answer.content) < 1000, (path, name)
@@ -116,7 +117,7 @@ def test_row_22_nonsense_in_grpc_requests(stage: Stage) -> None:
 
 @pytest.mark.parametrize("path", SUBMITS)
 def test_row_23_sixty_megabytes(stage: Stage, path: str) -> None:
-    """Announced or in chunks, to a call that takes a body or to one that does not: refused, and never held."""
+    """Large bodies, with a length or in chunks, for calls with and without a body: refused, and never stored."""
 
     def chunks() -> Iterator[bytes]:
         for _ in range(60 << 4):
@@ -141,22 +142,23 @@ STALLED = [
 TRICKLING = [
     b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: ",
     HEAD + b"Content-Length: 9999\r\n\r\n",
-    b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n",  # a body that nobody wants
+    b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n",  # a body that nobody reads
     b"POST /v1/nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n",
 ]
 
 
 def test_row_23_slow_requests(stage: Stage) -> None:
-    """Each gets its 408, whatever part it dawdles over; a byte now and then buys no time; 300 disturb nobody."""
+    """Each slow client gets its 408, whichever part is slow. Single bytes gain no time. 300 clients disturb nobody."""
     with (
         stage.another_gateway(client_timeout_seconds=3) as hasty,
         unharmed(stage, hasty, refused=1) as gateway,
         ThreadPoolExecutor(10) as pool,
         ExitStack() as connections,
     ):
-        crowd = [connections.enter_context(raw(gateway)) for _ in range(300)]
-        for slow in crowd:
-            slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-")
+        crowd = []
+        for _ in range(300):
+            crowd.append(connections.enter_context(raw(gateway)))
+            crowd[-1].sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-")
         stalled = pool.map(lambda sent: status_of(answer_to(gateway, sent)), STALLED)
         trickling = [pool.submit(trickle_until_hung_up_on, gateway, request) for request in TRICKLING]
         assert gateway.http.get("/readyz").status_code == 200
@@ -197,7 +199,7 @@ HUGE_SIZES = ["1000000x1000000", "4096x4096", "99999999999999999999x1", "99999x1
 
 
 def test_row_24_giant_requests(stage: Stage) -> None:
-    """They fail before anything is allocated or queued: 422, or 400 in OpenAI's dialect."""
+    """These fail before anything is allocated or queued: with 422, or with 400 in OpenAI's API."""
     with unharmed(stage, memory=16, refused=2 * len(HUGE) + len(HUGE_SIZES)) as gateway:
         for fields, field in HUGE:
             answer = gateway.post(APPLE | fields)
@@ -234,7 +236,7 @@ ODD_NAMES = [
 
 
 def test_row_25_names_that_are_paths(stage: Stage) -> None:
-    """Names come from a list, and nothing else is there: not in a path, in a body, nor over gRPC."""
+    """Names come from a list. Other names are not found, in paths, bodies and over gRPC."""
     job = stage.gateway.submit(APPLE)
     stage.gateway.ended(job)
     with unharmed(stage, refused=2 * len(ODD_NAMES)) as gateway, gateway.grpc() as stub:
@@ -254,9 +256,11 @@ def test_row_25_names_that_are_paths(stage: Stage) -> None:
         for name in plain:
             for path in SUBMITS:
                 body = json.dumps(APPLE | {"model": name}).encode()
-                assert status_of(answer_to(gateway, post(path, body))) == 404, name
+                if name or path == SUBMITS[0]:  # to OpenAI's API, an empty name is none
+                    assert status_of(answer_to(gateway, post(path, body))) == 404, name
             request = pb.SubmitJobRequest(generation=generate(model=name).generation)
-            assert refusal(stub.SubmitJob, request)[0] is grpc.StatusCode.NOT_FOUND, name
+            if name:  # without a name, the request goes to the default model
+                assert refusal(stub.SubmitJob, request)[0] is grpc.StatusCode.NOT_FOUND, name
             assert refusal(stub.GetJob, pb.GetJobRequest(job_id=name))[0] is grpc.StatusCode.NOT_FOUND, name
         for index in ("-1", "10", "../0", "%00", "0%00"):
             target = f"GET /v1/jobs/{job}/image?index={index} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -279,7 +283,7 @@ def test_row_26_oversize_messages_and_metadata(stage: Stage) -> None:
 
 
 def test_row_26_compression_bombs(stage: Stage) -> None:
-    """A hundred kilobytes that unfold to a hundred megabytes."""
+    """A hundred kilobytes that unpack to a hundred megabytes."""
     with unharmed(stage, memory=32) as gateway, gateway.grpc() as stub:
         bomb = pb.SubmitJobRequest(idempotency_key="0" * (100 << 20))
         code, _ = refusal(stub.SubmitJob, bomb, compression=grpc.Compression.Gzip)
@@ -287,13 +291,13 @@ def test_row_26_compression_bombs(stage: Stage) -> None:
 
 
 def test_row_26_ping_flood(stage: Stage) -> None:
-    """The flooding client is told to calm down and to go away; the others notice nothing."""
+    """The flooding client is told to stop and is disconnected. Other clients notice nothing."""
     with unharmed(stage) as gateway:
         assert eventually(lambda: goodbye_to_a_flood(gateway)) == http2.ENHANCE_YOUR_CALM
 
 
 def goodbye_to_a_flood(gateway: Gateway) -> int | None:
-    """The reason given; None if it was lost, as when a ping came after it and the kernel reset the connection."""
+    """Returns the given reason; None if it was lost, for example because another ping made the kernel reset."""
     with (
         http2.Connection(gateway.grpc_address, PATIENCE) as client,
         ThreadPoolExecutor(1) as pool,
@@ -309,6 +313,6 @@ def goodbye_to_a_flood(gateway: Gateway) -> int | None:
 
 
 def flood(client: http2.Connection) -> None:
-    with suppress(OSError):  # until either side has hung up
+    with suppress(OSError):  # until either side has closed
         while True:
             client.ping()

@@ -1,4 +1,4 @@
-"""Row 28: no caller can make Prometheus remember more."""
+"""Row 28: no caller can add metric series."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import string
 import grpc
 import pytest
 
-from service.pb.patchforge.v1 import image_service_pb2 as pb
+from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults.gateway_kit import APPLE, Stage, raw
 from tests.faults.gateways import Gateway
 
@@ -21,16 +21,15 @@ def test_row_28_random_names(stage: Stage) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_row_28_ten_thousand_random_names(stage: Stage) -> None:
     strangers_leave_no_trace(stage.gateway, 10_000)
 
 
 def strangers_leave_no_trace(gateway: Gateway, count: int) -> None:
-    """So many random models, paths and methods, over REST and gRPC, add not one series."""
+    """Many random models, paths and methods, over REST and gRPC, add no series."""
     chance = random.Random(28)
     gateway.ended(gateway.submit(APPLE))
-    names_of_series(gateway)  # being scraped is itself counted
+    names_of_series(gateway)  # scrapes are counted too
     ask_for_odd_things(gateway, chance, BATCH)
     series = names_of_series(gateway)
     ask_for_odd_things(gateway, chance, count)
@@ -70,12 +69,12 @@ KNOWN_METHODS = (
 
 
 def infer(name: str) -> bytes:
-    """A body of open inference with an input of this name."""
+    """A body of the Open Inference Protocol with an input of this name."""
     return json.dumps({"inputs": [{"name": name, "datatype": "BYTES", "shape": [1], "data": ["x"]}]}).encode()
 
 
 def odd_request(chance: random.Random) -> bytes:
-    """One of the things a stranger may put a name of their own in."""
+    """A place where a stranger may put a name."""
     name = random_name(chance)
     method, path, body = chance.choice(
         [
@@ -110,6 +109,6 @@ def random_name(chance: random.Random) -> str:
 
 
 def names_of_series(gateway: Gateway) -> list[str]:
-    """Every series with its labels, values aside."""
+    """Returns all series with their labels, without values."""
     lines = gateway.http.get("/metrics").text.splitlines()
     return sorted(line.rpartition(" ")[0] for line in lines if not line.startswith("#"))

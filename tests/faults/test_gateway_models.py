@@ -1,12 +1,10 @@
-"""With the real worker behind it: callers who leave, and models that are not what they should be."""
+"""With the real worker: callers who disconnect, and broken models."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,28 +13,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from service import keys
-from service.pb.patchforge.v1 import image_service_pb2 as pb
+from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
+from patchforge.service.queue import keys
 from tests.faults.gateway_kit import openai_client, post, raw
 from tests.faults.gateways import SHORT, Gateway
 from tests.faults.harness import Stack
-from tests.faults.processes import PATIENCE, ROOT, Process, eventually
 from tests.model.model_files import Calls, config_tree, save, tiny_weights
+from tests.processes import PATCHFORGE, Process, eventually, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # --- row 13 ---
 
-# Adaptive, the default, would be done with a network of random weights in a few evaluations.
+# With random weights, `adaptive` (the default) would finish in a few evaluations.
 LONG_CALL = b'{"model": "tiny-class", "prompt": "cat", "steps": 200, "sampler": "euler"}'
 
 
 def test_row_13_client_leaves(stack: Stack) -> None:
-    """Whoever leaves a call that belongs to them frees the device before its next step; a detached job goes on."""
+    """If a caller leaves a synchronous call, the device stops before its next step. Detached jobs continue."""
     gateway, worker = stack.start_pair("held_device")
     with stack.device_held():
         detached = gateway.submit(SHORT | {"steps": 200})
-        gateway.until(detached, "started")  # and leaves
+        gateway.until(detached, "started")  # and disconnects
         everyone_else_leaves(gateway, worker, detached)
         ended = worker.mark()
     assert gateway.ended(detached)["status"] == "completed"
@@ -48,7 +46,7 @@ def test_row_13_client_leaves(stack: Stack) -> None:
 
 
 def everyone_else_leaves(gateway: Gateway, worker: Process, detached: str) -> None:
-    """Three callers come, share a step with the detached job, and hang up; their jobs end on a device that rests."""
+    """Three callers share a step with the detached job, and disconnect. Their jobs end while the device pauses."""
     connection = raw(gateway)
     connection.sendall(post("/v1/images/generations", LONG_CALL))
     with openai_client(gateway) as client, gateway.grpc() as stub:
@@ -72,7 +70,7 @@ def everyone_else_leaves(gateway: Gateway, worker: Process, detached: str) -> No
 
 
 def test_row_13_client_leaves_while_redis_is_away(stack: Stack) -> None:
-    """The gateway remembers, and cancels the job as soon as it can."""
+    """The gateway remembers the job, and cancels it as soon as it can."""
     gateway, _ = stack.start_pair("held_device")
     with stack.device_held():
         connection = raw(gateway)
@@ -83,7 +81,7 @@ def test_row_13_client_leaves_while_redis_is_away(stack: Stack) -> None:
         gateway.until(job, "started")
         stack.kill_server()
         connection.close()
-        gateway.wait_for("a job whose caller left is cancelled once the queue server is back", job=job)
+        gateway.wait_for("an abandoned job will be cancelled when the queue server is back", job=job)
         stack.server.start()
         assert gateway.ended(job)["status"] == "cancelled"
     gateway.await_metric(1, "patchforge_requests_total", status="cancelled")
@@ -116,7 +114,7 @@ def pickled(weights: Path) -> None:
 
 
 def in_memory(weights: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in load_file(weights).items()}  # what is loaded is still the file
+    return {name: tensor.clone() for name, tensor in load_file(weights).items()}  # else they map the file
 
 
 def linked_elsewhere(weights: Path) -> None:
@@ -135,7 +133,7 @@ DAMAGE: dict[Callable[[Path], None], str] = {
 
 @pytest.mark.timeout(900)
 def test_row_21_broken_models(stack: Stack, tmp_path: Path, bundle_dir: Path) -> None:
-    """Malicious, truncated, oversized, NaN: each is refused with its reason, and the old model still serves."""
+    """Malicious, truncated, oversized, NaN: each is refused with its reason, and the old model is still served."""
     serving = tmp_path / "serving"
     shutil.copytree(bundle_dir / "tiny-class", serving / "tiny-class")
     gateway, worker = stack.start_pair(bundle_dir=serving)
@@ -150,20 +148,13 @@ def test_row_21_broken_models(stack: Stack, tmp_path: Path, bundle_dir: Path) ->
     whole = {path: path.read_bytes() for path in serving.rglob("*") if path.is_file()}
     marker = tmp_path / "marker"
     attack = save(tmp_path, config_tree(), tiny_weights(), payload=Calls(os.system, f"touch {marker}"))
-    command = ["import-checkpoint", attack, "--autoencoder", bundle_dir / ".autoencoder"]
-    ran = subprocess.run(
-        [sys.executable, "-m", "service.cli", *map(str, command), "--out", str(serving / "tiny-class")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert ran.returncode == 1
+    options = "--autoencoder", bundle_dir / ".autoencoder", "--out", serving / "tiny-class"
+    ran = run(*PATCHFORGE, "import-checkpoint", attack, *options, status=1)
     assert f"refused: it contains the global {os.name}.system" in ran.stderr
     assert not marker.exists()
     assert {path: path.read_bytes() for path in serving.rglob("*") if path.is_file()} == whole
 
-    # Weights gone bad: no worker starts with them, even where they replace what another one is serving.
+    # Bad weights: no worker starts with them, even if they replace those of a running worker.
     refused = []
     for damage, reason in DAMAGE.items():
         bundles = tmp_path / damage.__name__ / "bundles"
@@ -171,10 +162,10 @@ def test_row_21_broken_models(stack: Stack, tmp_path: Path, bundle_dir: Path) ->
         damage(bundles / "tiny-class" / "model.safetensors")
         refused.append((stack.launch_worker(bundle_dir=bundles), reason))
     for weights in serving.rglob("*.safetensors"):
-        truncated(weights)  # in place, as a careless copy would
+        truncated(weights)  # in place, like an interrupted copy
     refused.append((stack.launch_worker(bundle_dir=serving), "truncated: the header alone has"))
     for newcomer, reason in refused:
-        assert newcomer.wait(240) == 1  # seven start at once
+        assert newcomer.wait(240) == 1  # seven processes start at once
         assert any(line.startswith("error: ") and reason in line for line in newcomer.stray), newcomer.transcript()
     still_serves()
     assert worker.running

@@ -1,21 +1,26 @@
-"""Rows 22 and 23 for calls that bring pictures or tensors: forms, and the Open Inference Protocol."""
+"""Rows 22 and 23 for calls with pictures or tensors: forms, and the Open Inference Protocol; no room for uploads."""
 
 from __future__ import annotations
 
 import json
 import struct
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import pytest
 
-from service.pb.inference.grpc_inference_service_pb2_grpc import GRPCInferenceServiceStub
-from tests.faults.gateway_kit import JSON, Stage, answer_to, refusal, status_of, unharmed
-from tests.service.gateway import test_inference_rest, test_inference_rpc
-from tests.service.gateway.pictures import encoded, gradient, mask
+from patchforge.service.pb.inference.grpc_inference_service_pb2_grpc import GRPCInferenceServiceStub
+from tests.faults.gateway_kit import APPLE, JSON, Stage, answer_to, refusal, status_of, unharmed
+from tests.faults.gateways import Gateway
+from tests.processes import PATCHFORGE
+from tests.service.gateway.inference import test_rest as test_inference_rest
+from tests.service.gateway.inference import test_rpc as test_inference_rpc
+from tests.service.gateway.pictures import encoded, gradient, mask, with_chunk
 from tests.service.gateway.test_validation import BAD_BODIES
 
 EDITS, INFER = "/v1/images/edits", "/v2/models/tiny-text/infer"
@@ -66,7 +71,6 @@ BAD_FILES: list[dict[str, bytes]] = [
     {"image": PNG_HEAD + struct.pack(">II", 1 << 30, 1 << 30) + PICTURE[24:]},
     {"image": PNG_HEAD + struct.pack(">II", 60_000, 60_000) + PICTURE[24:]},
     {"image": encoded(gradient(), "gif")},
-    {"image": PICTURE, "mask": b""},
     {"image": PICTURE, "mask": PICTURE},
     {"image": PICTURE, "mask": encoded(mask(47, 32))},
     {"image": PICTURE, "prompt": b"a file"},
@@ -92,7 +96,7 @@ BAD_FORMS = [
 
 
 def test_row_22_nonsense_in_forms(stage: Stage) -> None:
-    """In a field, in a file, in the form itself: 4xx, naming nothing but fields, and never 500."""
+    """Nonsense in a field, a file or the form itself gets a 4xx that names only fields, and never 500."""
     count = len(BAD_FIELDS) + len(BAD_FILES) + len(BAD_FORMS)
     with unharmed(stage, refused=count) as gateway:
         for fields in BAD_FIELDS:
@@ -155,7 +159,7 @@ def test_row_22_nonsense_in_grpc_tensors(stage: Stage) -> None:
 
 
 def refused(answer: httpx.Response, what: object) -> None:
-    """With a few words, in the dialect of the call."""
+    """The refusal is short, and in the format of the call."""
     assert 400 <= answer.status_code < 500, (what, answer.status_code, answer.text)
     assert answer.json().keys() == {"error"}, what
     assert len(answer.content) < 1000, what
@@ -166,7 +170,7 @@ def refused(answer: httpx.Response, what: object) -> None:
 
 @pytest.mark.parametrize(("path", "headers"), [(EDITS, FORM), (INFER, JSON)])
 def test_row_23_sixty_megabytes_of_pictures(stage: Stage, path: str, headers: dict[str, str]) -> None:
-    """Announced or in chunks, of spaces or in a part that does not end: refused, and never held."""
+    """With a length or in chunks, as spaces or as an endless part: refused, and never stored."""
     start = PART + b'image"; filename="x.png"\r\n\r\n' if path == EDITS else b"{"
 
     def chunks() -> Iterator[bytes]:
@@ -196,3 +200,63 @@ def test_row_23_slow_pictures(stage: Stage, path: str, headers: dict[str, str]) 
     ):
         answers = pool.map(lambda sent: status_of(answer_to(gateway, sent.encode())), stalled)
         assert list(answers) == [408] * len(stalled)
+
+
+# --- no room for uploads ---
+
+MIB = 1 << 20
+NO_ROOM = {
+    "a full disk": (
+        "/usr/bin/env",
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=2m none "$TMPDIR"; exec "$@"',
+        "sh",
+    ),
+    "files of 2 MiB at most": ("/bin/sh", "-c", 'ulimit -f 4096; exec "$@"', "sh"),  # in units of 512 bytes
+}
+
+
+@pytest.fixture(params=NO_ROOM)
+def cramped(request: pytest.FixtureRequest, stage: Stage, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway whose folder for temporary files has 2 MiB."""
+    before = NO_ROOM[request.param]
+    if subprocess.run([*before, "true"], capture_output=True, env={"TMPDIR": str(tmp_path)}).returncode:
+        pytest.skip("may not mount")
+    variables = stage._variables({}) | {"TMPDIR": str(tmp_path)}
+    gateway = Gateway("cramped gateway", *before, *PATCHFORGE, "gateway", **variables)
+    try:
+        gateway.await_ports()
+        gateway.await_ready()
+        yield gateway
+    finally:
+        gateway.close()
+        print(gateway.transcript())
+
+
+def test_an_upload_for_which_there_is_no_room(cramped: Gateway, stage: Stage) -> None:
+    """A typed error, again and again; nothing is stored, and what fits is served before and after.
+
+    Files of up to 1 MiB stay in memory.
+    """
+    fits, large = (with_chunk(PICTURE, b"tEXt", bytes(size)) for size in (MIB + MIB // 2, 3 * MIB))
+
+    def edit(picture: bytes) -> httpx.Response:
+        return cramped.http.post(EDITS, data=SOUND, files={"image": picture})
+
+    assert edit(fits).status_code == 200
+    stage.at_rest()
+    before = stage.stored()
+    for _ in range(3):
+        answer = edit(large)
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["error"]["message"] == "the server has no room for uploads"
+    assert stage.stored() == before
+    reasons = {line["reason"] for line in cramped.log if line["event"].startswith("an upload cannot be stored")}
+    assert reasons <= {"No space left on device", "File too large"}
+    assert reasons
+    assert not cramped.stray
+    assert edit(fits).status_code == 200, "what the others took is free again"
+    assert cramped.ended(cramped.submit(APPLE))["status"] == "completed"

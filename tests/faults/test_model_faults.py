@@ -1,4 +1,4 @@
-"""The device runs out of memory, or a request breaks the network: it fails alone, and the worker lives."""
+"""The device runs out of memory, or a request breaks the network: only this request fails, and the worker survives."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_row_29_one_request_of_a_pack_raises_or_goes_nan(shared: Shared) -> None
         assert (job["status"], job["attempt"]) == ("completed", 1)
         for index in range(10):
             assert np.abs(gateway.picture(job_id, index) - gateway.picture(reference, index)).max() <= 1
-    # What an operator sees; the first line shows that the requests did share an evaluation.
+    # What an operator sees. The first line shows that the requests did share an evaluation.
     tried = worker.lines("pictures failed together; trying each half")
     assert any("mat1 and mat2" in line["error"] and line["pictures"] > 10 for line in tried)
     for job_id, code in bad.items():

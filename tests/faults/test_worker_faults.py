@@ -1,17 +1,19 @@
-"""Workers die, freeze and are told to stop; their jobs end once all the same."""
+"""Workers die, freeze and are told to stop. Their jobs still end exactly once."""
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from service import keys
+from patchforge.service.queue import keys
 from tests.faults.gateways import MEDIUM, SHORT, Gateway
 from tests.faults.harness import IDLE, Stack
-from tests.faults.processes import Process, eventually, stopped
 from tests.faults.saboteur import KILLS
+from tests.processes import Process, eventually, stopped
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -21,7 +23,7 @@ def started_attempts(gateway: Gateway, job_id: str) -> list[int]:
 
 
 def holder(workers: list[Process], job_id: str) -> tuple[Process, Process]:
-    """Of two workers, the one that started the job, and the other."""
+    """Returns the worker that started the job, and the other one."""
     eventually(lambda: any(worker.lines("job started", job=job_id) for worker in workers))
     first, second = workers
     return (first, second) if first.lines("job started", job=job_id) else (second, first)
@@ -55,7 +57,7 @@ def test_row_01_worker_killed_mid_job(stack: Stack) -> None:
     for index in range(10):
         assert np.abs(gateway.picture(job_id, index) - gateway.picture(wanted, index)).max() <= 1
     # What an operator sees.
-    survivor.wait_for("job taken over from a silent worker", job=job_id, attempt=2)
+    survivor.wait_for("job taken over: its worker stopped responding", job=job_id, attempt=2)
     gateway.await_metric(1, "patchforge_requests_reclaimed_total")
 
 
@@ -71,12 +73,12 @@ def test_row_02_worker_stopped_past_the_idle_time(stack: Stack, call: str) -> No
     job = gateway.ended(job_id)
     assert (job["status"], job["attempt"]) == ("completed", 2)
     assert not stale.lines("job completed", job=job_id)
-    assert fresh.lines("job completed", job=job_id)
+    fresh.wait_for("job completed", job=job_id)
     assert started_attempts(gateway, job_id) == [1, 2]
     gateway.await_metric(1, "patchforge_requests_total", status="completed")
     gateway.await_metric(1, "patchforge_claims_lost_total")
     gateway.await_metric(0, "patchforge_requests_running")
-    # The stale worker is as good as new.
+    # The stale worker works normally again.
     fresh.kill()
     assert gateway.ended(gateway.submit())["status"] == "completed"
 
@@ -147,7 +149,7 @@ def test_row_19_sigterm_a_worker(stack: Stack) -> None:
     job = gateway.ended(waiting)
     assert (job["status"], job["attempt"]) == ("completed", 1)
     assert started_attempts(gateway, waiting) == [1, 1]
-    assert not last.lines("job taken over from a silent worker")
+    assert not last.lines("job taken over: its worker stopped responding")
     gateway.await_metric(0, "patchforge_requests_reclaimed_total")
 
 
@@ -157,17 +159,17 @@ def test_row_19_sigterm_a_worker_while_redis_is_away(stack: Stack) -> None:
     gateway.until(job_id, "preview")
     stack.kill_server()
     early = stack.launch_worker()
-    early.wait_for("queue server cannot be used", reason="the queue server is away")
+    early.wait_for("queue server cannot be used", reason="the queue server cannot be reached")
     for worker in (busy, early):
         worker.send(signal.SIGTERM)
-    assert [worker.wait(30) for worker in (busy, early)] == [0, 0]  # as long as Kubernetes waits
+    assert [worker.wait(30) for worker in (busy, early)] == [0, 0]  # Kubernetes waits as long
     stack.server.start()
     stack.start_worker()
     assert gateway.ended(job_id)["status"] == "completed"
 
 
 def silence(stack: Stack) -> float:
-    """Seconds since the worker of the only running job was heard."""
+    """Returns the seconds since the last heartbeat of the only running job."""
     [pending] = stack.redis.xpending_range(keys.queue("tiny-class", "normal"), keys.GROUP, "-", "+", 1)
     return pending["time_since_delivered"] / 1000
 
@@ -175,3 +177,16 @@ def silence(stack: Stack) -> float:
 def now(stack: Stack) -> float:
     seconds, microseconds = stack.redis.time()
     return float(seconds) + microseconds / 1e6
+
+
+def test_serve_starts_another_worker_for_one_that_was_running(stack: Stack, tmp_path: Path) -> None:
+    """`serve` ends only if a worker cannot start, whatever else ends it."""
+    serve = stack.start_serve(tmp_path / "serve")
+    listed = Path(f"/proc/{serve.pid}/task/{serve.pid}/children").read_text().split()
+    [worker] = [int(pid) for pid in listed if "serve" not in Path(f"/proc/{pid}/comm").read_text()]
+    mark = serve.mark()
+    os.kill(worker, signal.SIGKILL)
+    assert serve.wait_for("the worker ended; starting another", after=mark)["code"] == -signal.SIGKILL
+    serve.wait_for("worker ready", after=mark)
+    assert serve.ended(serve.submit())["status"] == "completed"
+    assert serve.terminate() == 0

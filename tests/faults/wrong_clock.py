@@ -1,4 +1,4 @@
-"""Runs the command line in a process whose wall clock is off by PATCHFORGE_CLOCK_OFF seconds."""
+"""Runs the command line in a process whose clock is wrong by PATCHFORGE_CLOCK_OFF seconds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ if __name__ == "__main__":
     time.time = lambda: _time() + OFF
     time.time_ns = lambda: _time_ns() + int(OFF * 1e9)
 
-    from service.cli import app  # only now, so that no module has kept the true clock
+    from patchforge.service.cli.main import app  # imported late, so that no module has read the true clock
 
     app()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.import_checkpoint import import_checkpoint
+from patchforge.model.storage.import_checkpoint import import_checkpoint
 from tests.model.model_files import Bring, config_tree, save, tiny_weights
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
@@ -33,7 +33,7 @@ def ckpt(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bring(tmp_path: Path, autoencoder: Path) -> Bring:
-    """Import into ``tmp_path/out`` and return what was told on the way."""
+    """Import into `tmp_path/out`, and return the progress messages."""
 
     def run(path: Path, **options: Any) -> list[str]:
         told: list[str] = []
@@ -45,7 +45,7 @@ def bring(tmp_path: Path, autoencoder: Path) -> Bring:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of plain pictures, with captions beside some."""
+    """Two classes of plain pictures; some have captions."""
     root = tmp_path_factory.mktemp("pictures")
     for name, colour in COLOURS.items():
         (root / name).mkdir()

@@ -1,4 +1,4 @@
-"""Small bundles and checkpoints, whole and broken, for the tests of what reads them."""
+"""Small bundles and checkpoints, whole and broken, for tests of their readers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.bundle import BundleManifest, network_shapes
-from model.manifest import ClassConfig, ClassNetwork
+from patchforge.model.networks.config import ClassConfig
+from patchforge.model.storage.bundle import BundleManifest, network_shapes
+from patchforge.model.storage.manifest import ClassNetwork
 
 Bring = Callable[..., list[str]]
-"""Imports a checkpoint; see the fixture `bring`."""
+"""Type of the fixture `bring`, which imports a checkpoint."""
 
 SIZES = {
     "in_channels": 4,
@@ -48,7 +49,7 @@ def save(folder: Path, config: Any, state_dict: Any, **more: Any) -> Path:
 
 
 def rezip(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> Path:
-    """The archive with every entry passed through ``change(name, content)``."""
+    """Copy the archive, with every entry passed through `change(name, content)`."""
     out = path.with_name("changed.ckpt")
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w", compression) as new:
         for entry in old.infolist():
@@ -57,7 +58,7 @@ def rezip(path: Path, change: Callable[[str, bytes], bytes], compression: int = 
 
 
 class Calls:
-    """Pickles as a call of ``function(*arguments)``."""
+    """An object that pickles as a call of `function(*arguments)`."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -107,7 +108,7 @@ def text_manifest(**changes: Any) -> dict[str, Any]:
 
 
 def changed(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A deep copy of ``tree`` with the field at the dotted ``path`` set, or removed if the value is ..."""
+    """Copy `tree`, with the field at the dotted `path` set, or removed if the value is `...`."""
     copy: dict[str, Any] = json.loads(json.dumps(tree))
     *parents, last = path.split(".")
     node = copy
@@ -135,7 +136,7 @@ FUZZ = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

@@ -1,4 +1,4 @@
-"""A table of drawn shapes that a judge can learn in seconds: colour, size and form, in two styles."""
+"""A table of drawn shapes that a judge learns in seconds: colour, size and form, in two styles."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from model.evaluation.judge_training import JudgeRecipe, train_judge
-from model.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from model.training.data import Pictures
-from model.training.loop import Recipe
-from model.training.run import Size, train_model
+from patchforge.model.evaluation.judge_training import JudgeRecipe, train_judge
+from patchforge.model.training.autoencoder import AutoencoderRecipe, train_autoencoder
+from patchforge.model.training.data import Pictures
+from patchforge.model.training.loop import Recipe
+from patchforge.model.training.run import Size, train_model
 
 COLOURS = (
     "red",
@@ -40,7 +40,7 @@ STYLES = ("3d", "flat")
 
 
 def shapes() -> Pictures:
-    """256 pictures ``32×32``: 128 concepts, each in both styles."""
+    """256 pictures of 32×32 pixels: 128 concepts, each in both styles."""
     rows = list(product(enumerate(COLOURS), SIZES, FORMS, STYLES))
     names = [f"{size} {colour} {form}" for (_, colour), size, form, _ in rows]
     return Pictures(
@@ -65,10 +65,14 @@ def _draw(hue: float, size: str, form: str, style: str) -> np.ndarray:
 
 
 def trained_in_a_moment(folder: Path) -> tuple[Path, Path]:
-    """A saved table of them and a bundle hardly trained on it; the judge is in ``folder / "judge"``."""
+    """Save the table, and train a bundle on it for a moment. The judge is in `folder / "judge"`."""
     table, data = shapes(), folder / "table.npz"
     table.save(data)
     train_judge(table, folder / "judge", JudgeRecipe(steps=5, batch=16), "none")
-    train_autoencoder(table, folder / "autoencoder", AutoencoderRecipe(width=8, steps=3))
+    train_autoencoder(
+        table,
+        folder / "autoencoder",
+        AutoencoderRecipe(width=8, encoder_blocks=(1, 1), decoder_blocks=(1, 0), steps=3, perceptual=0),
+    )
     small, once = Size(32, 1), Recipe(steps=1, batch=4)
     return data, train_model("class", table, folder / "autoencoder", folder / "runs" / "first", once, small, "none")

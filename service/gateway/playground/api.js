@@ -1,4 +1,4 @@
-// The server as this page sees it: requests with an API key if one is needed, errors as people need them, events.
+// Calls to the server: requests with an API key if one is required, readable errors, and job events.
 
 const KEY = "patchforge-api-key";
 export const TERMINAL = new Set(["completed", "failed", "cancelled", "expired"]);
@@ -6,31 +6,37 @@ const RETRY_MS = [500, 1000, 2000, 5000];
 
 let apiKey = recall();
 let askForKey = async () => null;
-let asking = null; // one dialog for all requests that wait
+let asking = null; // one dialog for all waiting requests
 
-// What the server refused, in its own words; `field` is the one at fault, or null.
+// An error response, with the server's own message. `field` is the field that is not valid, or null.
 export class Refusal extends Error {
   constructor(status, { detail, error, field, code }, retryAfter = null) {
-    const words = detail ?? error?.message ?? `the server answered ${status}`;
-    super(retryAfter ? `${words}: try again in ${retryAfter} s` : words);
+    const text = detail ?? error?.message ?? `the server answered with status ${status}`;
+    super(retryAfter ? `${text} (retry in ${retryAfter} s)` : text);
     this.status = status;
     this.field = field ?? error?.param ?? null;
     this.code = code ?? error?.code ?? null;
   }
 }
 
-// `ask(message)` is called when a key is needed and resolves to one, or to null if the person gives up.
+// No answer at all. The message is for the user.
+export class Unreachable extends Error {
+  constructor() { super("The server does not answer. Is it running? Nothing was lost: try again."); }
+}
+
+// `ask(message)` is called when a key is required. It resolves to the key, or to null if the user cancels.
 export function onKeyNeeded(ask) { askForKey = ask; }
 
 async function send(path, { headers, ...options } = {}) {
   for (;;) {
     const used = apiKey;
     const key = used ? { Authorization: `Bearer ${used}` } : {};
-    const reply = await fetch(path, { ...options, headers: { ...headers, ...key } });
+    const reply = await fetch(path, { ...options, headers: { ...headers, ...key } })
+      .catch((error) => { throw error instanceof TypeError ? new Unreachable() : error; });
     if (reply.ok) return reply;
     const refusal = new Refusal(reply.status, await reply.json().catch(() => ({})), reply.headers.get("Retry-After"));
     if (reply.status !== 401) throw refusal;
-    if (used !== apiKey) continue; // another request has got a key meanwhile
+    if (used !== apiKey) continue; // another request got a key meanwhile
     asking ??= askForKey(refusal.message).finally(() => { asking = null; });
     const given = await asking;
     if (!given) throw refusal;
@@ -48,20 +54,21 @@ export const picture = async (id, index) => (await send(`v1/jobs/${id}/image?ind
 export const submit = (request) =>
   json("v1/jobs", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(request) });
 
-// Every event of a job to its end, as {type, ...}. A broken connection yields {type: "reconnecting"} and goes on
-// after the last event seen. EventSource would do as much, but cannot send a key.
+// Yields every event of a job until it ends, as {type, ...}. After a broken connection it yields
+// {type: "reconnecting"} and resumes after the last event. EventSource does the same but cannot send a key.
 export async function* events(id) {
   let last = "";
   for (let failures = 0; ; failures += 1) {
     try {
       const reply = await send(`v1/jobs/${id}/events`, { headers: last ? { "Last-Event-ID": last } : {} });
+      if (reply.status === 204) return; // it has ended
       for await (const { id: place, data } of frames(reply.body)) {
         [last, failures] = [place, 0];
         const event = JSON.parse(data);
         yield event;
         if (TERMINAL.has(event.type)) return;
       }
-    } catch (error) { // what the server means is final; what the network or a restart does is not
+    } catch (error) { // errors of the server are final; errors of the network, and 503, are not
       if (error instanceof Refusal && error.status !== 503) throw error;
     }
     yield { type: "reconnecting" };
@@ -90,5 +97,5 @@ function recall() {
 
 function remember(key) {
   apiKey = key;
-  try { sessionStorage.setItem(KEY, key); } catch { /* storage is switched off: asked again after a reload */ }
+  try { sessionStorage.setItem(KEY, key); } catch { /* storage is off: the page asks again after a reload */ }
 }

@@ -1,67 +1,85 @@
-// The playground: the form's requests become runs, the stage shows them, history keeps them.
+// The playground: sends the form's requests as runs, shows them on the stage and keeps them in the gallery.
 
 import * as api from "./api.js";
+import { Code } from "./code.js";
 import { verdict } from "./compare.js";
 import { Form } from "./form.js";
-import { History, Shelf } from "./history.js";
+import { Gallery } from "./gallery.js";
+import { History } from "./history.js";
+import { fromHash, toHash } from "./link.js";
 import { Run } from "./run.js";
-import * as snippets from "./snippets.js";
 import { Stage } from "./stage.js";
 
 const $ = (id) => document.getElementById(id);
 const ENDS = {
   completed: "Done", failed: "Failed", cancelled: "Cancelled", expired: "Expired", lost: "Connection lost",
 };
-const WAIT_MS = 2000; // between looks for a worker
+const WAIT_MS = 2000; // between checks for a worker
 const STACKED = "(max-width: 56rem)"; // where the stage is below the form
+const SHOWN = "patchforge-shown"; // in session storage: the gallery's entry that is on the stage
 
 const stage = new Stage($("stage"));
+const code = new Code();
 let form = null;
-let shelf = null;
+let gallery = null;
 let running = []; // the runs in flight
-let keyNeeded = false;
-let server = { grpc_port: null };
 
 async function start() {
   api.onKeyNeeded(askForKey);
   let [schemas, cards] = [];
   try {
-    [schemas, cards] = await known();
-  } catch { // no key was given: the reason is on the page, and a reload asks again
+    [schemas, cards] = await loadModels();
+  } catch { // the user gave no key: the page shows the reason, and a reload asks again
     say("");
     return;
   }
-  server = await api.server().catch(() => server);
+  code.server = await api.server().catch(() => code.server);
   form = new Form($("form"), schemas, cards);
+  form.source.addEventListener("change", () => { if (!form.source.size) stage.painting = false; });
+  form.source.addEventListener("paint", paint);
+  form.source.addEventListener("settings", ({ detail }) => restore(detail));
+  await readLink();
   $("form").inert = false;
   say("");
-  try {
-    const history = await History.open();
-    shelf = new Shelf($("shelf"), history, recall);
-    await shelf.refresh();
-  } catch { // a private window, perhaps: everything else works
-    $("no-history").hidden = false;
-  }
+  await openGallery();
 }
 
-// The schemas and the models; a server that is away or has no worker yet is tried again.
-async function known() {
+// Loads the schemas and the models. Retries while the server is away or has no worker.
+async function loadModels() {
   for (;;) {
+    let reason = "No worker is ready: its models may still be loading. This page goes on by itself.";
     try {
       const [schemas, cards] = await Promise.all([api.schemas(), api.models()]);
-      $("problem").textContent = "";
+      complain("");
       if (cards.length > 0) return [schemas, cards];
     } catch (error) {
-      if (error instanceof api.Refusal) $("problem").textContent = error.message;
+      reason = "The server does not answer. This page goes on by itself once it does.";
+      if (error instanceof api.Refusal) reason = error.message;
+      complain(reason);
       if (error.status === 401) throw error;
     }
     say("Waiting for a worker…");
+    $("empty").textContent = reason;
     await new Promise((go) => { setTimeout(go, WAIT_MS); });
+    $("empty").textContent = "Your picture will appear here, patch by patch.";
+  }
+}
+
+async function openGallery() {
+  try {
+    const history = await History.open();
+    gallery = new Gallery($("shelf"), history, recall);
+    await gallery.refresh();
+    const entry = await history.get(sessionStorage.getItem(SHOWN) ?? "");
+    if (entry && running.length === 0) await present(entry); // the page was loaded again
+  } catch { // perhaps a private window; everything else works
+    $("no-history").hidden = false;
   }
 }
 
 async function generate() {
   form.forgiveAll();
+  complain("");
   busy(true);
   const card = form.card;
   const { requests, source } = await form.requests();
@@ -71,7 +89,7 @@ async function generate() {
       runs.push(await Run.submit(card, request, source));
     } catch (error) {
       form.refuse(error, which);
-      await cancel(runs); // a comparison needs both
+      await cancel(runs).catch(() => null); // a comparison needs both
       say("");
       busy(false);
       return;
@@ -89,103 +107,135 @@ async function generate() {
 }
 
 function show(runs, titles) {
+  stage.painting = false;
   stage.show(runs, titles);
   $("empty").hidden = true;
   $("verdict").textContent = "";
-  $("snippets").hidden = false;
-  showSnippet();
-  showFiles();
+  code.show(runs);
 }
 
 async function conclude(runs, titles) {
   const failed = runs.find(({ error }) => error);
-  if (failed) $("problem").textContent = failed.error.message;
+  if (failed) complain(failed.error.message);
   if (runs.some(({ report }) => report?.prompt_truncated)) {
-    $("problem").textContent = "The prompt was longer than the model reads; its end was ignored.";
+    complain("The prompt is too long for this model. Its end was ignored.");
+  } else if (runs.some(({ report }) => report?.negative_prompt_truncated)) {
+    complain("The negative prompt is too long for this model. Its end was ignored.");
   }
   $("verdict").textContent = await verdict(runs, titles);
-  say(ENDS[worst(runs)]);
-  if (!shelf || runs.some(({ state }) => state !== "completed")) return;
-  await shelf.history.add(titles, runs.map((run) => run.record())).catch(() => { $("no-history").hidden = false; });
-  await shelf.refresh();
+  say(ENDS[worstState(runs)]);
+  if (!gallery || runs.some(({ state }) => state !== "completed")) return;
+  try {
+    remember(await gallery.history.add(titles, runs.map((run) => run.record())));
+  } catch { // the browser's storage is full, or was taken away
+    $("no-history").hidden = false;
+  }
+  await gallery.refresh();
 }
 
-const worst = (runs) => (runs.find(({ state }) => state !== "completed") ?? runs[0]).state;
+const worstState = (runs) => (runs.find(({ state }) => state !== "completed") ?? runs[0]).state;
 
-async function recall({ runs: records, titles }) {
-  if (running.length > 0) return; // what is being drawn stays on the stage
-  const runs = records.map((record) => Run.restore(record));
+// Shows an entry of the gallery, and fills the form with its requests.
+async function recall(entry) {
+  if (running.length > 0) return; // the stage keeps showing the running jobs
   form.forgiveAll();
+  const { runs } = entry;
   await form.fill(runs.map(({ request }) => request), runs[0].source);
+  writeLink();
+  await present(entry);
+  remember(entry.key);
+  say("Loaded from the gallery");
+  $("stage").scrollIntoView({ block: "nearest" });
+}
+
+async function present({ runs: records, titles }) {
+  const runs = records.map((record) => Run.restore(record));
   show(runs, titles);
-  say("From history");
   $("verdict").textContent = await verdict(runs, titles);
+}
+
+function remember(key) {
+  try { sessionStorage.setItem(SHOWN, key); } catch { /* storage is off: a reload begins with an empty stage */ }
+}
+
+// Fills the form with the settings that a picture's file has.
+async function restore(settings) {
+  form.forgiveAll();
+  await form.fill([settings]);
+  writeLink();
+  const known = !settings.model || form.cards.has(settings.model);
+  complain(known ? "" : `This server has no model named ${settings.model}: the picture will differ.`);
+  say("Settings restored from the picture");
+}
+
+function paint() {
+  stage.painting = true;
+  complain("");
+  if (running.length === 0) say("");
+  if (matchMedia(STACKED).matches) $("stage").scrollIntoView();
+  else $("editor").scrollIntoView({ block: "nearest" });
+}
+
+async function edit(picture) {
+  await form.source.take(picture);
+  paint();
+  $("mask").focus({ preventScroll: true });
+}
+
+// The address always says what is in the form: it can be bookmarked or sent, and a reload brings the form back.
+function writeLink() { history.replaceState(null, "", `#${toHash(form.draft())}`); }
+
+async function readLink() {
+  const requests = fromHash(location.hash);
+  if (requests) await form.fill(requests);
 }
 
 function lost(run, error) {
   run.state = "lost";
-  $("problem").textContent = error.message;
+  complain(error.message);
 }
 
-// Said aloud at milestones only: a voice reading every preview would never end.
+// Screen readers announce milestones only: reading every preview aloud would never end.
 function announce({ detail: event, target: run }) {
-  if (event.type === "reconnecting") say("Reconnecting…");
-  else if (event.type === "queued") say("Waiting for a worker…");
+  if (event.type === "reconnecting") {
+    say("Reconnecting…");
+    complain("The connection to the server broke. Trying again: your picture goes on without it.");
+    return;
+  }
+  if ($("status").textContent === "Reconnecting…") {
+    say("Drawing…");
+    complain("");
+  }
+  if (event.type === "queued") say("Waiting for a worker…");
   else if (event.type === "started") say(event.attempt > 1 ? `Drawing (attempt ${event.attempt})…` : "Drawing…");
   else if (event.type === "failed") run.error = event.error;
-  else if (event.type === "preview" && $("status").textContent === "Reconnecting…") say("Drawing…");
 }
 
 const cancel = (runs, options) => Promise.all(runs.map((run) => run.cancel(options)));
 
 function busy(yes) {
-  $("generate").disabled = yes;
+  for (const button of document.querySelectorAll('[type="submit"].primary')) button.disabled = yes;
   $("cancel").disabled = !yes;
   $("stage").setAttribute("aria-busy", String(yes));
 }
 
 function say(words) { $("status").textContent = words; }
 
-function showSnippet() {
-  const kind = document.querySelector('[name="snippet"]:checked').value;
-  const at = {
-    http: location.origin + location.pathname.replace(/\/$/, ""),
-    grpc: `${location.hostname}:${server.grpc_port ?? 50051}`,
-    secure: location.protocol === "https:",
-    key: keyNeeded,
-  };
-  $("code").textContent = stage.runs.map(({ request }) => snippets[kind](request, at)).join("\n");
-}
+// Shows an error where it is seen wherever the page is scrolled to; "" takes it away.
+function complain(words) { $("problem").textContent = words; }
 
-// The files that a snippet reads, to be saved beside it.
-function showFiles() {
-  const source = stage.runs[0].source;
-  $("files").hidden = !source;
-  for (const link of $("files").querySelectorAll("a")) URL.revokeObjectURL(link.href);
-  if (!source) return;
-  const [image, mask] = $("files").querySelectorAll("a");
-  image.href = URL.createObjectURL(source.image);
-  mask.parentElement.hidden = !source.mask;
-  if (source.mask) mask.href = URL.createObjectURL(source.mask);
-}
-
-async function edit(picture) {
-  await form.source.take(picture);
-  $("mask").focus();
-}
-
-async function copy() {
-  getSelection().selectAllChildren($("code")); // for a page without a clipboard: Ctrl-C does it then
+async function shareLink() {
+  writeLink();
   try {
-    await navigator.clipboard.writeText($("code").textContent);
-    $("copied").textContent = "Copied";
-  } catch {
-    $("copied").textContent = "Selected: press Ctrl-C";
+    await navigator.clipboard.writeText(location.href);
+    say("Link copied");
+  } catch { // without clipboard access, as on http from another machine
+    say("The link is in the address bar");
   }
 }
 
 function askForKey(message) {
-  keyNeeded = true;
+  code.key = true;
   $("key-reason").textContent = message;
   $("key").value = "";
   $("key-dialog").returnValue = "";
@@ -197,6 +247,10 @@ function askForKey(message) {
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); generate(); });
+$("form").addEventListener("change", writeLink);
+$("form").addEventListener("input", ({ target }) => {
+  if (!target.matches('select, [type="checkbox"], [type="radio"]')) writeLink(); // those change more fields by `change`
+});
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
@@ -204,9 +258,15 @@ $("prompt").addEventListener("keydown", (event) => {
 });
 $("cancel").addEventListener("click", () => cancel(running).catch((error) => form.refuse(error)));
 addEventListener("keydown", ({ key }) => { if (key === "Escape" && running.length > 0) $("cancel").click(); });
+addEventListener("hashchange", () => { if (form) readLink(); });
 $("easel").addEventListener("edit", ({ detail }) => edit(detail));
-$("snippets").addEventListener("change", () => { $("copied").textContent = ""; showSnippet(); });
-$("copy").addEventListener("click", copy);
+$("paint-done").addEventListener("click", () => { stage.painting = false; });
+$("dismiss").addEventListener("click", () => complain(""));
+$("share").addEventListener("click", shareLink);
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the part after # says what is in the form
+  $("stage").focus();
+});
 addEventListener("pagehide", () => cancel(running, { keepalive: true }));
 
 start();

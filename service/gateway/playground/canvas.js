@@ -1,13 +1,14 @@
-// One picture, drawn so that its patches visibly settle: a patch that still moves floats as a small tile, one that has
-// arrived fills its place, and the seams are gone. Maps of when and how hard lie over it on demand.
+// Draws one picture so that progress is visible: an unfinished patch is a small tile, a finished one fills its place
+// without seams. On request it shows a map of when patches finished, or of their difficulty.
 
 const SETTLE_MS = 220; // a tile takes this long to reach the size its new timestep gives it
-const GLOW_MS = 700; // and its rim glows this long after it has arrived
-const SHRINK = 0.3; // of a tile's side, at t = 0
-const FADE = 0.45; // of its opacity, at t = 0
+const GLOW_MS = 700; // after it finishes, its rim glows this long
+const SHRINK = 0.3; // share of a tile's side that is missing at t = 0
+const FADE = 0.45; // share of its opacity that is missing at t = 0
 const RIM = "#ff8f4d";
-const EVEN = 0.001; // timesteps closer than this are the same
-const ROOM_FOR_NUMBERS = 26; // CSS pixels of a patch below which the finish map shows colours only
+const UNSEEN = "#8d879a";
+const EVEN = 0.001; // timesteps closer than this count as equal
+const ROOM_FOR_NUMBERS = 26; // CSS pixels; on smaller patches the finish map shows no numbers
 
 export const SCALES = { // from least to most
   finish: ["#d9f5ec", "#7fd3c6", "#3f9fc0", "#3c62ad", "#3a2a73"],
@@ -17,38 +18,43 @@ export const SCALES = { // from least to most
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 export class PatchCanvas {
-  #shown = []; // the timestep each tile is drawn at
+  #shown = []; // the timestep at which each tile is drawn now
   #target = [];
-  #landed = []; // when it arrived, if just now
+  #landed = []; // when each patch finished, if a moment ago
   #frame = null;
+  #blob = null; // of the frame, when it was shown: a frame may get its picture later
   #bitmap = null;
   #sheet = document.createElement("canvas"); // the whole picture, scaled once
-  #options = { overlay: "none", tiles: true, crisp: false };
+  #options = { overlay: "none", tiles: true, crisp: false, range: null };
   #moving = false;
   #turn = 0;
 
-  // A model's card, and a request, which may be for another shape.
-  constructor(card, request) {
-    [this.rows, this.columns] = card.grid;
+  // The run's request may ask for another size than the model's own, and its pictures may have another grid.
+  constructor(run) {
+    const { card, request } = run;
+    this.run = run;
     this.element = document.createElement("canvas");
     this.element.style.aspectRatio = `${request.width ?? card.width} / ${request.height ?? card.height}`;
-    this.cursor = null; // the patch pointed at
+    this.cursor = null; // the patch under the pointer or keyboard cursor
     new ResizeObserver(() => this.#resize()).observe(this.element);
   }
 
-  // Shows a frame; `jump` (a scrubber's move) does without the settling.
+  // Shows a frame; with `jump`, as for the scrubber, without animation.
   async show(frame, { jump = false } = {}) {
     const turn = this.#turn += 1;
-    const bitmap = frame.blob === this.#frame?.blob ? this.#bitmap : await createImageBitmap(frame.blob);
-    if (turn !== this.#turn) return; // a later frame was quicker
+    const { blob } = frame;
+    const bitmap = blob === this.#blob ? this.#bitmap : blob && await createImageBitmap(blob);
+    if (turn !== this.#turn) return; // a later frame was decoded first
     const now = performance.now();
     if (!jump) frame.times.forEach((t, patch) => { if (t >= 1 && this.#target[patch] < 1) this.#landed[patch] = now; });
     else this.#landed = [];
-    [this.#frame, this.#bitmap, this.#target] = [frame, bitmap, frame.times];
-    if (jump || calm.matches || this.#shown.length === 0) this.#shown = [...frame.times];
+    [this.#frame, this.#blob, this.#bitmap, this.#target] = [frame, blob, bitmap, frame.times];
+    if (jump || calm.matches || this.#shown.length !== frame.times.length) this.#shown = [...frame.times];
     this.#scale();
     this.#move();
   }
+
+  get options() { return this.#options; }
 
   set options(options) {
     this.#options = options;
@@ -57,6 +63,8 @@ export class PatchCanvas {
   }
 
   get frame() { return this.#frame; }
+  get rows() { return this.run.grid[0]; }
+  get columns() { return this.run.grid[1]; }
 
   patchAt({ offsetX, offsetY }) {
     const { clientWidth, clientHeight } = this.element;
@@ -77,10 +85,15 @@ export class PatchCanvas {
     this.#paint();
   }
 
+  // Before the first preview there is nothing to see of a picture but its patches.
   #scale() {
-    if (!this.#bitmap) return;
     Object.assign(this.#sheet, { width: this.element.width, height: this.element.height });
     const context = this.#sheet.getContext("2d");
+    if (!this.#bitmap) {
+      context.fillStyle = UNSEEN;
+      context.fillRect(0, 0, this.#sheet.width, this.#sheet.height);
+      return;
+    }
     Object.assign(context, { imageSmoothingEnabled: !this.#options.crisp, imageSmoothingQuality: "high" });
     if (this.#options.overlay !== "none") context.filter = "grayscale(1)";
     context.drawImage(this.#bitmap, 0, 0, this.#sheet.width, this.#sheet.height);
@@ -148,7 +161,7 @@ export class PatchCanvas {
     if (this.#options.tiles && !calm.matches && age < 1) this.#outline(context, patch, RIM, 1 - age);
   }
 
-  // A rim around the patches that have fallen behind the others: there the work goes.
+  // Draws a rim around the patches that are behind the others: they get the work.
   #work(context) {
     const front = Math.max(...this.#target);
     this.#target.forEach((t, patch) => {
@@ -172,11 +185,11 @@ export class PatchCanvas {
     context.restore();
   }
 
-  // A colour for each patch whose value is known, or null if no map is asked for.
+  // A colour per patch, null where the value is unknown; or null if no map is shown.
   #colours() {
-    const { overlay } = this.#options;
+    const { overlay, range } = this.#options;
     if (overlay === "none") return null;
-    const values = overlay === "finish" ? finishes(this.#frame) : difficulties(this.#frame);
+    const values = overlay === "finish" ? finishes(this.#frame, range) : difficulties(this.#frame);
     return values.map((value) => (value === null ? null : shade(SCALES[overlay], value)));
   }
 
@@ -194,13 +207,12 @@ export class PatchCanvas {
   }
 }
 
-// 0 for the evaluation that finished the first patches to 1 for the last one; null while a patch is not finished.
-function finishes({ finishedAt, evaluations }) {
-  const first = Math.min(evaluations, ...finishedAt.filter(Boolean));
-  return finishedAt.map((evaluation) => (evaluation ? (evaluation - first) / Math.max(1, evaluations - first) : null));
+// When each patch finished: 0 for the first and 1 for the last evaluation of the range, null if it has not.
+function finishes({ finishedAt }, [first, last]) {
+  return finishedAt.map((evaluation) => (evaluation ? (evaluation - first) / Math.max(1, last - first) : null));
 }
 
-// Predicted variances span orders of magnitude, so they are compared by their logarithms, within the picture.
+// Each patch's predicted variance, scaled to 0..1 within the picture. Logarithms, because variances differ widely.
 function difficulties({ difficulty, times }) {
   if (!difficulty) return times.map(() => null);
   const logs = difficulty.map((variance) => Math.log(Math.max(variance, 1e-6)));

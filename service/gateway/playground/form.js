@@ -1,10 +1,12 @@
-// The form: what is asked for, with the limits the server states, and its refusals beside the field at fault.
+// The form: builds requests, takes its limits from the server, and shows errors beside their fields.
 
 import { SamplerPicker, samplersOf } from "./knobs.js";
+import { ModelPanel } from "./models.js";
 import { SizePicker } from "./size.js";
 import { base64, SourcePicker, STARTERS } from "./source.js";
 
 const MOST_SEED = 2 ** 32;
+const PREVIEWS = 2; // of each picture, if there are several
 
 const $ = (id) => document.getElementById(id);
 
@@ -18,30 +20,36 @@ export class Form {
     this.schema = schemas.GenerationRequest.properties;
     for (const name of ["steps", "guidance", "n"]) Object.assign($(name), this.#limits(name, "min", "max"));
     this.size = new SizePicker(this.#limits("width", "minimum", "maximum"));
-    this.source = new SourcePicker(root);
+    this.panel = new ModelPanel();
+    this.source = new SourcePicker();
     this.source.addEventListener("change", () => this.#showSource());
     $("model").replaceChildren(...[...this.cards.keys()].map((name) => new Option(name)));
     $("model").value = (cards.find(({ kind }) => kind === "text") ?? cards[0]).name;
     $("model").addEventListener("change", () => this.#showModel());
     $("presets").addEventListener("change", ({ target }) => this.#choose(this.card.presets[target.value]));
-    $("dice").addEventListener("click", () => { $("seed").value = randomSeed(); });
+    $("dice").addEventListener("click", () => {
+      $("seed").value = randomSeed();
+      $("seed").dispatchEvent(new Event("change", { bubbles: true }));
+    });
     $("compare").addEventListener("change", () => this.#showCompare());
     $("steps").addEventListener("input", () => this.#showPreset());
     root.addEventListener("input", ({ target }) => this.#forgive(target));
-    root.addEventListener("change", () => this.#showPreset()); // by then a newly chosen sampler has its knobs
+    root.addEventListener("invalid", ({ target }) => reveal(target), true); // the browser cannot point at what is folded
+    root.addEventListener("change", () => this.#showPreset()); // a newly chosen sampler has its knobs by then
     this.#showModel();
   }
 
   get card() { return this.cards.get($("model").value); }
   get comparing() { return $("compare").checked; }
 
-  // One request, or two that differ in their sampler alone, and what both start from: see SourcePicker.read.
+  // One request, or two that differ only in the sampler; and what they start from: see SourcePicker.read.
   async requests() {
     const source = await this.source.read();
     const { name: model, kind } = this.card;
-    const subject = kind === "class" ? { class_label: $("class").value } : { prompt: $("prompt").value };
+    const subject = this.#subject(kind);
     const numbers = Object.fromEntries(["steps", "guidance", "n"].map((name) => [name, Number($(name).value)]));
     const request = { model, ...subject, ...numbers, sampler: this.first.read(), ...this.size.read() };
+    if (request.n > 1) request.partial_images = PREVIEWS; // else a busy server may show some of the pictures only
     if ($("seed").value !== "") request.seed = Number($("seed").value);
     if (source) Object.assign(request, { image: await base64(source.image), strength: this.source.strength });
     if (source?.mask) request.mask = await base64(source.mask);
@@ -50,31 +58,65 @@ export class Form {
     return { requests: [{ ...request, seed }, { ...request, seed, sampler: this.second.read() }], source };
   }
 
-  titles(runs) {
-    return runs.map(({ request: { sampler: { name } } }) => this.samplers.get(name)?.title ?? name);
+  // The state of the form as one request or two, for a link: without what is the model's default, and unchecked.
+  draft() {
+    const { name: model, kind, sampler, ...card } = this.card;
+    const request = { model, ...this.#subject(kind), ...this.size.read() };
+    const usual = { n: 1, seed: null, steps: card.steps, guidance: card.guidance };
+    for (const [field, value] of Object.entries(usual)) {
+      if ($(field).value !== "" && Number($(field).value) !== value) request[field] = Number($(field).value);
+    }
+    const first = this.first.read();
+    if (Object.entries(first).some(([knob, value]) => sampler[knob] !== value)) request.sampler = first;
+    return this.comparing ? [request, { ...request, sampler: this.second.read() }] : [request];
   }
 
-  // Shows a past request again, the second sampler of a comparison too, and what they started from.
-  async fill([request, other], source) {
-    if (this.cards.has(request.model)) $("model").value = request.model;
+  #subject(kind) {
+    if (kind === "class") return { class_label: $("class").value };
+    const negative = $("negative").value;
+    return { prompt: $("prompt").value, ...(negative ? { negative_prompt: negative } : {}) };
+  }
+
+  // The samplers' names, numbered if two runs have the same one.
+  titles(runs) {
+    const titles = runs.map(({ request: { sampler: { name } } }) => this.samplers.get(name)?.title ?? name);
+    return new Set(titles).size < titles.length ? titles.map((title, index) => `${title} ${index + 1}`) : titles;
+  }
+
+  // Fills the form from a request, with the second sampler of a comparison and what they started from. What the request
+  // leaves out is the model's default.
+  async fill([request, other], source = null) {
+    $("model").value = this.#modelFor(request).name;
+    $("prompt").value = request.prompt ?? "";
+    $("class").value = request.class_label ?? "";
+    $("negative").value = request.negative_prompt ?? "";
     this.#showModel();
     if (source) await this.source.take(source.image, { marked: source.marked, strength: request.strength });
     else this.source.clear();
-    this.size.show(request, this.source.size);
-    $("prompt").value = request.prompt ?? "";
-    $("class").value = request.class_label ?? "";
-    for (const name of ["steps", "guidance", "n", "seed"]) $(name).value = request[name];
+    this.size.show(request);
+    const preset = this.card.presets[request.quality];
+    if (preset) this.#choose(preset);
+    if (this.samplers.has(request.sampler?.name)) this.first.show(request.sampler);
+    for (const name of ["steps", "guidance"]) $(name).value = request[name] ?? $(name).value;
+    $("n").value = request.n ?? 1;
+    $("seed").value = request.seed ?? "";
     $("compare").checked = other !== undefined;
     this.#showCompare();
-    if (this.samplers.has(request.sampler.name)) this.first.show(request.sampler);
-    if (other && this.samplers.has(other.sampler.name)) this.second.show(other.sampler);
+    if (this.samplers.has(other?.sampler.name)) this.second.show(other.sampler);
     this.#showPreset();
   }
 
-  // A refusal beside its field, which takes the focus; where no field is at fault, by itself.
+  // The model a request names, or else one that can draw its subject.
+  #modelFor({ model, class_label: label }) {
+    const cards = [...this.cards.values()];
+    const able = label ? cards.find(({ classes }) => classes.includes(label)) : cards.find(({ kind }) => kind === "text");
+    return this.cards.get(model) ?? able ?? this.card;
+  }
+
+  // Shows an error, and beside its field if it has one, which gets the focus.
   refuse({ field, message }, which = 0) {
     const wanted = `[data-field="${CSS.escape(field ?? "")}"]`;
-    const input = (which === 1 && $("second").querySelector(wanted)) || this.root.querySelector(wanted);
+    const input = (which === 1 && $("second").querySelector(wanted)) || document.querySelector(wanted);
     $("problem").textContent = field && !input ? `${field}: ${message}` : message;
     if (!input) return;
     const name = document.querySelector(`label[for="${input.id}"]`)?.textContent.trim() ?? field;
@@ -82,25 +124,26 @@ export class Form {
     input.setAttribute("aria-invalid", "true");
     input.setAttribute("aria-errormessage", "problem");
     const fault = Object.assign(document.createElement("p"), { className: "fault", textContent: message });
-    fault.setAttribute("aria-hidden", "true"); // said already, by the alert at the end of the form
-    input.closest(".field, .knob").append(fault);
+    fault.setAttribute("aria-hidden", "true"); // the alert says it already
+    input.closest(".field, .knob")?.append(fault);
+    reveal(input);
     input.focus();
   }
 
   forgiveAll() {
     $("problem").textContent = "";
-    for (const input of this.root.querySelectorAll("[aria-invalid]")) this.#forgive(input);
+    for (const input of document.querySelectorAll("[aria-invalid]")) this.#forgive(input);
   }
 
   #forgive(input) {
     if (!input.hasAttribute("aria-invalid")) return;
     input.removeAttribute("aria-invalid");
     input.removeAttribute("aria-errormessage");
-    input.closest(".field, .knob").querySelector(".fault")?.remove();
+    input.closest(".field, .knob")?.querySelector(".fault")?.remove();
     $("problem").textContent = "";
   }
 
-  // What the server says of a number, under the names that are wanted.
+  // The server's limits of a number, under the names `least` and `most`.
   #limits(name, least, most) {
     const property = this.schema[name];
     const { minimum, maximum } = property.anyOf?.find(({ type }) => type !== "null") ?? property;
@@ -108,14 +151,8 @@ export class Form {
   }
 
   #showModel() {
-    const { kind, classes, width, height, grid, description, steps, guidance, sampler } = this.card;
-    const byClass = kind === "class";
-    $("class-row").hidden = !byClass;
-    $("prompt-row").hidden = byClass;
-    $("class").required = byClass;
-    $("prompt").required = !byClass;
-    $("classes").replaceChildren(...classes.map((name) => new Option(name)));
-    $("about").textContent = `${width} × ${height} pixels in ${grid[0] * grid[1]} patches. ${description}`;
+    const { steps, guidance, sampler } = this.card;
+    this.panel.show(this.card);
     $("steps").value = steps;
     $("guidance").value = guidance;
     this.first.show(sampler);
@@ -124,7 +161,7 @@ export class Form {
     this.#showPreset();
   }
 
-  // With a picture to start from, only some samplers will do, and the picture's own size is the usual one.
+  // With a picture to start from, only some samplers work, and the default size is the picture's own.
   #showSource() {
     this.size.offer(this.card, this.source.size);
     const names = this.source.size ? STARTERS : null;
@@ -155,6 +192,12 @@ export class Form {
       radio.checked = Object.entries({ ...sampler, steps }).every(([key, value]) => shown[key] === value);
     }
   }
+}
+
+// Unfolds what hides an input.
+function reveal(input) {
+  const folded = input.closest("details");
+  if (folded) folded.open = true;
 }
 
 const randomSeed = () => Math.floor(Math.random() * MOST_SEED);

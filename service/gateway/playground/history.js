@@ -1,4 +1,5 @@
-// Past generations, kept in this browser alone, the oldest dropped when there are too many or they grow too big.
+// Past generations, stored in this browser only. The oldest are dropped when there are too many, or they need too much
+// space.
 
 const [DATABASE, STORE] = ["patchforge", "generations"];
 const MOST = 48;
@@ -15,15 +16,18 @@ export class History {
     return history;
   }
 
-  // Newest first: {key, at, titles, runs}, the runs as `Run.record` gives them.
+  // Newest first: {key, at, titles, runs}, with runs from `Run.record`.
   async all() { return (await settled(this.#store("readonly").getAll())).reverse(); }
 
   async add(titles, runs) {
     const at = Date.now();
-    await settled(this.#store().put({ key: `${String(at).padStart(15, "0")}-${runs[0].id}`, at, titles, runs }));
+    const key = `${String(at).padStart(15, "0")}-${runs[0].id}`;
+    await settled(this.#store().put({ key, at, titles, runs }));
     await this.#trim();
+    return key;
   }
 
+  async get(key) { return settled(this.#store("readonly").get(key)); }
   async remove(key) { await settled(this.#store().delete(key)); }
   async clear() { await settled(this.#store().clear()); }
 
@@ -45,55 +49,4 @@ function settled(request) {
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
   });
-}
-
-// The row of past generations under the stage.
-export class Shelf {
-  #urls = [];
-
-  constructor(root, history, onPick) {
-    this.root = root;
-    this.list = root.querySelector("ol");
-    this.history = history;
-    this.onPick = onPick;
-    root.querySelector("#forget").addEventListener("click", async () => {
-      await history.clear();
-      await this.refresh();
-    });
-  }
-
-  async refresh() {
-    const entries = await this.history.all();
-    for (const url of this.#urls) URL.revokeObjectURL(url);
-    this.#urls = [];
-    this.root.hidden = entries.length === 0;
-    this.list.replaceChildren(...entries.map((entry) => this.#item(entry)));
-  }
-
-  #item(entry) {
-    const { request } = entry.runs[0];
-    const words = request.prompt ?? request.class_label;
-    const item = document.createElement("li");
-    const pick = Object.assign(document.createElement("button"), { type: "button", className: "pick", title: words });
-    pick.append(...entry.runs.map((run) => this.#thumbnail(run)));
-    pick.setAttribute("aria-label", `${words}, ${entry.titles.join(" and ")}, seed ${request.seed}`);
-    pick.addEventListener("click", () => this.onPick(entry));
-    const remove = Object.assign(document.createElement("button"), { type: "button", className: "remove" });
-    remove.textContent = "×";
-    remove.setAttribute("aria-label", `Remove ${words}`);
-    remove.addEventListener("click", async () => {
-      await this.history.remove(entry.key);
-      await this.refresh();
-      (this.list.querySelector("button") ?? document.getElementById("generate")).focus();
-    });
-    const caption = Object.assign(document.createElement("span"), { textContent: words });
-    item.append(pick, remove, caption);
-    return item;
-  }
-
-  #thumbnail({ pictures }) {
-    const url = URL.createObjectURL(pictures[0].final);
-    this.#urls.push(url);
-    return Object.assign(new Image(), { src: url, alt: "" });
-  }
 }

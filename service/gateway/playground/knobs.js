@@ -1,10 +1,10 @@
-// The knobs of a sampler, made from the server's own description of it: a new sampler appears here by itself.
+// The settings ("knobs") of each sampler, built from the server's OpenAPI document: new samplers appear automatically.
 
-const CROWDED = 20; // a range whose ends differ by more than this factor is moved along logarithmically
-const PAPER = / \(paper: [^)]*\)/; // a remark for readers of the code
-const STOPS = 100; // of a slider over real numbers
+const CROWDED = 20; // a slider whose default is nearer to its start than 1/20 of the range is logarithmic
+const PAPER = / \(paper: [^)]*\)/; // a note for developers
+const STOPS = 100; // positions of a slider over real numbers
 
-// {name → {name, title, about, knobs}} in the server's order, from the schemas of its OpenAPI document.
+// Maps each sampler's name to {name, title, about, knobs}, in the order of the OpenAPI schemas.
 export function samplersOf(schemas) {
   const union = schemas.GenerationRequest.properties.sampler.anyOf.find(({ oneOf }) => oneOf);
   const found = union.oneOf.map(({ $ref }) => schemas[$ref.split("/").at(-1)]).map((schema) => {
@@ -37,7 +37,7 @@ function knob(name, property) {
 const sentence = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");
 const plain = (text) => text.split("\n\n")[0].replaceAll("`", "").replaceAll(/[\n_]/g, " ").replace(PAPER, "");
 
-// A sampler's choice and its knobs, inside `root`: a <select>, a description and a <fieldset>.
+// Chooses a sampler and its knobs, inside `root`: a <select>, a description and a <fieldset>.
 export class SamplerPicker {
   constructor(root, samplers) {
     this.root = root;
@@ -49,7 +49,7 @@ export class SamplerPicker {
 
   get allowed() { return [...this.select.options].filter(({ disabled }) => !disabled).map(({ value }) => value); }
 
-  // Leaves only these samplers to choose from; null leaves all.
+  // Disables all samplers except `names`; null enables all.
   allow(names) {
     for (const option of this.select.options) option.disabled = names !== null && !names.includes(option.value);
   }
@@ -103,7 +103,7 @@ function choice(choices) {
   return select;
 }
 
-// A number to type and, where both ends are known, a slider that moves with it.
+// A number input and, if both limits are known, a slider that follows it.
 function numeric(input, kind, { least, most, optional }, value, title) {
   const step = kind === "integer" ? 1 : "any";
   Object.assign(input, { type: "number", step, min: least ?? "", max: most ?? "", required: !optional });
@@ -112,7 +112,7 @@ function numeric(input, kind, { least, most, optional }, value, title) {
   const scale = scaleOf(least, most, kind, value);
   const slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: scale.stops });
   slider.setAttribute("aria-label", `${title}, slider`);
-  slider.tabIndex = -1; // the number beside it has the same arrows; one stop a knob is enough
+  slider.tabIndex = -1; // the number input has the same arrow keys; one tab stop per knob is enough
   const follow = () => { slider.value = scale.place(Number(input.value)); };
   input.addEventListener("input", follow);
   slider.addEventListener("input", () => {

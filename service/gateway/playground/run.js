@@ -1,14 +1,16 @@
-// A run: one job from its submission to its report, and every frame seen of its pictures on the way.
+// A run: one job from submission to report, with every frame received of its pictures.
 
 import * as api from "./api.js";
 
-// A frame: {evaluation, evaluations, times, difficulty, finishedAt, done, dense, blob}; the last is the picture.
+// A frame is {evaluation, evaluations, times, difficulty, finishedAt, done, dense, blob}. The last frame is the result.
+// While the picture is made, blob is null until its first preview; afterwards earlier frames show that preview too.
 export class Run extends EventTarget {
   constructor(card, request, source = null) {
     super();
     this.card = card;
+    this.grid = card.grid; // rows and columns of patches; events say if a picture has others
     this.request = request;
-    this.source = source; // what it started from: {image, mask, marked}
+    this.source = source; // the picture it started from: {image, mask, marked}
     this.id = null;
     this.state = "waiting"; // then running, completed, failed, cancelled or expired
     this.report = null;
@@ -26,7 +28,7 @@ export class Run extends EventTarget {
   get ended() { return !["waiting", "running"].includes(this.state); }
   get seconds() { return this.report?.duration_seconds ?? (performance.now() - this.began) / 1000; }
 
-  // Work done so far, and what a dense run would have done by then.
+  // Patch evaluations so far, and those of a dense run at the same point.
   get work() {
     if (this.report) return { done: this.report.patch_evaluations, dense: this.report.dense_patch_evaluations };
     const latest = this.pictures.map(({ frames }) => frames.at(-1)).filter(Boolean);
@@ -41,13 +43,14 @@ export class Run extends EventTarget {
     return shares.reduce((total, share) => total + share, 0) / shares.length;
   }
 
-  // Resolves when the job has ended, however; rejects if it cannot be followed.
+  // Resolves when the job has ended, in any state; rejects if its events cannot be read.
   async follow() {
     for await (const event of api.events(this.id)) {
+      if (event.grid) this.#regrid(event.grid);
       if (event.type === "started") this.#start();
       else if (event.type === "preview") this.#preview(event);
       else if (event.type === "patches") this.#finished(event);
-      else if (event.type === "image") this.pictures[event.index].final = await api.picture(this.id, event.index);
+      else if (event.type === "image") await this.#arrive(event.index);
       else if (event.type === "completed") this.#complete(event.report);
       else if (api.TERMINAL.has(event.type)) this.state = event.type;
       this.#tell(event);
@@ -56,40 +59,59 @@ export class Run extends EventTarget {
 
   cancel(options) { return this.ended ? null : api.cancel(this.id, options); }
 
-  // What history keeps, and back.
+  // What the history stores; `restore` turns it back into a run.
   record() {
-    const { id, card, request, source, state, report, pictures } = this;
-    return { id, card, request, source, state, report, pictures };
+    const { id, card, grid, request, source, state, report, pictures } = this;
+    return { id, card, grid, request, source, state, report, pictures };
   }
 
   static restore({ card, request, ...rest }) { return Object.assign(new Run(card, request), rest); }
 
-  #start() { // again, if an earlier worker died: the same seed begins anew
+  #start() { // comes again if a worker died: the job restarts with the same seed
     this.state = "running";
     for (const picture of this.pictures) Object.assign(picture, { frames: [], finishedAt: this.#nowhere() });
   }
 
-  #nowhere() { return Array(this.card.grid[0] * this.card.grid[1]).fill(0); } // 0 for patches that still move
+  #nowhere() { return Array(this.grid[0] * this.grid[1]).fill(0); } // 0 for unfinished patches
+
+  #regrid(grid) {
+    if (String(grid) === String(this.grid)) return;
+    this.grid = grid;
+    for (const picture of this.pictures) picture.finishedAt = this.#nowhere();
+  }
 
   #note(picture, patches, evaluation) {
     picture.finishedAt = [...picture.finishedAt];
     for (const patch of patches) picture.finishedAt[patch] ||= evaluation;
   }
 
-  // Between previews: the last one again, with more of its patches in their place.
-  #finished({ index, patches, evaluation }) {
+  // Patches finished between previews: repeats the last frame with these patches finished.
+  #finished({ index, patches, evaluation, evaluations }) {
     const picture = this.pictures[index];
     this.#note(picture, patches, evaluation);
-    const last = picture.frames.at(-1);
-    if (!last) return;
-    const times = last.times.map((t, patch) => (picture.finishedAt[patch] ? 1 : t));
-    picture.frames.push({ ...last, evaluation, times, finishedAt: picture.finishedAt });
+    const { times, ...last } = picture.frames.at(-1) ?? this.#unseen(evaluations);
+    const settled = times.map((t, patch) => (picture.finishedAt[patch] ? 1 : t));
+    picture.frames.push({ ...last, evaluation, times: settled, finishedAt: picture.finishedAt });
+  }
+
+  #unseen(evaluations) {
+    return { evaluations, times: this.#nowhere(), difficulty: null, done: 0, dense: 0, blob: null };
+  }
+
+  // A finished picture is shown at once: others of the job may take a while.
+  async #arrive(index) {
+    const picture = this.pictures[index];
+    picture.final = await api.picture(this.id, index);
+    const last = picture.frames.at(-1) ?? { ...this.#unseen(1), evaluation: 1, finishedAt: picture.finishedAt };
+    picture.frames.push({ ...last, times: last.times.map(() => 1), blob: picture.final });
   }
 
   #preview(event) {
     const picture = this.pictures[event.index];
     const settled = event.times.flatMap((t, patch) => (t >= 1 ? [patch] : []));
     this.#note(picture, settled, event.evaluation);
+    const blob = bytes(event.b64_png);
+    for (const frame of picture.frames) frame.blob ??= blob;
     picture.frames.push({
       evaluation: event.evaluation,
       evaluations: event.evaluations,
@@ -98,16 +120,19 @@ export class Run extends EventTarget {
       finishedAt: picture.finishedAt,
       done: event.patch_evaluations,
       dense: event.dense_patch_evaluations,
-      blob: bytes(event.b64_png),
+      blob,
     });
   }
 
   #complete(report) {
     this.state = "completed";
     this.report = report;
+    this.grid = [report.grid_rows, report.grid_columns];
     this.pictures.forEach(({ frames, final }, index) => {
       const image = report.images[index];
       const evaluations = Math.max(...image.finished_at);
+      for (const frame of frames) frame.blob ??= final;
+      if (frames.at(-1)?.blob === final) frames.pop(); // what `#arrive` showed, now with the report's figures
       frames.push({
         evaluation: evaluations,
         evaluations,

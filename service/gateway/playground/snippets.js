@@ -1,18 +1,20 @@
-// The generation on show, as commands that make it again elsewhere.
+// Code that makes the shown pictures again: curl, Python and gRPC.
 
 const PICTURE = { png: "png", webp: "webp", jpeg: "jpg" };
 const FILES = { image: "source.png", mask: "mask.png" };
 
-// What is worth repeating of a request: what the person chose, not what every request carries.
+// The fields of a request that the code repeats; defaults such as the output format are left out.
 function chosen(request) {
   const { model, prompt, class_label: label, n, seed, sampler, steps, guidance, width, height, strength } = request;
+  const negative = request.negative_prompt;
   return {
-    model, ...(prompt == null ? { class_label: label } : { prompt }), n, seed, sampler, steps, guidance,
+    model, ...(prompt == null ? { class_label: label } : { prompt }), ...(negative ? { negative_prompt: negative } : {}),
+    n, seed, sampler, steps, guidance,
     ...(width == null ? {} : { width, height }), ...(strength == null ? {} : { strength }),
   };
 }
 
-// What a request started from, by field, under the names the page offers it to be saved by.
+// The files of a request by field, under the names that the page offers them for download.
 function files(request) {
   return ["image", "mask"].filter((field) => request[field]).map((field) => [field, FILES[field]]);
 }
@@ -34,7 +36,7 @@ done
 `;
 }
 
-// A request with files is put together in one; a command line could not hold them.
+// Builds a request with files as a file: a command line could not hold it.
 function body(request) {
   const parts = files(request);
   if (parts.length === 0) return "";
@@ -55,7 +57,7 @@ export function python(request, { http, key }) {
     ...Object.entries(chosen(request)).map(([name, value]) => `        ${name}=${literal(value)},\n`),
     ...files(request).map(([name, file]) => `        ${name}=${opened(file)},\n`),
   ];
-  return `${key ? "import os\n\n" : ""}from service.client import Client
+  return `${key ? "import os\n\n" : ""}from patchforge import Client
 
 with Client(${literal(http)}${auth}) as client:
     made = client.generate(
@@ -78,19 +80,22 @@ export function grpc(request, { grpc: target, key, secure }) {
     : `grpc.insecure_channel(${literal(target)})`;
   const metadata = key ? `, metadata=[("authorization", f"Bearer {os.environ['PATCHFORGE_API_KEY']}")]` : "";
   return `${key ? "import os\n\n" : ""}import grpc
-from service.pb.patchforge.v1 import image_service_pb2 as pb
-from service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
+from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
+from patchforge.service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
 
 generation = pb.Generation(
 ${lines.join("")}    ${name}=pb.${message(name)}(${options}),
 )
+pictures = {}
 with ${channel} as channel:
     request = pb.GenerateImageRequest(generation=generation)
     for answer in ImageServiceStub(channel).GenerateImage(request${metadata}):
-        event = answer.event
-        if event.WhichOneof("event") == "image":
-            with open(f"picture-{event.image.index}.${PICTURE[request.output_format ?? "png"]}", "wb") as file:
-                file.write(event.image.data)
+        if answer.event.WhichOneof("event") == "image":  # large pictures come in several
+            image = answer.event.image
+            pictures[image.index] = pictures.get(image.index, b"") + image.data
+for index, data in pictures.items():
+    with open(f"picture-{index}.${PICTURE[request.output_format ?? "png"]}", "wb") as file:
+        file.write(data)
 `;
 }
 

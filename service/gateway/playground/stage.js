@@ -1,13 +1,14 @@
-// The stage: one pane, or two side by side, under one scrubber and one set of overlays.
+// The stage: one pane, or two side by side, with one scrubber and one set of overlays.
 
 import { SCALES } from "./canvas.js";
 import { Pane } from "./pane.js";
 import { finishedShare } from "./run.js";
 
-const REPLAY_MS = 90; // a frame
+const REPLAY_MS = 3000; // a whole run, unless that would make its frames
+const [FASTEST_MS, SLOWEST_MS] = [90, 700]; // shorter or longer than these
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const LEGENDS = {
-  none: "Tiles float while their patch is being made and close up when it is finished. Rimmed ones get the work.",
+  none: "Small tiles are unfinished patches. An orange rim marks those that get the work now.",
   finish: ["finished early", "late"],
   difficulty: ["easy", "hard"],
 };
@@ -30,33 +31,38 @@ export class Stage {
     this.#applyOptions();
   }
 
-  // Puts runs on the stage, each under its title, and follows them.
+  // Shows runs, each under its title, or one under its prompt, and updates them as they change.
   show(runs, titles) {
     this.#stop();
     for (const pane of this.#panes) pane.remove();
-    this.#panes = runs.map((run, index) => new Pane(run, titles[index]));
+    const { prompt, class_label: label } = runs[0].request;
+    this.#panes = runs.map((run, index) => new Pane(run, runs.length > 1 ? titles[index] : prompt ?? label));
     this.easel.replaceChildren(...this.#panes.map(({ element }) => element));
     this.easel.dataset.panes = runs.length;
     this.root.querySelector("#controls").hidden = false;
     this.scrubber.value = this.scrubber.max = 0;
     for (const run of runs) run.addEventListener("change", () => this.#changed(run));
-    this.#applyOptions();
     this.#refresh({ jump: true });
   }
 
-  get runs() { return this.#panes.map(({ run }) => run); }
+  // Whether the picture to start from takes the place of the pictures, to be painted on.
+  set painting(yes) {
+    this.root.toggleAttribute("data-painting", yes);
+    this.root.querySelector("#editor").hidden = !yes;
+  }
 
   #changed(run) {
     const pane = this.#panes.find((each) => each.run === run);
     if (pane) this.#refresh();
   }
 
-  // After new frames: whoever watches the newest goes on watching it, whoever looked back stays there.
+  // Call after new frames. The scrubber follows the newest frame unless the user moved it back.
   #refresh(how) {
     const newest = this.scrubber.value === this.scrubber.max;
     this.scrubber.max = Math.max(0, Math.max(0, ...this.#panes.map(({ length }) => length)) - 1);
     if (newest && !this.#replay) this.scrubber.value = this.scrubber.max;
     for (const pane of this.#panes) pane.update();
+    this.#applyOptions();
     this.root.querySelector("#replay").disabled = this.scrubber.max < 1;
     this.scrubber.disabled = this.scrubber.max < 1;
     this.#draw();
@@ -82,7 +88,7 @@ export class Stage {
       this.scrubber.value = Number(this.scrubber.value) + 1;
       this.#scrub({ jump: false });
       if (this.scrubber.value === this.scrubber.max) this.#stop();
-    }, REPLAY_MS);
+    }, pace(Number(this.scrubber.max) + 1));
   }
 
   #stop() {
@@ -94,16 +100,27 @@ export class Stage {
   #applyOptions() {
     const overlay = this.root.querySelector('[name="overlay"]:checked').value;
     const checked = (id) => this.root.querySelector(id).checked;
-    for (const pane of this.#panes) pane.options = { overlay, tiles: checked("#tiles"), crisp: checked("#crisp") };
+    const range = this.#range();
+    for (const pane of this.#panes) {
+      pane.options = { overlay, tiles: checked("#tiles"), crisp: checked("#crisp"), range };
+    }
     const [legend, scale] = [LEGENDS[overlay], this.root.querySelector("#scale")];
     scale.hidden = overlay === "none";
     this.root.querySelector("#legend").textContent = overlay === "none" ? legend : "";
     if (scale.hidden) return;
-    [scale.firstElementChild.textContent, scale.lastElementChild.textContent] = legend;
+    const ends = overlay === "finish" ? range.map((evaluation) => ` (after evaluation ${evaluation})`) : ["", ""];
+    [scale.firstElementChild, scale.lastElementChild].forEach((end, at) => { end.textContent = legend[at] + ends[at]; });
     scale.children[1].style.background = `linear-gradient(90deg, ${SCALES[overlay].join(", ")})`;
   }
 
-  // How far the patches have come on average, over the run: a line for each pane, above the scrubber.
+  // One scale for the finish maps of all panes, so that equal colours mean equal evaluations.
+  #range() {
+    const spans = this.#panes.map(({ span }) => span);
+    const [first, last] = [Math.min(...spans.map(([from]) => from)), Math.max(...spans.map(([, to]) => to))];
+    return first <= last ? [first, last] : [1, 1];
+  }
+
+  // Draws the mean timestep of the patches over the run, one line per pane, above the scrubber.
   #draw() {
     this.root.querySelectorAll("#graph path").forEach((path, index) => {
       const frames = this.#panes[index]?.run.pictures[0].frames ?? [];
@@ -122,7 +139,7 @@ export class Stage {
     if (canvas?.frame) this.#read(canvas, canvas.patchAt(event));
   }
 
-  // Arrow keys walk over the patches of the picture in focus.
+  // Arrow keys move over the patches of the focused picture.
   #walk(event) {
     const canvas = this.#canvas(event.target);
     const [across, down] = ARROWS[event.key] ?? [];
@@ -134,7 +151,7 @@ export class Stage {
     this.#read(canvas, within(row, rows) * columns + within(column, columns));
   }
 
-  // All panes point at the same patch, so that it can be compared.
+  // Points at the same patch in all panes, for comparison.
   #read(canvas, patch) {
     for (const each of this.#panes.flatMap(({ canvases }) => canvases)) each.point(patch);
     this.root.querySelector("#patch").textContent = reading(canvas, patch);
@@ -145,6 +162,9 @@ export class Stage {
     this.root.querySelector("#patch").textContent = "";
   }
 }
+
+// Milliseconds for each frame of a replay.
+export const pace = (frames) => Math.min(SLOWEST_MS, Math.max(FASTEST_MS, REPLAY_MS / frames));
 
 const mean = (values) => values.reduce((total, value) => total + value, 0) / values.length;
 

@@ -1,10 +1,10 @@
-// Light, dark, or as the system has it. Runs before the first paint; not a module, because those run after it.
+// The colour theme: light, dark or the system's. Not a module, because it must run before the first paint.
 
 (() => {
   const KEY = "patchforge-theme";
   const ORDER = ["system", "light", "dark"];
   let theme = "system";
-  try { theme = localStorage.getItem(KEY) ?? theme; } catch { /* storage is switched off: nothing to remember */ }
+  try { theme = localStorage.getItem(KEY) ?? theme; } catch { /* storage is off: use the system's theme */ }
 
   const apply = () => {
     document.documentElement.dataset.theme = theme;
@@ -18,7 +18,7 @@
     apply();
     document.getElementById("theme").addEventListener("click", () => {
       theme = ORDER[(ORDER.indexOf(theme) + 1) % ORDER.length];
-      try { localStorage.setItem(KEY, theme); } catch { /* then it holds until the page is left */ }
+      try { localStorage.setItem(KEY, theme); } catch { /* storage is off: lasts until the page closes */ }
       apply();
     });
   });

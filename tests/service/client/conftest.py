@@ -1,4 +1,4 @@
-"""The gateway's fixtures, seen from the other side of the wire, and a wire that can be cut."""
+"""The gateway's fixtures for client tests, and a connection that tests can cut."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.gateway.app import Gateway
+from patchforge.service.gateway.app import Gateway
+from tests.patience import PATIENCE
 from tests.service.gateway.conftest import gateway, settings, url, worker
 
 __all__ = ["gateway", "settings", "url", "worker"]
 
 
 class Wire:
-    """A TCP relay to a port of this machine, whose connections can be held or cut."""
+    """A TCP relay to a port of this machine. Tests can hold or cut its connections."""
 
     def __init__(self, port: int) -> None:
         self.target = port
@@ -30,13 +31,13 @@ class Wire:
         return f"http://127.0.0.1:{self.port}"
 
     def cut(self) -> None:
-        """Breaks every connection; new ones are welcome."""
+        """Cuts all connections; new ones are accepted."""
         for writer in self._writers:
             writer.transport.abort()
 
     async def connected(self) -> None:
-        """Waits for a connection that nobody has waited for yet."""
-        await asyncio.wait_for(self._connected.acquire(), 60)
+        """Wait for the next new connection."""
+        await asyncio.wait_for(self._connected.acquire(), PATIENCE)
 
     async def relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream, upward = await asyncio.open_connection("127.0.0.1", self.target)
@@ -66,7 +67,7 @@ class Wire:
 
 @pytest.fixture
 async def wire(gateway: Gateway) -> AsyncIterator[Wire]:
-    """Between a client and the gateway."""
+    """A relay between a client and the gateway."""
     relay = Wire(gateway.http_port)
     server = await asyncio.start_server(relay.relay, "127.0.0.1", 0)
     relay.port = server.sockets[0].getsockname()[1]

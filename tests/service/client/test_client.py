@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from service.api_keys import entry
-from service.client import AsyncClient, Client, JobCancelled, UnexpectedAnswer, Unreachable
-from service.embedded import free_port
-from service.errors import (
+from patchforge.service.client import AsyncClient, Client, JobCancelled, UnexpectedAnswer, Unreachable
+from patchforge.service.embedded import free_port
+from patchforge.service.errors import (
     IdempotencyConflict,
     InvalidRequest,
     JobFailed,
@@ -21,12 +20,14 @@ from service.errors import (
     PatchforgeError,
     Unauthenticated,
 )
-from service.events import Event
-from service.gateway.app import Gateway
-from service.queue import JobQueue
-from service.sampler_options import DualLoop
-from service.schemas import GenerationRequest, JobStatus
-from service.settings import Settings
+from patchforge.service.gateway.app import Gateway
+from patchforge.service.gateway.auth import make_entry
+from patchforge.service.messages.events import Event
+from patchforge.service.messages.samplers import DualLoop
+from patchforge.service.messages.schemas import GenerationRequest, JobStatus
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
+from tests.patience import PATIENCE
 from tests.service.client.conftest import Wire
 from tests.service.gateway.harness import CARDS, ScriptedWorker, ended, png, running
 
@@ -80,7 +81,7 @@ async def test_generate_gives_pictures_and_their_report(client: Both) -> None:
     assert seen == ["queued", "started", *["preview"] * 16, "image", "image", "completed"]
 
 
-async def test_a_request_can_be_a_message_and_fields_go_over_it(client: Both) -> None:
+async def test_fields_replace_those_of_a_request_object(client: Both) -> None:
     request = GenerationRequest(model="tiny-text", prompt="a pear", seed=1, sampler=DualLoop(inner_steps=2))
     job = await client.call("submit", request, seed=2, guidance=2.0)
     assert job.request.model_dump() == request.model_dump() | {
@@ -120,7 +121,7 @@ async def test_a_refusal_names_its_field(client: Both, fields: dict[str, Any], f
     assert caught.value.message
 
 
-async def test_what_is_not_there(client: Both, worker: ScriptedWorker) -> None:
+async def test_missing_jobs_models_and_pictures(client: Both, worker: ScriptedWorker) -> None:
     with pytest.raises(NotFound):
         await client.call("job", "01ARZ3NDEKTSV4RRFFQ69G5FAV")
     with pytest.raises(NotFound):
@@ -140,7 +141,7 @@ async def test_a_job_that_fails(client: Both) -> None:
     assert caught.value.code == "out_of_memory"
 
 
-async def test_a_job_that_another_cancels(client: Both, worker: ScriptedWorker, queue: JobQueue) -> None:
+async def test_a_job_that_another_caller_cancels(client: Both, worker: ScriptedWorker, queue: JobQueue) -> None:
     worker.curtain.clear()
     drawing = asyncio.create_task(client.call("generate", model="tiny-text", prompt="a pear"))
     await queue.cancel(await worker.next_job())
@@ -148,7 +149,7 @@ async def test_a_job_that_another_cancels(client: Both, worker: ScriptedWorker, 
         await drawing
 
 
-async def test_watching_goes_on_after_an_event(client: Both) -> None:
+async def test_watching_resumes_after_an_event(client: Both) -> None:
     job = await client.call("submit", model="tiny-text", prompt="a pear")
     whole = await client.events(job.id)
     assert [event.type for _, event in whole] == KINDS
@@ -168,7 +169,7 @@ async def test_a_broken_connection_loses_and_repeats_nothing(
         await wire.connected()
         wire.cut()
     worker.curtain.set()
-    seen = await asyncio.wait_for(watching, 60)
+    seen = await asyncio.wait_for(watching, PATIENCE)
     assert seen == await direct.events(job.id)
     await broken.close()
     await direct.close()
@@ -178,7 +179,7 @@ class Leaving(BaseException):
     """Like KeyboardInterrupt, without ending the test run."""
 
 
-async def test_leaving_cancels_the_job(client: Both, worker: ScriptedWorker, queue: JobQueue) -> None:
+async def test_an_interruption_cancels_the_job(client: Both, worker: ScriptedWorker, queue: JobQueue) -> None:
     worker.curtain.clear()
 
     def leave(event: Event) -> None:
@@ -206,7 +207,7 @@ async def test_a_task_cancelled_while_it_submits_leaves_no_job_behind(
 
 
 async def test_keys(kind: str, settings: Settings, queue: JobQueue, worker: ScriptedWorker) -> None:
-    locked = settings.model_copy(update={"api_keys": [entry("tester", "s3cret")]})
+    locked = settings.model_copy(update={"api_keys": [make_entry("tester", "s3cret")]})
     async with running(Gateway(locked, queue)) as gateway:
         for key in (None, "wrong"):
             stranger = Both(kind, f"http://127.0.0.1:{gateway.http_port}", api_key=key)
@@ -218,7 +219,7 @@ async def test_keys(kind: str, settings: Settings, queue: JobQueue, worker: Scri
         await tester.close()
 
 
-async def test_nobody_there(kind: str) -> None:
+async def test_no_server(kind: str) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     both = Both(kind, url)
     with pytest.raises(Unreachable, match=url):
@@ -238,7 +239,7 @@ class Stranger(BaseHTTPRequestHandler):
         pass
 
 
-async def test_somebody_else_there(kind: str) -> None:
+async def test_another_web_server(kind: str) -> None:
     with HTTPServer(("127.0.0.1", 0), Stranger) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         both = Both(kind, f"http://127.0.0.1:{server.server_port}")

@@ -1,4 +1,4 @@
-"""A client is not thrown by a server newer than itself, and gives up on one that has gone."""
+"""A client works with a newer server, and gives up if the server is gone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import httpx
 import pytest
 from httpx_sse import ServerSentEvent
 
-from service.client import UnexpectedAnswer, Unreachable
-from service.client.wire import RETRY_SECONDS, Place, parsed
-from service.errors import QueueFull, Unavailable
-from service.events import Queued
-from service.schemas import GenerationRequest, Job
+from patchforge.service.client import UnexpectedAnswer, Unreachable
+from patchforge.service.client.wire import RETRY_SECONDS, Place, parsed
+from patchforge.service.errors import QueueFull, Unavailable
+from patchforge.service.messages.events import Queued
+from patchforge.service.messages.schemas import GenerationRequest, Job
 
 URL = httpx.URL("http://127.0.0.1:8000/v1/jobs/x/events")
 
@@ -21,7 +21,7 @@ def answer(status: int, content: bytes, **headers: str) -> httpx.Response:
     return httpx.Response(status, content=content, headers=headers, request=httpx.Request("GET", URL))
 
 
-def test_fields_of_a_newer_server_are_passed_over() -> None:
+def test_fields_of_a_newer_server_are_ignored() -> None:
     job = Job(id="x", status="waiting", request=GenerationRequest(prompt="a pear"), created_at=1.0)
     newer = json.loads(job.model_dump_json())
     newer["mood"] = "good"
@@ -29,7 +29,7 @@ def test_fields_of_a_newer_server_are_passed_over() -> None:
     assert parsed(Job, answer(200, json.dumps(newer).encode())) == job
 
 
-def test_events_of_a_newer_server_are_passed_over_but_not_forgotten() -> None:
+def test_events_of_a_newer_server_are_ignored_but_advance_the_position() -> None:
     place = Place(URL, None)
     assert place.take(ServerSentEvent("queued", '{"type": "queued", "mood": "good"}', "1-0")) == Queued()
     assert place.take(ServerSentEvent("fireworks", "{}", "2-0")) is None
@@ -38,7 +38,7 @@ def test_events_of_a_newer_server_are_passed_over_but_not_forgotten() -> None:
         place.take(ServerSentEvent("started", "{}", "3-0"))
 
 
-def test_patience_with_a_broken_connection_ends_and_is_renewed_by_every_event() -> None:
+def test_retries_are_limited_and_every_event_resets_them() -> None:
     place = Place(URL, None)
     broken = httpx.ReadError("reset")
     waits = [place.wait(broken) for _ in RETRY_SECONDS]
@@ -53,7 +53,7 @@ def test_patience_with_a_broken_connection_ends_and_is_renewed_by_every_event() 
     assert place.wait(broken) == RETRY_SECONDS[0]
 
 
-def test_a_full_queue_says_when_to_come_back() -> None:
+def test_a_full_queue_has_retry_after() -> None:
     problem = {"code": "queue_full", "detail": "too many wait", "field": None, "status": 503}
     with pytest.raises(QueueFull, match="too many wait") as caught:
         parsed(Job, answer(503, json.dumps(problem).encode(), **{"Retry-After": "5"}))

@@ -1,4 +1,4 @@
-"""A page of the playground in a real browser, and the rules that hold on it whatever a test does."""
+"""The playground in a real browser, and rules that hold in every test."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from typing import Any
 
 from playwright.async_api import Page, Request, Route, async_playwright, expect
 
+from tests.patience import PATIENCE
+
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-PATIENCE_MS = 30_000
+PATIENCE_MS = 1000 * PATIENCE
 
 
 @asynccontextmanager
 async def playground(
-    url: str, *, ready: bool = True, forgive: str | None = None, **context: Any
+    url: str,
+    fragment: str = "",
+    *,
+    ready: bool = True,
+    advanced: bool = False,
+    forgive: str | None = None,
+    **context: Any,
 ) -> AsyncIterator[Page]:
-    """The page once it knows the models.
+    """Opens the page and waits until it has loaded the models. With `advanced`, all settings are unfolded.
 
-    Whatever it logs as an error, except lines with ``forgive`` in them, fails the test, and so does any request to
-    another origin.
+    The test fails if the page logs an error, except lines that contain `forgive`, or sends a request to another
+    origin.
     """
     errors: list[str] = []
     strangers: list[str] = []
@@ -40,15 +48,17 @@ async def playground(
 
     expect.set_options(timeout=PATIENCE_MS)
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
+        browser = await playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS, timeout=PATIENCE_MS)
         page = await (await browser.new_context(**context)).new_page()
         page.set_default_timeout(PATIENCE_MS)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: note(message.type, message.text))
         await page.route("**/*", guard)
-        await page.goto(url)
+        await page.goto(f"{url}/{fragment}")
         if ready:
             await expect(page.locator("#form:not([inert])")).to_be_visible()
+        if advanced:
+            await page.locator("summary").click()
         yield page
         await browser.close()
     assert errors == [], errors
@@ -56,7 +66,7 @@ async def playground(
 
 
 async def grey(page: Page, pane: int = 0) -> int:
-    """Red of the pixel in the middle of a pane's first picture; the scripted pictures are grey throughout."""
+    """The red value of a pixel of a pane's first picture; scripted pictures are uniformly grey."""
     script = """([pane]) => {
         const canvas = document.querySelectorAll(".pane")[pane].querySelector("canvas");
         const middle = [canvas.width / 4, canvas.height / 4].map(Math.floor);
@@ -67,7 +77,7 @@ async def grey(page: Page, pane: int = 0) -> int:
 
 
 async def nameless(page: Page) -> list[str]:
-    """The controls in sight that a screen reader could not tell apart."""
+    """The visible controls that have no name for a screen reader."""
     script = """all => all.filter((each) => each.checkVisibility() && !each.ariaLabel && !each.textContent.trim()
         && !(each.labels?.length)).map((each) => each.outerHTML)"""
     selector = "button, input, select, textarea, canvas, progress, a, pre"
@@ -77,16 +87,16 @@ async def nameless(page: Page) -> list[str]:
 
 async def turns(page: Page, wanted: int) -> None:
     """Waits until the first picture has that grey: a frame is decoded before it is drawn."""
-    async with asyncio.timeout(PATIENCE_MS / 1000):
+    async with asyncio.timeout(PATIENCE):
         while await grey(page) != wanted:
             await page.evaluate("new Promise(requestAnimationFrame)")
 
 
 async def draw(page: Page, prompt: str = "a red apple", seed: int = 200) -> None:
-    """Asks for a picture and waits until it is done."""
+    """Generates a picture and waits until it is done."""
     await page.fill("#prompt", prompt)
     await page.fill("#seed", str(seed))
+    await page.locator("#status").evaluate("status => { status.textContent = ''; }")  # an earlier picture's
     await page.press("#prompt", "Enter")
-    await expect(page.locator("#stage")).to_have_attribute("aria-busy", "true")
-    await expect(page.locator("#stage")).to_have_attribute("aria-busy", "false")
     await expect(page.locator("#status")).to_have_text("Done")
+    await expect(page.locator("#stage")).to_have_attribute("aria-busy", "false")

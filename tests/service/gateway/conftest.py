@@ -9,17 +9,18 @@ import grpc
 import httpx
 import pytest
 
-from service.embedded import EmbeddedServer
-from service.gateway.app import Gateway
-from service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
-from service.queue import JobQueue
-from service.settings import Settings
+from patchforge.service.embedded import EmbeddedServer
+from patchforge.service.gateway.app import Gateway
+from patchforge.service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
+from tests.patience import PATIENCE
 from tests.service.gateway.harness import CARDS, ScriptedWorker, running
 
 
 @pytest.fixture
 def settings(queue_server: EmbeddedServer) -> Settings:
-    """Free ports, quick pings, and a drain short enough to wait for."""
+    """Free ports, frequent pings and a short drain."""
     return Settings(
         redis_url=queue_server.url, http_port=0, grpc_port=0, max_waiting=8, sse_ping_seconds=0.2, drain_seconds=1
     )
@@ -52,7 +53,7 @@ def url(gateway: Gateway) -> str:
 
 @pytest.fixture
 async def http(url: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
         yield client
 
 

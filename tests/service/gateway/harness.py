@@ -1,4 +1,4 @@
-"""A worker that plays scenes instead of drawing, a gateway to run, and what tests ask of both."""
+"""A scripted worker in place of a real one, a gateway to run, and helpers for both."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import zlib
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Literal
 
-from service.events import Cancelled, Completed, Failed, Preview, Started
-from service.gateway.app import Gateway
-from service.queue import ANNOUNCED, Claim, Heartbeat, JobQueue
-from service.sampler_options import DualLoop, Euler
-from service.schemas import ImageReport, JobError, ModelCard, SavingsReport
+from patchforge.service.gateway.app import Gateway
+from patchforge.service.messages.events import Cancelled, Completed, Failed, Preview, Started
+from patchforge.service.messages.samplers import DualLoop, Euler
+from patchforge.service.messages.schemas import ImageReport, JobError, ModelCard, SavingsReport
+from patchforge.service.queue.job_queue import ANNOUNCED, Claim, Heartbeat, JobQueue
+from tests.patience import PATIENCE
 
 ROWS, COLUMNS = 2, 3
 PATCHES = ROWS * COLUMNS
@@ -61,9 +63,9 @@ def png(seed: int) -> bytes:
 
 
 class ScriptedWorker:
-    """Claims jobs like a real worker and plays the same scene for each.
+    """Claims jobs like a real worker and plays the same script for each.
 
-    Clear ``curtain`` to hold jobs after their first preview. A prompt of "fail" fails.
+    Clear `curtain` to hold jobs after their first preview. A prompt of "fail" fails.
     """
 
     def __init__(self, queue: JobQueue) -> None:
@@ -71,12 +73,16 @@ class ScriptedWorker:
         self.curtain = asyncio.Event()
         self.curtain.set()
         self.played = 0
+        self.evaluations = 8
+        """Of 8 that each picture might have."""
+        self.lowered_by: Literal["load"] | None = None
+        """What the reports say."""
         self._jobs: asyncio.Queue[str] = asyncio.Queue()
         self._scenes: set[asyncio.Task[None]] = set()
 
     async def next_job(self) -> str:
-        """The next job on stage, once its scene is played or held."""
-        return await asyncio.wait_for(self._jobs.get(), 60)
+        """The id of the next job, after its first preview."""
+        return await asyncio.wait_for(self._jobs.get(), PATIENCE)
 
     async def run(self) -> None:
         announced = -math.inf
@@ -102,10 +108,10 @@ class ScriptedWorker:
                 claim, Failed(error=JobError(code="out_of_memory", message="the picture is too big"))
             )
             return
-        for evaluation in range(1, 9):
+        for evaluation in range(1, self.evaluations + 1):
             if request.previews:
                 for index in range(request.n):
-                    await self.queue.publish(claim, _preview(index, evaluation))
+                    await self.queue.publish(claim, preview(index, evaluation))
             if evaluation == 1:
                 self._jobs.put_nowait(claim.job.id)
             if evaluation == 1 and not await self._may_go_on(claim):
@@ -113,7 +119,8 @@ class ScriptedWorker:
                 return
         for index in range(request.n):
             await self.queue.store_image(claim, index, png((request.seed or 0) + index))
-        await self.queue.finish(claim, Completed(report=report(request.seed or 0, request.n)))
+        told = report(request.seed or 0, request.n).model_copy(update={"lowered_by": self.lowered_by})
+        await self.queue.finish(claim, Completed(report=told))
 
     async def _may_go_on(self, claim: Claim) -> bool:
         while (beat := await self.queue.heartbeat(claim)) is Heartbeat.OK:
@@ -123,7 +130,7 @@ class ScriptedWorker:
         return beat is Heartbeat.OK
 
 
-def _preview(index: int, evaluation: int) -> Preview:
+def preview(index: int, evaluation: int) -> Preview:
     return Preview(
         index=index,
         evaluation=evaluation,
@@ -156,7 +163,7 @@ def report(seed: int, n: int) -> SavingsReport:
 
 @asynccontextmanager
 async def running(gateway: Gateway) -> AsyncIterator[Gateway]:
-    """The gateway between its start-up and its end; ``stop`` may end it sooner."""
+    """Runs the gateway inside the `async with` block; `stop` may end it sooner."""
 
     async def rest_of_its_life() -> None:
         await gateway.main_loop()
@@ -172,9 +179,9 @@ async def running(gateway: Gateway) -> AsyncIterator[Gateway]:
 
 
 async def ended(queue: JobQueue, job_id: str) -> str:
-    """Waits for a job's terminal event and says which it was."""
+    """Waits for a job's terminal event and returns its type."""
     kind = "none"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         async for _, event in queue.watch(job_id):
             kind = event.type
     return kind

@@ -1,14 +1,10 @@
-"""A gateway's life: ready or not, scraped, drained, and never heavier than it has to be."""
+"""A gateway's life: readiness, metrics, draining, and a light process."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +12,14 @@ import grpc
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.embedded import EmbeddedServer
-from service.gateway.app import Gateway
-from service.pb.patchforge.v1 import image_service_pb2 as pb
-from service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
-from service.queue import JobQueue
-from service.settings import Settings
+from patchforge.service.embedded import EmbeddedServer
+from patchforge.service.gateway.app import Gateway
+from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
+from patchforge.service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
+from tests.patience import PATIENCE
+from tests.processes import PYTHON, Process
 from tests.service.gateway.harness import CARDS, ScriptedWorker, ended, running
 
 APPLE = {"prompt": "a red apple", "model": "tiny-text"}
@@ -53,12 +51,12 @@ async def test_a_gateway_waits_for_its_queue_server(settings: Settings, tmp_path
     queue = JobQueue.connect(url, settings)
     async with (
         running(Gateway(settings, queue)) as gateway,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{gateway.http_port}") as http,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{gateway.http_port}", timeout=PATIENCE) as http,
     ):
         assert (await http.get("/healthz")).status_code == 200
         for reply in (await http.get("/readyz"), await http.post("/v1/jobs", json=APPLE)):
             assert reply.status_code == 503
-            assert reply.json()["detail"] == "the queue server is away"
+            assert reply.json()["detail"] == "the queue server cannot be reached"
         assert (await http.get("/metrics")).status_code == 200
         with server:
             await queue.announce("scripted", CARDS)
@@ -94,7 +92,7 @@ async def test_draining_ends_watches_and_lets_runs_finish(
     async with running(Gateway(patient, queue)) as gateway:
         url = f"http://127.0.0.1:{gateway.http_port}"
         async with (
-            httpx.AsyncClient(base_url=url, timeout=60) as http,
+            httpx.AsyncClient(base_url=url, timeout=PATIENCE) as http,
             grpc.aio.insecure_channel(f"127.0.0.1:{gateway.grpc_port}") as channel,
         ):
             call = asyncio.create_task(http.post("/v1/images/generations", json=APPLE))
@@ -128,7 +126,7 @@ async def test_what_outlasts_the_drain_is_cancelled(
     hasty = settings.model_copy(update={"drain_seconds": 0})
     async with running(Gateway(hasty, queue)) as gateway:
         url = f"http://127.0.0.1:{gateway.http_port}"
-        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as http:
             call = asyncio.create_task(http.post("/v1/images/generations", json=APPLE))
             job_id = await worker.next_job()
             gateway.stop()
@@ -153,38 +151,24 @@ async def test_a_draining_gateway_takes_nothing_on(gateway: Gateway, http: httpx
 async def test_the_process_is_light_and_leaves_on_sigterm(settings: Settings, queue: JobQueue) -> None:
     program = (
         "import asyncio, sys\n"
-        "from service.gateway.app import serve_gateway\n"
-        "from service.settings import Settings\n"
-        "loaded = {'torch', 'numpy', 'model'} & set(sys.modules)\n"
+        "from patchforge.service.gateway.app import serve_gateway\n"
+        "from patchforge.service.logs import configure_logs\n"
+        "from patchforge.service.settings import Settings\n"
+        "loaded = {'torch', 'numpy', 'patchforge.model'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
+        "configure_logs(Settings(), 'gateway')\n"
         "asyncio.run(serve_gateway(Settings()))\n"
     )
-    environment = os.environ | {
-        "PATCHFORGE_REDIS_URL": settings.redis_url or "",
-        "PATCHFORGE_HTTP_PORT": "0",
-        "PATCHFORGE_GRPC_PORT": "0",
-        "PYTHONUNBUFFERED": "1",
-    }
+    variables = {"REDIS_URL": settings.redis_url or "", "HTTP_PORT": "0", "GRPC_PORT": "0", "LOG_JSON": "true"}
     await queue.announce("scripted", CARDS)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", program, env=environment, stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
+    process = Process("gateway", *PYTHON, program, **{f"PATCHFORGE_{name}": text for name, text in variables.items()})
     try:
-        async with asyncio.timeout(60):
-            while "ready for requests" not in (await process.stdout.readline()).decode():
-                assert process.returncode is None
-        assert _resident_kib(process.pid) < 200 << 10
+        await asyncio.to_thread(process.wait_for, "ready for requests")
+        assert process.memory() < 200 << 20
+        assert await asyncio.to_thread(process.terminate) == 0
     finally:
-        process.send_signal(signal.SIGTERM)
-        rest, _ = await process.communicate()
-    assert process.returncode == 0
-    assert b"shutting down" in rest
-
-
-def _resident_kib(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+        process.close()
+    assert process.lines("gateway is shutting down")
 
 
 async def test_the_openapi_document_shows_the_bodies_we_parse_ourselves(http: httpx.AsyncClient) -> None:

@@ -1,19 +1,18 @@
-"""Keys in settings and headers; tests/faults/test_gateway_auth.py tries the doors themselves."""
+"""API keys in settings and headers. tests/faults/test_gateway_auth.py calls every endpoint with and without keys."""
 
 from __future__ import annotations
 
 import pytest
 from pydantic import ValidationError
 
-from service.api_keys import entry, new_key
-from service.errors import Unauthenticated
-from service.gateway.auth import ApiKeys, is_open
-from service.settings import Settings
+from patchforge.service.errors import Unauthenticated
+from patchforge.service.gateway.auth import ApiKeys, is_open, make_entry, new_key
+from patchforge.service.settings import Settings
 
 KEY = "pf-secret"
 OPEN = ("/", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/playground/app.js")
 CLOSED = ("", "/v1/models", "/openapi.json", "/v2", "/v2/health", "/v2/models/x/ready", "/docs", "/playground")
-ENTRIES = [entry("alice", KEY), entry("bob", "another")]
+ENTRIES = [make_entry("alice", KEY), make_entry("bob", "another")]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,7 @@ def test_keys_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch, tex
     [KEY, f"alice:{KEY}", f":{'0' * 64}", f"alice:{'0' * 63}", f"alice:{'0' * 65}", f"al ice:{'0' * 64}", f"[{KEY}"],
 )
 def test_a_bad_entry_stops_the_start_and_is_not_repeated(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """A key in the place of its hash is still a key."""
+    """A key pasted in place of its hash must not appear in the error."""
     monkeypatch.setenv("PATCHFORGE_API_KEYS", text)
     with pytest.raises(ValidationError, match="api_keys") as caught:
         Settings()
@@ -41,8 +40,8 @@ def test_a_bad_entry_stops_the_start_and_is_not_repeated(monkeypatch: pytest.Mon
 def test_without_entries_everyone_may_call() -> None:
     assert Settings(api_keys=[]).api_keys == []
     keys = ApiKeys([])
-    assert keys.tenant({}) is None
-    assert keys.tenant({"authorization": "Bearer unused"}) is None
+    assert keys.authenticate({}) is None
+    assert keys.authenticate({"authorization": "Bearer unused"}) is None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,7 @@ def test_without_entries_everyone_may_call() -> None:
     ],
 )
 def test_a_key_names_its_tenant(headers: dict[str, str]) -> None:
-    assert ApiKeys(ENTRIES).tenant(headers) == "alice"
+    assert ApiKeys(ENTRIES).authenticate(headers) == "alice"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +65,7 @@ def test_a_key_names_its_tenant(headers: dict[str, str]) -> None:
 )
 def test_anything_else_is_refused(headers: dict[str, str | bytes]) -> None:
     with pytest.raises(Unauthenticated) as caught:
-        ApiKeys(ENTRIES).tenant(headers)
+        ApiKeys(ENTRIES).authenticate(headers)
     assert KEY not in str(caught.value)
 
 
@@ -74,7 +73,7 @@ def test_new_keys_are_all_different_and_admitted() -> None:
     made = {new_key() for _ in range(100)}
     assert len(made) == 100
     key = made.pop()
-    assert ApiKeys([entry("x", key)]).tenant({"x-api-key": key}) == "x"
+    assert ApiKeys([make_entry("x", key)]).authenticate({"x-api-key": key}) == "x"
 
 
 def test_only_what_is_listed_is_open() -> None:

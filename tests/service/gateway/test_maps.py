@@ -8,8 +8,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from service.gateway.maps import colour, difficulty_levels, draw, finish_levels
-from service.schemas import ImageReport
+from patchforge.service.gateway.maps import colour, difficulty_levels, draw_map, finish_levels
+from patchforge.service.messages.schemas import ImageReport
 from tests.service.gateway.harness import COLUMNS, ROWS, ScriptedWorker
 
 IMAGE = ImageReport(
@@ -34,7 +34,7 @@ def test_difficulty_runs_from_the_easiest_patch_to_the_hardest() -> None:
 
 
 def test_a_map_has_a_square_of_its_colour_for_each_patch() -> None:
-    with Image.open(BytesIO(draw([0, 0.5, 1, 1, 0.25, 0], columns=3))) as picture:
+    with Image.open(BytesIO(draw_map([0, 0.5, 1, 1, 0.25, 0], columns=3))) as picture:
         assert picture.size == (255, 170)
         shown = picture.convert("RGB")
     assert shown.getpixel((10, 10)) == tuple(colour(0))

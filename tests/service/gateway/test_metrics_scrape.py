@@ -1,9 +1,11 @@
-"""What a scrape of the gateway tells of the queue and of the workers behind it."""
+"""Metrics of the queue and the workers in a scrape of the gateway."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
+import threading
 from pathlib import Path
 
 import httpx
@@ -11,12 +13,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
-from service.embedded import EmbeddedServer
-from service.gateway.app import Gateway
-from service.queue import JobQueue
-from service.settings import Settings
+from patchforge.service.embedded import EmbeddedServer
+from patchforge.service.gateway.app import Gateway
+from patchforge.service.gateway.metrics import GatewayMetrics
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
+from tests.patience import PATIENCE
 from tests.service.gateway.harness import CARDS, ScriptedWorker, running
-from tests.service.queue_kit import a_request
+from tests.service.queue.kit import a_request
 
 WORKERS_OWN = (
     b"# HELP patchforge_patch_evaluations_total .\n# TYPE patchforge_patch_evaluations_total counter\n"
@@ -25,7 +29,7 @@ WORKERS_OWN = (
 
 
 async def scraped(http: httpx.AsyncClient, **params: str) -> dict[tuple[str, ...], float]:
-    """Value by name and label values."""
+    """The value of each sample by its name and label values."""
     reply = await http.get("/metrics", params=params)
     assert reply.status_code == 200
     return {
@@ -75,11 +79,30 @@ async def test_workers_can_be_left_to_a_scrape_of_their_own(http: httpx.AsyncCli
     assert (await http.get("/metrics", params={"workers": "some"})).status_code == 422
 
 
+async def test_a_long_scrape_keeps_nobody_waiting(http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> bytes:
+        begun.set()
+        may_end.wait(PATIENCE)
+        return b""
+
+    monkeypatch.setattr(GatewayMetrics, "exposition", slow)
+    scraping = asyncio.create_task(http.get("/metrics"))
+    assert await asyncio.to_thread(begun.wait, PATIENCE)
+    try:
+        assert (await http.get("/healthz")).status_code == 200
+        assert not scraping.done()
+    finally:
+        may_end.set()
+    assert (await scraping).status_code == 200
+
+
 async def test_a_queue_that_is_away(settings: Settings, tmp_path: Path) -> None:
     server = EmbeddedServer(tmp_path)
     with server:
         queue = JobQueue.connect(server.url, settings)
-    async with running(Gateway(settings, queue)) as gateway, httpx.AsyncClient(timeout=60) as http:
+    async with running(Gateway(settings, queue)) as gateway, httpx.AsyncClient(timeout=PATIENCE) as http:
         http.base_url = f"http://127.0.0.1:{gateway.http_port}"
         seen = await scraped(http)
     await queue.close()

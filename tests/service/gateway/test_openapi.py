@@ -1,4 +1,4 @@
-"""The description of the API, and the page that shows it offline."""
+"""The OpenAPI document, and the page that shows it offline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def test_every_answer_is_described(http: httpx.AsyncClient) -> None:
     for (method, path), statuses in REFUSALS.items():
         assert statuses <= document["paths"][path][method]["responses"].keys(), path
     text = str(document)
-    assert "HTTPValidationError" not in text, "the framework's error is never given"
+    assert "HTTPValidationError" not in text, "the framework's own error is never sent"
     known = document["components"]["schemas"].keys()
     assert set(re.findall(r"#/components/schemas/(\w+)", text)) <= known
     form = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]

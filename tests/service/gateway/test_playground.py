@@ -1,4 +1,4 @@
-"""The playground in a real browser, where there is one: making pictures and looking at them."""
+"""The playground in a real browser, if one is installed: making pictures and looking at them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 from playwright.async_api import Page, expect
 
-from service.events import PatchesFinished, Preview, Started
-from service.queue import JobQueue
-from service.sampler_options import SAMPLERS, Quality, preset
+from patchforge.service.messages.events import PatchesFinished, Preview, Started
+from patchforge.service.messages.samplers import SAMPLERS, Quality, preset
+from patchforge.service.queue import JobQueue
+from tests.patience import PATIENCE
 from tests.service.gateway.browser import BROWSER, draw, grey, playground, turns
 from tests.service.gateway.harness import CARDS, ScriptedWorker, png
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this mac
 
 @pytest.fixture
 async def page(url: str, worker: ScriptedWorker) -> AsyncIterator[Page]:
-    async with playground(url, reduced_motion="reduce") as opened:
+    async with playground(url, advanced=True, reduced_motion="reduce") as opened:
         yield opened
 
 
@@ -40,6 +41,14 @@ async def test_previews_come_first_then_the_picture(page: Page, worker: Scripted
     await expect(page.locator("[data-part=done]")).to_have_text("32 of 48")
     await expect(page.locator("[data-part=time]")).to_have_text("0.20 s")
     await expect(page.locator("#generate")).to_be_enabled()
+
+
+async def test_it_says_when_load_lowered_the_quality(page: Page, worker: ScriptedWorker) -> None:
+    await draw(page)
+    await expect(page.locator("[data-part=lowered]")).to_be_hidden()
+    worker.lowered_by = "load"
+    await draw(page)
+    await expect(page.locator("[data-part=lowered]")).to_be_visible()
 
 
 async def test_the_overlays_map_when_and_how_hard(page: Page) -> None:
@@ -106,13 +115,13 @@ async def test_two_samplers_side_by_side_on_one_seed(page: Page) -> None:
     await expect(settings.nth(0)).to_contain_text("seed 200")
     await expect(settings.nth(1)).to_contain_text("seed 200 · 8 steps · guidance 3 · quantile 0.4 · ratio 2")
     await expect(page.locator("#verdict")).to_have_text(
-        "Look ahead did as much work as Dual loop; the pictures are the same."
+        "Look ahead did the same work as Dual loop. The pictures are identical."
     )
     await page.fill("#seed", "")
     await page.press("#prompt", "Enter")
     await expect(settings.nth(0)).not_to_contain_text("seed 200 ")
     seeds = [(await settings.nth(pane).inner_text()).split(" · ")[0] for pane in (0, 1)]
-    assert seeds[0] == seeds[1]  # one, though nobody chose it
+    assert seeds[0] == seeds[1]  # the same one, although nobody chose it
 
 
 async def test_history_outlives_the_page_and_can_be_taken_back(page: Page) -> None:
@@ -215,7 +224,7 @@ async def test_presets_choose_steps_and_options_of_the_adaptive_sampler(page: Pa
 
 
 async def test_the_dice_roll_a_seed(page: Page) -> None:
-    dice = page.get_by_role("button", name="Roll a seed")
+    dice = page.get_by_role("button", name="Random seed")
     await dice.click()
     first = await page.input_value("#seed")
     await dice.click()
@@ -229,15 +238,15 @@ async def test_pictures_can_be_saved(page: Page) -> None:
     await page.locator("figure").nth(1).hover()
     async with page.expect_download() as download:
         await page.get_by_role("link", name="Save picture 2").click()
-    assert (await download.value).suggested_filename == "patchforge-201.png"
+    assert (await download.value).suggested_filename == "a-red-apple-201.png"
 
 
 async def test_patches_settle_between_previews_and_a_job_begun_again_starts_afresh(url: str, queue: JobQueue) -> None:
     await queue.announce("by hand", CARDS)
-    async with playground(url, reduced_motion="reduce") as page:
+    async with playground(url, advanced=True, reduced_motion="reduce") as page:
         await page.fill("#prompt", "a red apple")
         await page.press("#prompt", "Enter")
-        claim = await queue.claim("by hand", ["tiny-text"], block_seconds=30)
+        claim = await queue.claim("by hand", ["tiny-text"], block_seconds=PATIENCE)
         assert claim is not None
         await queue.publish(claim, Started(attempt=1, steps=8))
         preview = Preview(

@@ -11,32 +11,32 @@ import httpx
 import pytest
 from playwright.async_api import FilePayload, Page, expect
 
-from service.queue import JobQueue
-from service.sampler_options import Adaptive
-from service.schemas import Job
+from patchforge.service.messages.samplers import Adaptive
+from patchforge.service.messages.schemas import Job
+from patchforge.service.queue import JobQueue
 from tests.service.gateway.browser import BROWSER, draw, nameless, playground
 from tests.service.gateway.harness import CARDS, COLUMNS, PATCHES, ROWS, ScriptedWorker, png
 from tests.service.gateway.pictures import decoded, encoded, gradient
-from tests.service.gateway.test_playground_manners import REFUSED, run
+from tests.service.gateway.test_playground_manners import REFUSED, run_snippet
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
-WIDTH, HEIGHT = 100, 70  # of the picture sent: no whole number of pixels to a patch
+WIDTH, HEIGHT = 100, 70  # of the picture sent: patches are not whole pixels
 
 
 @pytest.fixture
 async def page(url: str, worker: ScriptedWorker) -> AsyncIterator[Page]:
-    async with playground(url, forgive=REFUSED, reduced_motion="reduce") as opened:
+    async with playground(url, advanced=True, forgive=REFUSED, reduced_motion="reduce") as opened:
         yield opened
 
 
 async def choose(page: Page, picture: bytes | None = None, kind: str = "png") -> None:
-    """Hands the page a picture to start from."""
+    """Gives the page a picture to start from."""
     data = picture if picture is not None else encoded(gradient(WIDTH, HEIGHT), kind)
     await page.locator("#file").set_input_files(FilePayload(name=f"mine.{kind}", mimeType=f"image/{kind}", buffer=data))
 
 
 async def edit(page: Page) -> None:
-    """Hands it one it can read, and waits until the page has."""
+    """Gives the page a valid picture and waits until it is loaded."""
     await choose(page)
     await expect(page.locator("#mask")).to_be_visible()
 
@@ -52,7 +52,7 @@ async def mark(page: Page, *patches: tuple[int, int]) -> None:
 
 
 async def job_on_stage(page: Page, queue: JobQueue) -> Job:
-    """The one that was drawn last."""
+    """The job of the newest picture."""
     script = """async () => {
         const { History } = await import("/playground/history.js");
         const [newest] = await (await History.open()).all();
@@ -64,7 +64,7 @@ async def job_on_stage(page: Page, queue: JobQueue) -> Job:
 async def test_marked_patches_may_change_and_no_pixel_of_the_others(page: Page, queue: JobQueue) -> None:
     await edit(page)
     await mark(page, (0, 1), (1, 2), (0, 0))
-    await mark(page, (0, 0))  # taken back
+    await mark(page, (0, 0))  # unmarked
     await expect(page.locator("#marked")).to_contain_text("2 of 6 patches marked")
     await expect(page.locator("#strength")).to_have_value("1")
     await draw(page)
@@ -76,7 +76,7 @@ async def test_marked_patches_may_change_and_no_pixel_of_the_others(page: Page, 
     pixels = [(x, y) for y in range(HEIGHT) for x in range(WIDTH) if changes.getpixel((x, y))]
     touched = {(y * ROWS // HEIGHT, x * COLUMNS // WIDTH) for x, y in pixels}
     assert touched == {(0, 1), (1, 2)}
-    assert len(pixels) > 0.9 * 2 * WIDTH * HEIGHT / PATCHES, "and nearly all of them"
+    assert len(pixels) > 0.9 * 2 * WIDTH * HEIGHT / PATCHES, "and nearly all pixels of the marked patches"
 
 
 async def test_patches_are_marked_by_keyboard_too(page: Page, queue: JobQueue) -> None:
@@ -133,11 +133,11 @@ async def test_the_commands_start_from_the_same_files(
             await page.get_by_role("link", name=name).click()
         await (await download.value).save_as(tmp_path / name)
     assert await worker.next_job() == drawn.id
-    await run(command, await page.locator("#code").inner_text(), tmp_path)
+    await run_snippet(command, await page.locator("#code").inner_text(), tmp_path)
     again = await queue.get(await worker.next_job())
     assert (tmp_path / "picture-0.png").read_bytes() == png(44)
     wanted = drawn.request.model_dump(exclude={"previews"})
-    assert again.request.model_dump(exclude={"previews"}) == wanted, "digests of both files among it"
+    assert again.request.model_dump(exclude={"previews"}) == wanted, "including the digests of both files"
 
 
 async def test_a_finished_picture_can_be_edited_and_history_knows_what_it_came_from(
@@ -145,8 +145,10 @@ async def test_a_finished_picture_can_be_edited_and_history_knows_what_it_came_f
 ) -> None:
     await draw(page, seed=77)
     await page.locator("figure").hover()
-    await page.get_by_role("button", name="Edit picture 1").click()
+    await page.evaluate("scrollTo(0, 400)")
+    await page.get_by_role("button", name="Edit picture 1").dispatch_event("click")
     await expect(page.locator("#mask")).to_be_focused()
+    await expect(page.locator("#editor")).to_be_in_viewport(ratio=0.99)
     await mark(page, (0, 2))
     await page.select_option("#size", "96 × 64")
     await draw(page, "a pear", 78)
@@ -174,7 +176,7 @@ async def test_a_picture_is_dropped_or_pasted_and_other_files_are_not_taken(page
             : new ClipboardEvent("paste", { ...options, clipboardData: transfer }));
     }"""
     picture = list(encoded(gradient(20, 20)))
-    for kind, words in (("application/pdf", "PNG, WebP and JPEG"), ("image/png", "cannot be read as a picture")):
+    for kind, words in (("application/pdf", "PNG, WebP or JPEG"), ("image/png", "not a valid picture")):
         await page.evaluate(script, ["drop", kind, [1, 2, 3]])
         await expect(page.locator("#source-problem")).to_contain_text(words)
         await expect(page.locator("#editor")).to_be_hidden()
@@ -193,7 +195,7 @@ async def test_a_large_picture_is_scaled_down_before_it_is_sent(page: Page, queu
 
 
 async def test_the_editor_s_controls_have_names_and_fit_a_narrow_screen(url: str, worker: ScriptedWorker) -> None:
-    async with playground(url, viewport={"width": 360, "height": 740}) as page:
+    async with playground(url, advanced=True, viewport={"width": 360, "height": 740}) as page:
         await choose(page)
         await page.select_option("#size", "other")
         await expect(page.locator("#editor")).to_be_visible()
@@ -203,7 +205,7 @@ async def test_the_editor_s_controls_have_names_and_fit_a_narrow_screen(url: str
 
 async def test_sizes(page: Page, queue: JobQueue, http: httpx.AsyncClient) -> None:
     offered = await page.locator("#size option").all_inner_texts()
-    assert offered == ["48 × 32", "96 × 64", "192 × 128", "384 × 256", "Other…"]
+    assert offered == ["48 × 32", *(f"{size}, enlarged" for size in ("96 × 64", "192 × 128", "384 × 256")), "Other…"]
     await page.select_option("#size", "other")
     await page.fill("#width", "2048")
     await page.fill("#height", "2048")
@@ -229,12 +231,12 @@ async def test_a_full_queue_and_workers_that_left_are_said(url: str, http: httpx
         await page.fill("#prompt", "a red apple")
         waiting = [await http.post("/v1/jobs", json={"prompt": "x", "model": "tiny-text"}) for _ in range(8)]
         await page.press("#prompt", "Enter")
-        await expect(page.get_by_role("alert")).to_have_text("too many jobs are waiting: try again in 5 s")
+        await expect(page.get_by_role("alert")).to_have_text("too many jobs are waiting (retry in 5 s)")
         await expect(page.locator("#generate")).to_be_enabled()
         await asyncio.gather(*(queue.cancel(job.json()["id"]) for job in waiting))
         await queue.retire("by hand")
         await page.press("#prompt", "Enter")
-        await expect(page.get_by_role("alert")).to_have_text("no worker is serving a model: try again in 5 s")
+        await expect(page.get_by_role("alert")).to_have_text("no worker is serving a model (retry in 5 s)")
         await queue.announce("by hand", CARDS)
         await page.press("#prompt", "Enter")
         await expect(page.locator("#status")).to_have_text("Waiting for a worker…")

@@ -1,33 +1,33 @@
-"""The playground's manners in a real browser: errors, keyboard, themes, narrow screens, keys, and its snippets."""
+"""The playground in a real browser: errors, keyboard, themes, narrow screens, API keys and code."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from playwright.async_api import Page, expect
 
-from service.gateway.app import Gateway
-from service.pb.patchforge.v1 import image_service_pb2 as pb
-from service.queue import JobQueue
-from service.sampler_options import SAMPLERS
-from service.settings import Settings
+from patchforge.service.gateway.app import Gateway
+from patchforge.service.messages.samplers import SAMPLERS
+from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
+from tests.processes import PYTHON, run
 from tests.service.gateway.browser import BROWSER, draw, nameless, playground
 from tests.service.gateway.harness import ScriptedWorker, png, running
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 ROOT = Path(__file__).parents[3]
-REFUSED = "the server responded with a status of"  # the browser's own note of every refusal
+REFUSED = "the server responded with a status of"  # the browser logs this for every error response
 
 
 @pytest.fixture
 async def page(url: str, worker: ScriptedWorker) -> AsyncIterator[Page]:
-    async with playground(url, forgive=REFUSED) as opened:
+    async with playground(url, advanced=True, forgive=REFUSED) as opened:
         yield opened
 
 
@@ -49,7 +49,7 @@ async def test_a_refusal_of_the_second_sampler_is_said_at_its_knob(page: Page) -
     await page.check("#compare")
     await page.select_option("#other-sampler", "look_ahead")
     knob = page.locator("#second").get_by_label("Ratio", exact=True)
-    await knob.evaluate("input => { input.max = ''; input.value = '99'; }")  # past what the browser itself refuses
+    await knob.evaluate("input => { input.max = ''; input.value = '99'; }")  # beyond the limit that the browser checks
     await page.fill("#prompt", "a red apple")
     await page.press("#prompt", "Enter")
     await expect(page.get_by_role("alert")).to_contain_text("Ratio: ")
@@ -95,7 +95,7 @@ async def test_a_whole_run_by_keyboard_alone(page: Page) -> None:
     await expect(page.locator("#place")).to_have_text("Evaluation 1 of 8, 0 % finished")
     await tab_to("#shelf .pick")
     await page.keyboard.press("Enter")
-    await expect(page.locator("#status")).to_have_text("From history")
+    await expect(page.locator("#status")).to_have_text("Loaded from the gallery")
 
 
 async def test_every_control_has_a_name(page: Page) -> None:
@@ -124,10 +124,30 @@ async def test_light_and_dark_follow_the_system_until_someone_chooses(url: str, 
 
 
 async def test_nothing_sticks_out_of_a_narrow_screen(url: str, worker: ScriptedWorker) -> None:
-    async with playground(url, viewport={"width": 360, "height": 740}) as page:
+    async with playground(url, advanced=True, viewport={"width": 360, "height": 740}) as page:
         await page.check("#compare")
         await draw(page)
         assert await page.locator("html").evaluate("html => html.scrollWidth") <= 360
+
+
+@pytest.mark.parametrize("pictures", [1, 4])
+async def test_nothing_jumps_when_a_picture_is_finished(url: str, worker: ScriptedWorker, pictures: int) -> None:
+    """On a phone: longer words about the job, and the buttons below a finished picture, have their room before."""
+    phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+    tops = "all => all.map(each => each.getBoundingClientRect().top + scrollY)"
+    async with playground(url, **phone) as page:
+        worker.curtain.clear()
+        await page.fill("#n", str(pictures))
+        await page.fill("#prompt", "a red apple")
+        await page.press("#prompt", "Enter")
+        await expect(page.locator("#place")).to_have_text("Evaluation 1 of 8, 0 % finished")
+        before = await page.locator("figure, dl").evaluate_all(tops)
+        worker.curtain.set()
+        await expect(page.get_by_role("button", name=f"Edit picture {pictures}")).to_be_visible()
+        await expect(page.locator("#status")).to_have_text("Done")
+        after = await page.locator("figure, dl").evaluate_all(tops)
+        assert after == pytest.approx(before, abs=4)
+        assert len(after) == pictures + 1
 
 
 @pytest.mark.parametrize(("kind", "command"), [("curl", ["bash", "-ec"]), ("python", [sys.executable, "-c"])])
@@ -141,7 +161,7 @@ async def test_copied_commands_make_the_same_pictures(
     await page.get_by_role("button", name="Copy").click()
     await expect(page.locator("#copied")).to_have_text("Copied")
     text = await page.evaluate("navigator.clipboard.readText()")
-    await run(command, text, tmp_path)
+    await run_snippet(command, text, tmp_path)
     assert [(tmp_path / f"picture-{index}.png").read_bytes() for index in (0, 1)] == [png(41), png(42)]
 
 
@@ -151,7 +171,7 @@ async def test_the_grpc_snippet_makes_the_same_picture(page: Page, tmp_path: Pat
     await page.get_by_role("radio", name="gRPC").check(force=True)
     text = await page.locator("#code").inner_text()
     assert "look_ahead=pb.LookAheadSampler(quantile=0.4, ratio=1.4)" in text
-    await run([sys.executable, "-c"], text, tmp_path)
+    await run_snippet(PYTHON, text, tmp_path)
     assert (tmp_path / "picture-0.png").read_bytes() == png(43)
 
 
@@ -161,13 +181,9 @@ def test_the_grpc_snippet_names_every_sampler_as_the_protocol_does(name: str) ->
     assert field.message_type.name == f"{name.title().replace('_', '')}Sampler"
 
 
-async def run(command: list[str], text: str, folder: Path, **variables: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    process = await asyncio.create_subprocess_exec(
-        *command, text, cwd=folder, env=environment, stdout=-1, stderr=asyncio.subprocess.STDOUT
-    )
-    output, _ = await asyncio.wait_for(process.communicate(), 90)
-    assert process.returncode == 0, output.decode()
+async def run_snippet(command: Sequence[str], text: str, folder: Path, **variables: str) -> None:
+    assert "from service" not in text, "the package is called patchforge, whatever else the checkout offers"
+    await asyncio.to_thread(run, *command, text, cwd=folder, **variables)
 
 
 async def test_a_server_with_keys_asks_for_one(
@@ -186,13 +202,13 @@ async def test_a_server_with_keys_asks_for_one(
             await draw(page)
             for kind, command in (
                 ("curl", ["bash", "-ec"]),
-                ("Python", [sys.executable, "-c"]),
-                ("gRPC", [sys.executable, "-c"]),
+                ("Python", PYTHON),
+                ("gRPC", PYTHON),
             ):
                 await page.get_by_role("radio", name=kind).check(force=True)
                 folder = tmp_path / kind
                 folder.mkdir()
-                await run(command, await page.locator("#code").inner_text(), folder, PATCHFORGE_API_KEY=key)
+                await run_snippet(command, await page.locator("#code").inner_text(), folder, PATCHFORGE_API_KEY=key)
                 assert (folder / "picture-0.png").read_bytes() == png(200)
             await page.reload()
             await expect(page.locator("#form:not([inert])")).to_be_visible()

@@ -11,14 +11,15 @@ from typing import Any
 import httpx
 import pytest
 
-from service.queue import JobQueue
+from patchforge.service.queue import JobQueue
+from tests.patience import PATIENCE
 from tests.service.gateway.harness import CARDS, ScriptedWorker, ended, png
 
 Event = dict[str, Any]
 
 
 async def sse(response: httpx.Response) -> AsyncIterator[Event]:
-    """The events of a stream: their fields, ``data`` parsed; comments have only ``comment``."""
+    """The events of a stream as their fields, with `data` parsed; comments have only `comment`."""
     event: Event = {}
     async for line in response.aiter_lines():
         name, _, value = line.partition(": ")
@@ -71,9 +72,26 @@ async def test_the_first_model_serves_requests_that_name_none(http: httpx.AsyncC
     assert response.json()["request"]["model"] == "tiny-class"
 
 
+async def test_a_class_is_found_as_people_write_it(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
+    response = await http.post("/v1/jobs", json={"class_label": "Grinning_Fa"})
+    assert response.json()["request"]["class_label"] == "grinning face"
+    response = await http.post("/v1/jobs", json={"class_label": "grining face"})
+    assert response.status_code == 422
+    assert "no such class; the nearest: 'grinning face'" in response.text
+
+
 async def test_a_sampler_may_be_just_a_name(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
     job = await submit(http, model="tiny-text", sampler="look_ahead")
     assert job["request"]["sampler"]["ratio"] == 1.4
+
+
+async def test_a_job_says_that_its_pictures_hold_no_metadata(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
+    fields = {"model": "tiny-text", "prompt": "x"}
+    plain, bare = [
+        (await http.post("/v1/jobs", json=fields | more)).json()["request"] for more in ({}, {"metadata": False})
+    ]
+    assert "metadata" not in plain
+    assert bare["metadata"] is False
 
 
 async def test_watching_resumes_after_the_last_event_seen(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
@@ -102,7 +120,7 @@ async def test_leaving_a_watch_leaves_the_job_alone(
 async def test_idle_streams_are_kept_alive(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
     worker.curtain.clear()
     job = await submit(http, model="tiny-text")
-    async with asyncio.timeout(60), http.stream("GET", f"/v1/jobs/{job['id']}/events") as response:
+    async with asyncio.timeout(PATIENCE), http.stream("GET", f"/v1/jobs/{job['id']}/events") as response:
         async for event in sse(response):
             if "comment" in event:
                 break
@@ -147,7 +165,7 @@ async def test_unknown_jobs(http: httpx.AsyncClient, worker: ScriptedWorker) -> 
         response = await http.request(method, f"/v1/jobs/{job_id}{path}")
         assert response.status_code == 404
         assert response.headers["content-type"] == "application/problem+json"
-        assert set(response.json()) == {"type", "title", "status", "detail", "code", "field"}
+        assert set(response.json()) == {"type", "title", "status", "detail", "code", "field", "request_id"}
 
 
 async def test_a_full_queue_says_when_to_come_back(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:

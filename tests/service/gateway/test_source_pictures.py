@@ -1,33 +1,35 @@
-"""What becomes of a picture a stranger sent."""
+"""Pictures to start from: conversion, limits and errors."""
 
 from __future__ import annotations
 
 import asyncio
 import struct
 import zlib
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from service.errors import InvalidRequest
-from service.gateway.source_pictures import MAX_SOURCE_PIXELS, SourcePictures
-from service.queue_records import Source
-from service.schemas import MAX_PIXELS, MAX_SIDE, GenerationRequest
+from patchforge.service.errors import InvalidRequest
+from patchforge.service.gateway.picture_files import MAX_SOURCE_PIXELS
+from patchforge.service.gateway.source_pictures import SourcePictures
+from patchforge.service.messages.schemas import MAX_PIXELS, MAX_SIDE, STRENGTH, GenerationRequest
+from patchforge.service.messages.source import Source
 from tests.service.gateway.pictures import base64, decoded, encoded, gradient, mask
 
 
 async def taken(image: bytes, mask: bytes | None = None, **fields: Any) -> tuple[GenerationRequest, Source]:
     given = {"prompt": "x", "image": base64(image), "mask": None if mask is None else base64(mask)} | fields
-    request, source = await SourcePictures().take_in(GenerationRequest.model_validate(given))
+    request, source = await SourcePictures().prepare(GenerationRequest.model_validate(given))
     assert source is not None
     return request, source
 
 
 async def test_without_a_picture_nothing_happens() -> None:
     request = GenerationRequest(prompt="x")
-    assert await SourcePictures().take_in(request) == (request, None)
+    assert await SourcePictures().prepare(request) == (request, None)
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
@@ -45,6 +47,35 @@ async def test_it_is_brought_to_the_size_asked_for_with_its_mask() -> None:
     assert decoded(source.image).size == decoded(source.mask or b"").size == (96, 64)
     assert source.mask is not None
     assert decoded(source.mask).getbbox() == (0, 0, 32, 32)
+
+
+async def test_a_size_of_another_shape_gets_white_bars_that_stay() -> None:
+    red = encoded(Image.new("RGB", (48, 32), "red"))
+    request, source = await taken(red, width=96, height=96)
+    picture = decoded(source.image)
+    assert [picture.getpixel((48, row)) for row in (15, 16, 79, 80)] == [
+        (255,) * 3,
+        (255, 0, 0),
+        (255, 0, 0),
+        (255,) * 3,
+    ]
+    assert source.mask is not None
+    assert decoded(source.mask).getbbox() == (0, 16, 96, 80)
+    assert (request.mask, request.strength) == (None, STRENGTH), "and the rest changes as far as without bars"
+    _, source = await taken(red, encoded(mask()), width=96, height=96)
+    assert decoded(source.mask or b"").getbbox() == (0, 16, 32, 48)
+
+
+async def test_a_size_of_another_shape_may_crop_or_stretch() -> None:
+    _, source = await taken(encoded(gradient()), encoded(mask(change=(16, 0, 24, 8))), width=32, height=32, fit="cover")
+    assert decoded(source.image).tobytes() == gradient().crop((8, 0, 40, 32)).tobytes()
+    assert decoded(source.mask or b"").getbbox() == (8, 0, 16, 8)
+    with pytest.raises(InvalidRequest, match="cover") as caught:
+        await taken(encoded(gradient()), encoded(mask(change=(0, 0, 8, 8))), width=32, height=32, fit="cover")
+    assert caught.value.field == "mask"
+    request, source = await taken(encoded(gradient()), width=32, height=32, fit="stretch")
+    assert decoded(source.image).tobytes() == gradient().resize((32, 32), Image.Resampling.LANCZOS).tobytes()
+    assert (source.mask, request.strength) == (None, None)
 
 
 @pytest.mark.parametrize("size", [(4096, 4096), (4096, 1000), (3000, 40), (10, 10)])
@@ -65,7 +96,7 @@ async def test_a_photograph_is_turned_upright() -> None:
     assert decoded(source.image).size == (32, 48) == (request.width, request.height)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 async def test_pictures_of_all_usual_kinds(mode: str) -> None:
     kind = "jpeg" if mode == "CMYK" else "png"
     _, source = await taken(encoded(gradient().convert(mode), kind))
@@ -115,7 +146,6 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a TIFF": (encoded(gradient(), "tiff"), "PNG, WebP or JPEG"),
     "cut off": (PNG[: len(PNG) // 2], "damaged"),
     "only a head": (PNG[:33], "PNG, WebP or JPEG"),
-    "16 bits": (encoded(Image.new("I;16", (16, 16))), "8 bits"),
     "nonsense inside": (PNG.replace(b"IDAT", b"IDAt"), "PNG, WebP or JPEG"),
 }
 
@@ -130,19 +160,57 @@ async def test_what_is_no_fit_picture_is_refused_by_name(what: str, field: str) 
     assert MAX_SOURCE_PIXELS < 4097 * 4096
 
 
+@pytest.mark.parametrize(
+    "dress",
+    [
+        lambda text: f"data:image/png;base64,{text}",
+        lambda text: f"DATA:image/png;name=a.png;Base64,{text}",
+        lambda text: "\r\n".join(text[at : at + 76] for at in range(0, len(text), 76)) + "\n",
+        lambda text: text.replace("+", "-").replace("/", "_"),
+        lambda text: text.rstrip("="),
+        lambda text: " " + text,
+    ],
+    ids=["data URL", "data URL with more", "wrapped", "URL-safe", "unpadded", "blank"],
+)
+async def test_base64_in_every_usual_dress(dress: Callable[[str], str]) -> None:
+    for width in (48, 49, 50):  # so that each amount of padding comes, and both letters that are not URL-safe
+        text = base64(encoded(gradient(width)))
+        request, source = await SourcePictures().prepare(GenerationRequest(prompt="x", image=dress(text)))
+        plain, _ = await SourcePictures().prepare(GenerationRequest(prompt="x", image=text))
+        assert source is not None
+        assert decoded(source.image).tobytes() == gradient(width).tobytes()
+        assert request.image == plain.image, "a retry in another dress is the same request"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("https://example.com/a.png", "fetches no addresses"),
+        ("data:image/png,raw", "data URL in base64"),
+        ("data:image/png;base64", "data URL in base64"),
+        ("AAAAA", "base64-encoded"),
+        ("AA=A", "base64-encoded"),
+        ("=", "PNG, WebP or JPEG"),
+    ],
+)
+async def test_text_that_is_no_picture_says_what_to_send(text: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        await SourcePictures().prepare(GenerationRequest(prompt="x", image=text))
+
+
 @pytest.mark.parametrize("text", ["?", "a", "data:image/png;base64,AAAA", "sha256:" + "0" * 64, "é"])
 async def test_what_is_not_base64(text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        await SourcePictures().take_in(GenerationRequest(prompt="x", image=text))
+        await SourcePictures().prepare(GenerationRequest(prompt="x", image=text))
     assert caught.value.field == "image"
 
 
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (mask(47, 32), "as large as the picture, 48x32"),
-        (mask(96, 64), "as large as the picture, 48x32"),
-        (gradient(), "no alpha channel"),
+        (mask(47, 32), "the same size as the picture, 48x32"),
+        (mask(96, 64), "the same size as the picture, 48x32"),
+        (gradient(), "alpha channel"),
         (mask(change=None), "nothing to change"),
     ],
 )
@@ -155,5 +223,5 @@ async def test_masks_that_do_not_fit(picture: Image.Image, message: str) -> None
 async def test_pictures_are_taken_in_one_at_a_time() -> None:
     pictures = SourcePictures()
     request = GenerationRequest(prompt="x", image=base64(PNG))
-    results = await asyncio.gather(*(pictures.take_in(request) for _ in range(20)))
+    results = await asyncio.gather(*(pictures.prepare(request) for _ in range(20)))
     assert {source.image for _, source in results if source} == {results[0][1].image if results[0][1] else b""}

@@ -1,4 +1,4 @@
-"""Whatever bytes arrive, the answer is a clear 4xx that repeats none of them."""
+"""Whatever bytes arrive, the response is a clear 4xx that repeats none of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from service.gateway.app import Gateway
-from service.queue import JobQueue
-from service.settings import Settings
+from patchforge.service.gateway.app import Gateway
+from patchforge.service.queue import JobQueue
+from patchforge.service.settings import Settings
+from tests.patience import PATIENCE
 from tests.service.gateway.harness import ScriptedWorker, running
 
 JSON = {"Content-Type": "application/json"}
@@ -34,7 +35,6 @@ BAD_BODIES: list[tuple[str, bytes, str | None]] = [
     ("a fraction as an integer", body('"n": 1.5'), "n"),
     ("true as an integer", body('"n": true'), "n"),
     ("true as a number", body('"guidance": true'), "guidance"),
-    ("null", body('"n": null'), "n"),
     ("5000 digits", body(f'"n": {"9" * 5000}'), "n"),
     ("4000 digits", body(f'"seed": {"9" * 4000}'), "seed"),
     ("-5000 digits", body(f'"guidance": -{"9" * 5000}'), "guidance"),
@@ -65,7 +65,6 @@ BAD_BODIES: list[tuple[str, bytes, str | None]] = [
     ("100k nested objects", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, None),
     ("not UTF-8", b'{"prompt": "\xff\xfe"}', None),
     ("UTF-16", '{"prompt": "x"}'.encode("utf-16"), None),
-    ("a byte order mark", b'\xef\xbb\xbf{"prompt": "x"}', None),
     ("an encoded surrogate", b'{"prompt": "\xed\xa0\x80"}', None),
     ("a list", b'[{"prompt": "x"}]', None),
     ("NaN alone", b"NaN", None),
@@ -80,10 +79,7 @@ async def test_bad_bodies(http: httpx.AsyncClient, worker: ScriptedWorker, path:
     for name, content, field in BAD_BODIES:
         reply = await http.post(path, content=content, headers=JSON)
         openai = path != "/v1/jobs"
-        if openai and name in (
-            "null",
-            "a prompt for a class model",
-        ):  # there, null means left out, and a class is a prompt
+        if openai and name == "a prompt for a class model":  # valid in this API: it may be the name of a class
             continue
         assert 400 <= reply.status_code < 500, name
         assert SECRET not in reply.text, name
@@ -153,7 +149,7 @@ async def test_slow_or_endless_heads(settings: Settings, queue: JobQueue, sent: 
 async def _first_line(port: int, sent: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(sent)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         head = await reader.readline()
     writer.close()
     await writer.wait_closed()

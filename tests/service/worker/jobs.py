@@ -1,11 +1,11 @@
-"""Jobs as the gateway would hand them over: every default filled in."""
+"""Jobs as the gateway submits them, with all defaults filled in."""
 
 from __future__ import annotations
 
 from itertools import count
 from typing import Any
 
-from service.schemas import GenerationRequest, Job, JobStatus
+from patchforge.service.messages.schemas import GenerationRequest, Job, JobStatus
 
 _numbers = count(1)
 

@@ -1,6 +1,6 @@
-"""Bytes of keys and values are granted while there are any, and the only picture always goes on."""
+"""Bytes of keys and values are granted while there are any, and a single picture can always run."""
 
-from service.worker.caches import CacheBudget
+from patchforge.service.worker.caches import CacheBudget
 
 
 def test_room_is_granted_until_the_limit_and_again_once_released() -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from model.pipeline import Pipeline
-from model.samplers.adaptive import Adaptive, AdaptiveState
-from service.errors import InvalidRequest
-from service.schemas import OutputFormat
-from service.worker.engine import Engine
-from service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
-from service.worker.previews import PreviewPace
-from service.worker.scheduler import Scheduler
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.samplers.adaptive import Adaptive, AdaptiveState
+from patchforge.service.errors import InvalidRequest
+from patchforge.service.messages.schemas import OutputFormat
+from patchforge.service.worker.engine import Engine
+from patchforge.service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
+from patchforge.service.worker.previews import PreviewPace
+from patchforge.service.worker.scheduler import Scheduler
 from tests.rounding import assert_same
 from tests.service.worker.jobs import job
 
@@ -61,6 +61,39 @@ def test_a_picture_packed_with_others_is_the_picture_made_alone(engine: Engine) 
             assert difference.max() <= 1
 
 
+def test_pictures_of_several_sizes_share_a_step_and_are_those_made_alone(engine: Engine) -> None:
+    """The text bundle draws 32×32, 16×16 and 32×16 itself; other sizes come from the one that is nearest."""
+    sizes = {(16, 16): (2, 2), (32, 16): (2, 4), (32, 32): (4, 4), (8 * 16, 4 * 16): (2, 4), (20, 20): (4, 4)}
+    adaptive = {"name": "adaptive", "tolerance": 0.05}
+    fields = [{"width": width, "height": height} for width, height in sizes] + [{}]
+    samplers = ("euler", DUAL_LOOP, adaptive, adaptive, "heun", adaptive)
+    mix = [
+        job(model="tiny-text", seed=seed, sampler=sampler, steps=4, **size)
+        for seed, (size, sampler) in enumerate(zip(fields, samplers, strict=True))
+    ]
+    for each in mix:
+        engine.admit(each)
+    together = engine.step()
+    assert set(engine.last_shares) == {each.id for each in mix}, "all in one evaluation"
+    together += run(engine)
+    for each, grid in zip(mix, [*sizes.values(), (4, 4)], strict=True):
+        engine.admit(each)
+        alone = run(engine)
+        made = pixels(together, each.id)
+        assert made.shape == (each.request.height or 32, each.request.width or 32, 3)
+        assert np.abs(made - pixels(alone, each.id)).max() <= 1
+        [report] = [o.report for o in alone if isinstance(o, JobDone)]
+        assert (report.grid_rows, report.grid_columns, report.patches) == (*grid, math.prod(grid))
+        assert len(report.images[0].finished_at) == len(report.images[0].difficulty) == math.prod(grid)
+        told = None if grid == (4, 4) else list(grid)
+        previews = [o.preview for o in together if isinstance(o, PreviewMade) and o.job_id == each.id]
+        finished = [o.finished for o in together if isinstance(o, PatchesMade) and o.job_id == each.id]
+        assert {len(preview.times) for preview in previews} == {math.prod(grid)}
+        assert all(event.grid == told for event in [*previews, *finished])
+        shown = Image.open(BytesIO(b64decode(previews[0].b64_png)))
+        assert shown.size == (8 * grid[1], 8 * grid[0]), "in the size in which it is drawn"
+
+
 def test_pictures_of_a_request_count_their_seeds_up(engine: Engine) -> None:
     several, second = job(n=2, seed=7), job(seed=8)
     engine.admit(several)
@@ -82,21 +115,32 @@ def test_the_report_counts_branches_and_what_was_saved(engine: Engine) -> None:
     assert full.images[0].finished_at == [4] * 16
     saved = reports[adaptive.id]
     assert saved.dense_patch_evaluations == 2 * 16 * 16
-    # Per step two evaluations of all 16 and two of the hard: six are easy, since the seventh carries the quantile.
+    # Each step has two evaluations of all 16 patches and two of the hard ones. Six are easy, below the seventh.
     assert saved.patch_evaluations == 4 * 2 * (2 * 16 + 2 * 10)
     assert saved.savings_ratio == pytest.approx(0.1875)
-    assert sorted(set(saved.images[0].finished_at)) == [13, 16]  # easy ones with the last step's first evaluation
+    assert sorted(set(saved.images[0].finished_at)) == [13, 16]  # easy ones end with the last step's first evaluation
 
 
 def test_previews_are_estimates_of_the_clean_picture(engine: Engine) -> None:
     engine.admit(job(sampler=DUAL_LOOP, steps=3))
     previews = [o.preview for o in run(engine) if isinstance(o, PreviewMade)]
-    assert len(previews) == 11  # 12 evaluations; the last one is the picture itself
+    assert len(previews) == 11  # of 12 evaluations, the last one gives the picture itself
     assert [p.evaluation for p in previews] == list(range(1, 12))
     assert previews[-1].finished_share == pytest.approx(6 / 16)
     assert previews[0].patch_evaluations == previews[0].dense_patch_evaluations == 32
     first = Image.open(BytesIO(b64decode(previews[0].b64_png)))
     assert first.size == (32, 32)
+
+
+def test_partial_images_are_made_however_little_time_previews_may_take(pipelines: dict[str, Pipeline]) -> None:
+    busy = PreviewPace(interval=1e9, share=0.0)
+    busy.showed(1, 1.0)  # more than was saved up
+    engine = Engine(pipelines, Scheduler(dict.fromkeys(pipelines, 4096)), busy, 1 << 30)
+    asked, other = job(steps=8, n=2, partial_images=3), job(steps=8)
+    engine.admit(asked)
+    engine.admit(other)
+    previews = [(o.job_id, o.preview.index, o.preview.evaluation) for o in run(engine) if isinstance(o, PreviewMade)]
+    assert sorted(previews) == [(asked.id, index, evaluation) for index in (0, 1) for evaluation in (2, 4, 6)]
 
 
 def test_a_preview_is_the_decoded_estimate_not_the_noisy_state(engine: Engine, pipelines: dict[str, Pipeline]) -> None:
@@ -109,6 +153,33 @@ def test_a_preview_is_the_decoded_estimate_not_the_noisy_state(engine: Engine, p
         estimate, noisy = (decode(each[None])[0].numpy().astype(int) for each in (state.estimate, state.x))
         assert np.array_equal(shown, estimate)
         assert not np.array_equal(shown, noisy)
+
+
+def test_a_negative_prompt_is_the_text_of_the_null_branch(engine: Engine) -> None:
+    asked = {None: {}, "empty": {"negative_prompt": ""}, "dog": {"negative_prompt": "dog"}}
+    asked["unguided"] = {"negative_prompt": "dog", "guidance": 1.0}
+    asked["plain"] = {"guidance": 1.0}
+    jobs = {name: job(model="tiny-text", deterministic=True, **fields) for name, fields in asked.items()}
+    for each in jobs.values():
+        engine.admit(each)
+    outcomes = run(engine)
+    made = {name: pixels(outcomes, each.id) for name, each in jobs.items()}
+    assert np.array_equal(made["empty"], made[None]), "to the bit"
+    assert not np.array_equal(made["dog"], made[None])
+    assert np.array_equal(made["unguided"], made["plain"]), "without guidance there is no null branch"
+
+
+def test_a_negative_prompt_that_is_cut_is_told(engine: Engine) -> None:
+    for text, told in (("dog", None), ("dog " * 50, True)):
+        engine.admit(job(model="tiny-text", negative_prompt=text))
+        [report] = [o.report for o in run(engine) if isinstance(o, JobDone)]
+        assert report.model_dump().get("negative_prompt_truncated") is told
+        assert not report.prompt_truncated
+    asked = job()
+    asked = asked.model_copy(update={"request": asked.request.model_copy(update={"negative_prompt": "dog"})})
+    with pytest.raises(InvalidRequest) as caught:
+        engine.admit(asked)
+    assert caught.value.field == "negative_prompt"
 
 
 def test_no_previews_unless_wanted(engine: Engine) -> None:
@@ -194,10 +265,10 @@ def test_pictures_too_many_to_decode_at_once_are_decoded_in_portions(
     pipeline = pipelines["tiny-class"]
     decode = pipeline.decode
 
-    def out_of_memory_for_more_than_two(patches):
+    def out_of_memory_for_more_than_two(patches, grid):
         if len(patches) > 2:
             raise torch.OutOfMemoryError("too many pictures")
-        return decode(patches)
+        return decode(patches, grid)
 
     engine.admit(several := job(n=5))
     whole = run(engine)
@@ -218,10 +289,10 @@ def test_a_picture_that_cannot_be_decoded_fails_alone(
     engine.admit(good)
     culprit = engine.admit(bad).pictures[0]
 
-    def broken_for_the_culprit(patches):
+    def broken_for_the_culprit(patches, grid):
         if any(torch.equal(each, culprit.trajectory.state.x) for each in patches):
             raise RuntimeError("no such picture")
-        return decode(patches)
+        return decode(patches, grid)
 
     monkeypatch.setattr(pipeline, "decode", broken_for_the_culprit)
     outcomes = run(engine)
@@ -231,7 +302,7 @@ def test_a_picture_that_cannot_be_decoded_fails_alone(
 
 
 class Undecided(Adaptive):
-    """Cannot make anything of the answers it gets."""
+    """A sampler that fails with the answers to its question."""
 
     def answer(self, state: AdaptiveState, answer: torch.Tensor) -> AdaptiveState:
         raise RuntimeError("no idea")
@@ -260,7 +331,7 @@ def test_finished_patches_are_told_when_and_from_where(engine: Engine) -> None:
     outcomes = run(engine)
     told = [o.finished for o in outcomes if isinstance(o, PatchesMade)]
     [report] = [o.report.images[0] for o in outcomes if isinstance(o, JobDone)]
-    # Easy patches jump over the last step with its first evaluation, hard ones creep to its end.
+    # Easy patches finish the last step with its first evaluation, hard ones at its end.
     assert [event.evaluation for event in told] == [9, 12]
     assert sorted(patch for event in told for patch in event.patches) == list(range(16))
     assert all(report.finished_at[patch] == event.evaluation for event in told for patch in event.patches)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.pipeline import Pipeline
-from service.queue_records import Source
-from service.schemas import Job
-from service.worker.engine import Engine
-from service.worker.outcomes import JobDone, Outcome, PictureMade, PreviewMade
-from service.worker.previews import PreviewPace
-from service.worker.scheduler import Scheduler
+from patchforge.model.pipeline import Pipeline
+from patchforge.service.messages.schemas import Job
+from patchforge.service.messages.source import Source
+from patchforge.service.worker.engine import Engine
+from patchforge.service.worker.outcomes import JobDone, Outcome, PictureMade, PreviewMade
+from patchforge.service.worker.previews import PreviewPace
+from patchforge.service.worker.scheduler import Scheduler
 from tests.pretend_device import PRETENDED, PretendDevice
 from tests.service.gateway.pictures import encoded, gradient
 from tests.service.worker.jobs import job
@@ -63,8 +63,8 @@ def test_jobs_of_all_kinds_end_as_on_the_cpu(there: Engine, pipelines: dict[str,
 @pytest.mark.parametrize(
     ("sampler", "expected"),
     [
-        ("euler", [1, 1, 2, 2]),  # once to see how all stand, and at the end for the pictures that are done
-        ({"name": "adaptive", "tolerance": 0.0, "skip_tolerance": 0.0}, [2, 2, 3, 2]),  # and to know what is due
+        ("euler", [1, 1, 2, 2]),  # once per step for the status, and at the end for finished pictures
+        ({"name": "adaptive", "tolerance": 0.0, "skip_tolerance": 0.0}, [2, 2, 3, 2]),  # once more for what to evaluate
     ],
 )
 def test_a_step_waits_for_all_pictures_at_once(

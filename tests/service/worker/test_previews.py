@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.worker.previews import SAVED_SECONDS, PreviewPace
+from patchforge.service.worker.previews import SAVED_SECONDS, PreviewPace
 
 
 def test_each_picture_is_shown_at_its_interval() -> None:
@@ -30,7 +30,7 @@ def test_all_together_keep_to_their_share_however_many_want_to_be_shown(share: f
         pace.showed(len(due), 0.01 * len(due))
         shown += 0.01 * len(due)
     assert shown == pytest.approx(share * worked + SAVED_SECONDS, abs=0.1)
-    assert min(each for each in last if each is not None) > 1000  # and nobody is forgotten
+    assert min(each for each in last if each is not None) > 1000  # and no picture is forgotten
 
 
 def test_a_pause_saves_up_no_burst() -> None:

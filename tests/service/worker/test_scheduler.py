@@ -1,4 +1,4 @@
-"""Who is served: promises that hold whatever arrives, and the order within them."""
+"""Which pictures are evaluated: promises that hold for all arrivals, and the order within them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.worker.scheduler import AGEING, GUARANTEED, Candidate, Key, Scheduler
+from patchforge.service.worker.scheduler import AGEING, GUARANTEED, Candidate, Key, Scheduler
 
 BUDGETS = {"a": 100, "b": 40}
 
@@ -23,7 +23,7 @@ def served(chosen: list[Candidate]) -> list[str]:
 
 
 def turns(scheduler: Scheduler, waiting: list[Candidate], steps: int) -> Counter[str]:
-    """How often each was served while all of them kept wanting more."""
+    """Returns how often each was evaluated while all of them always wanted more."""
     return Counter(name for _ in range(steps) for name in served(scheduler.choose(waiting)))
 
 
@@ -52,7 +52,7 @@ def test_models_never_mix_and_share_the_steps() -> None:
     waiting = candidates(("x", 50), ("y", 50)) + candidates(("z", 40), model="b")
     steps = [served(scheduler.choose(waiting)) for _ in range(60)]
     assert all("z" not in step or step == ["z"] for step in steps)
-    # A third of the guaranteed part is z's, and more may come of being urgent.
+    # A third of the guaranteed part is z's. Urgency may add more.
     assert 60 * GUARANTEED / 3 <= sum(step == ["z"] for step in steps) <= 50
 
 
@@ -91,7 +91,7 @@ def test_a_long_one_keeps_its_guaranteed_share_beside_endless_short_ones() -> No
     for step in range(steps):
         newcomers = candidates(*((f"{step}-{i}", 50) for i in range(3)), remaining=50)  # each needs one evaluation
         count += "long" in served(scheduler.choose(long + newcomers))
-    # Four of equal weight: a fourth each of the guaranteed part, of which each evaluation takes half a step.
+    # There are four with equal weight: each gets a quarter of the guaranteed part, and an evaluation costs half a step.
     assert count >= steps * GUARANTEED / 4 / 0.5 - 1
 
 
@@ -126,10 +126,16 @@ lives = st.randoms(use_true_random=False)
 MOST = 12
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+@settings(
+    max_examples=200,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(arrivals, lives)
 def test_everyone_is_served_soon_after_being_owed_it(coming: list[list[Candidate]], chance: Random) -> None:
-    """Whoever comes, leaves and wants what: within as many steps as there are pictures."""
+    """For random arrivals, departures and costs: each is evaluated within as many steps as there are pictures."""
     scheduler = Scheduler(BUDGETS)
     live: dict[Key, Candidate] = {}
     credit: dict[Key, float] = {}

@@ -7,18 +7,32 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from model.pipeline import Pipeline
-from service.events import TERMINAL_EVENTS, Cancelled, Completed, Event, Failed, ImageReady, Preview, Queued, Started
-from service.queue import Claim, Heartbeat, JobQueue
-from service.schemas import JobStatus
-from service.settings import Settings
-from service.worker.outages import Outages
-from service.worker.outcomes import Outcome
-from service.worker.worker import Worker
-from tests.service.queue_kit import silenced
+from patchforge.model.pipeline import Pipeline
+from patchforge.service import memory
+from patchforge.service.messages.events import (
+    TERMINAL_EVENTS,
+    Cancelled,
+    Completed,
+    Event,
+    Failed,
+    ImageReady,
+    Preview,
+    Queued,
+    Started,
+)
+from patchforge.service.messages.schemas import JobStatus
+from patchforge.service.queue import Claim, Heartbeat, JobQueue, keys
+from patchforge.service.settings import Settings
+from patchforge.service.worker.outages import Outages
+from patchforge.service.worker.outcomes import Outcome
+from patchforge.service.worker.worker import Worker
+from tests.patience import PATIENCE
+from tests.service.queue.kit import silenced
 from tests.service.worker.jobs import request
+from tests.service.worker.test_source_images import source
 
 Running = Callable[..., object]
 BUDGETS = {"tiny-class": 4096, "tiny-text": 4096}
@@ -27,7 +41,7 @@ BUDGETS = {"tiny-class": 4096, "tiny-text": 4096}
 @asynccontextmanager
 async def running(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
     task, test = asyncio.create_task(worker.run()), asyncio.current_task()
-    # A worker that crashed would leave the test waiting for its events.
+    # If the worker crashed, the test would wait for events.
     task.add_done_callback(lambda ended: test.cancel() if not ended.cancelled() and ended.exception() else None)
     try:
         yield task
@@ -53,7 +67,7 @@ async def first(queue: JobQueue, job_id: str, kind: type) -> Event:
 
 
 async def claimed(queue: JobQueue) -> Claim:
-    """A claim of someone who will not be heard of again."""
+    """A claim of a worker that never responds again."""
     claim = await queue.claim("dead", ["tiny-class"], block_seconds=0)
     assert claim is not None
     return claim
@@ -99,13 +113,66 @@ async def test_a_job_that_does_not_fit_fails_with_the_reason(worker: Worker, que
     assert "unicorn" in failed.error.message
 
 
+async def test_a_picture_that_the_worker_cannot_hold_fails_its_job_alone(
+    worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000.0)
+    async with running(worker):
+        job = await queue.submit(request(image="sha256:x", sampler="adaptive"), source=source())
+        failed = await first(queue, job.id, TERMINAL_EVENTS)
+        after = await queue.submit(request())
+        assert isinstance(await first(queue, after.id, TERMINAL_EVENTS), Completed)
+    assert isinstance(failed, Failed)
+    assert failed.error.code == "out_of_memory"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"request": b"\xff\xfe"},
+        {"request": b'{"prompt":"the caller\'s own words","sampler":{"name":"later"}}'},
+        {"protocol": b"2"},
+    ],
+)
+async def test_a_job_of_a_later_version_fails_at_once_and_the_worker_goes_on(
+    worker: Worker,
+    queue: JobQueue,
+    redis_client: Redis,
+    odd: dict[str, bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = await queue.submit(request())
+    await redis_client.hset(keys.job(job.id), mapping=dict(odd))
+    after = await queue.submit(request())
+    async with running(worker):
+        failed = await first(queue, job.id, TERMINAL_EVENTS)
+        assert isinstance(await first(queue, after.id, TERMINAL_EVENTS), Completed)
+    assert isinstance(failed, Failed)
+    assert failed.error.code == "unsupported"
+    assert (await queue.get(job.id)).attempt == 1
+    said = capsys.readouterr().out
+    assert "own words" not in said + failed.error.message
+    assert "Traceback" not in said
+    assert 'patchforge_request_failures_total{code="unsupported",model="tiny-class"} 1.0' in (
+        worker.metrics.exposition().decode()
+    )
+
+
+async def test_a_worker_leaves_what_it_cannot_do_to_others(worker: Worker, queue: JobQueue) -> None:
+    special = await queue.submit(request(), needs={"sampler.later"})
+    async with running(worker):
+        after = await queue.submit(request())
+        assert isinstance(await first(queue, after.id, TERMINAL_EVENTS), Completed)
+    assert (await queue.get(special.id)).status is JobStatus.WAITING
+
+
 async def test_a_job_whose_preparation_stops_an_iteration_fails_and_the_worker_goes_on(
     worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A StopIteration does not come out of a thread by itself: the worker would wait for ever."""
+    """A StopIteration does not leave a thread by itself: the worker would wait for ever."""
     with monkeypatch.context() as patched:
         patched.setattr(worker.engine, "admit", lambda job, source: next(iter(())))
-        async with running(worker), asyncio.timeout(60):
+        async with running(worker), asyncio.timeout(PATIENCE):
             job = await queue.submit(request())
             failed = await first(queue, job.id, TERMINAL_EVENTS)
             patched.undo()
@@ -157,7 +224,7 @@ async def test_draining_gives_back_what_it_cannot_finish(
         await first(queue, again.id, TERMINAL_EVENTS)
         await queue.cancel(job.id)
         await first(queue, job.id, TERMINAL_EVENTS)
-    assert (await queue.get(job.id)).attempt == 1  # a drain charges no attempt
+    assert (await queue.get(job.id)).attempt == 1  # draining uses up no attempt
 
 
 async def test_a_job_of_a_dead_worker_is_made_again_the_same(
@@ -192,7 +259,7 @@ async def test_a_job_on_its_last_attempt_runs_alone(
     async with running(worker):
         busy = await queue.submit(request(steps=200, n=10))
         await first(queue, busy.id, Started)
-        await silenced(queue, last)  # in the middle of it, most likely
+        await silenced(queue, last)  # probably in the middle of it
         await queue.submit(request(steps=5, seed=1))
         assert isinstance(await first(queue, suspect.id, TERMINAL_EVENTS), Completed)
         assert isinstance(await first(queue, busy.id, TERMINAL_EVENTS), Completed)
@@ -209,7 +276,7 @@ async def test_a_worker_that_cannot_keep_its_claims_ends(
     monkeypatch.setattr(queue, "heartbeat", broken)
     await queue.submit(request(steps=200, n=10))
     with pytest.raises(ExceptionGroup):
-        await asyncio.wait_for(worker.run(), 60)
+        await asyncio.wait_for(worker.run(), PATIENCE)
 
 
 async def test_no_one_is_taken_for_dead_after_an_outage(
@@ -225,7 +292,7 @@ async def test_no_one_is_taken_for_dead_after_an_outage(
         assert await other_queue.heartbeat(claim) is Heartbeat.OK
         await silenced(queue, claim)
         monkeypatch.undo()
-        assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)  # in the end it is
+        assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)  # it does complete
 
 
 async def test_a_worker_that_takes_over_its_own_job_goes_on_with_it(
@@ -250,7 +317,7 @@ async def test_a_worker_that_takes_over_its_own_job_goes_on_with_it(
         await first(queue, job.id, Started)
         await silenced(queue, worker.claims[job.id])
         await reclaimed.wait()
-        heard.set()  # what is said of the first claim now, that it is lost, must not be taken for the second
+        heard.set()  # the news that the first claim is lost must not be taken for the second
         seen = await events(queue, job.id)
     assert isinstance(seen[-1], Completed)
     assert not worker.claims

@@ -1,0 +1,114 @@
+"""Keep a picture within a budget of patch evaluations: the rest in fewer, longer steps, and at its end a landing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from patchforge.model.errors import ParameterError
+from patchforge.model.samplers import Adaptive
+from patchforge.model.trajectory import Change, Trajectory
+
+SURVIVAL = 0.9
+"""Share of the unfinished patches expected to be unfinished one step later, to forecast what a path costs."""
+LENIENCE = 0.4
+"""A tolerance that is 1.5 times as high costs 1.5^−0.4 as much; measured on emoji-text."""
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The quality below which load lowers no picture: that of a whole run with these."""
+
+    steps: int
+    tolerance: float
+
+
+def expected_costs(trajectory: Trajectory, unfinished: int) -> list[float]:
+    """Forecast the patch evaluations of each evaluation to come, if `unfinished` patches still move now."""
+    sampler, asked, factor, survival = trajectory.sampler, trajectory.asked, 1.0, 1.0
+    if isinstance(sampler, Adaptive) and sampler.tolerance > 0:
+        survival = SURVIVAL
+        if isinstance(asked, Adaptive) and sampler.tolerance > asked.tolerance > 0:
+            factor = (sampler.tolerance / asked.tolerance) ** -LENIENCE
+    ahead = sampler.costs_ahead(trajectory.state, unfinished)
+    return [factor * cost * survival**number for number, cost in enumerate(ahead)]
+
+
+def expected_cost(trajectory: Trajectory, unfinished: int) -> float:
+    """Forecast the patch evaluations to come."""
+    return sum(expected_costs(trajectory, unfinished))
+
+
+def lower(trajectory: Trajectory, floor: Floor, most: float, unfinished: int) -> bool:
+    """Change the path of a picture so that the rest costs `most` patch evaluations, or as much as `floor` does.
+
+    Tells whether it changed. Call it when `fit` may be called.
+    """
+    if expected_cost(trajectory, unfinished) <= most + ROUNDING:
+        return False
+    sampler, state, chosen = trajectory.sampler, trajectory.state, None
+    for steps, tolerance in sampler.lower_ways(state, floor.steps, floor.tolerance):
+        chosen = Change(state.evaluations, steps, tolerance=tolerance)
+        way = sampler.shorten(state, steps, tolerance)
+        if way is not None and expected_cost(replace(trajectory, sampler=way[0], state=way[1]), unfinished) <= most:
+            break
+    if chosen is not None:
+        trajectory.change(chosen)
+    return chosen is not None
+
+
+def fit(trajectory: Trajectory, left: float, unfinished: int) -> bool:
+    """Change the path of a picture so that it costs at most `left` patch evaluations more; tell whether it changed.
+
+    `unfinished` is the number of patches that still move. Call it before the first evaluation, and after each one once
+    the next plan is known. If it changed the path, call `plan_next` again. It never takes more steps than the sampler
+    would by itself, and before the first evaluation it leaves out guidance rather than the picture. Uniform samplers
+    keep their steps and land when the next one is too much.
+
+    Raises:
+        ParameterError: `left` is not enough for the first evaluation.
+    """
+    sampler, state = trajectory.sampler, trajectory.state
+    ahead = sampler.costs_ahead(state, unfinished)
+    if not ahead or _forecast(ahead) <= left:
+        return False
+    ways = [(steps, True) for steps in range(len(ahead) - 1, 0, -1)]
+    for steps, guided in ways if state.evaluations else [*ways, (1, False)]:
+        shorter = (sampler if guided else replace(sampler, guidance=1.0)).shorten(state, steps)
+        if shorter is not None and _forecast(shorter[0].costs_ahead(shorter[1], unfinished)) <= left:
+            trajectory.change(Change(state.evaluations, steps, guided))
+            return True
+    only_lands = sampler.shorten(state, 1) is None
+    if only_lands and ahead[0] <= left:
+        return False
+    if not state.evaluations:
+        needed = ahead[0] if only_lands else unfinished
+        raise ParameterError("budget", f"must be at least {needed} patch evaluations for one look at every patch")
+    trajectory.change(Change(state.evaluations, 0))
+    return True
+
+
+def fit_all(trajectories: Sequence[Trajectory], budget: int) -> bool:
+    """`fit` each picture to `budget` patch evaluations in all; tell whether any changed."""
+    changed = False
+    for each in trajectories:
+        unfinished = int((each.state.times < 1).sum())
+        changed |= unfinished > 0 and fit(each, budget - each.patch_evaluations, unfinished)
+    return changed
+
+
+def replay(trajectory: Trajectory, changes: Sequence[Change]) -> bool:
+    """Make the next change of an earlier run if that made it after as many evaluations; tell whether it did.
+
+    Call `plan_next` afterwards, and then this again: a change may have followed another.
+    """
+    made = len(trajectory.changes)
+    if made == len(changes) or changes[made].evaluation != trajectory.state.evaluations:
+        return False
+    trajectory.change(changes[made])
+    return True
+
+
+def _forecast(ahead: list[int]) -> float:
+    return sum(cost * SURVIVAL**number for number, cost in enumerate(ahead))

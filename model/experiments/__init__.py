@@ -1,0 +1,1 @@
+"""Experiments with samplers, forward passes and training recipes. Each compares with a baseline."""

@@ -1,0 +1,1 @@
+"""The two networks, their parts, and the text encoder."""

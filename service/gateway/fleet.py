@@ -1,0 +1,93 @@
+"""The models that the live workers serve, and the choice of a model for a request."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from patchforge.class_names import knows_class
+from patchforge.service.errors import NotFound, TooLittleTime, Unavailable, Unsupported
+from patchforge.service.messages.schemas import GenerationRequest, ModelCard
+from patchforge.service.queue.records import Served
+
+
+class Fleet:
+    """The live workers and their models at one moment."""
+
+    def __init__(self, workers: Iterable[Served], preferred: Sequence[str] = ()) -> None:
+        """Models named in `preferred` come first, in that order; the others follow by name."""
+        self._workers = list(workers)
+        cards = {card.name: card for served in self._workers for card in served.cards}
+        places = {name: place for place, name in enumerate(preferred)}
+        self.cards = sorted(cards.values(), key=lambda card: (places.get(card.name, len(places)), card.name))
+        """One card per model, in that order."""
+
+    def find(self, name: str) -> ModelCard:
+        """Returns the model of that name.
+
+        Raises:
+            NotFound: no worker serves it.
+            Unsupported: this gateway cannot read its card.
+            Unavailable: no worker serves any model.
+        """
+        for card in self.cards:
+            if card.name == name:
+                return card
+        for served in self._workers:
+            if name in served.unreadable:
+                raise Unsupported(f"this gateway cannot use the model: {served.unreadable[name]}", field="model")
+        self._require_models()
+        raise NotFound("no such model: /v1/models lists those that are served", field="model")
+
+    def choose_for(self, request: GenerationRequest, *, prompt_may_be_class: bool = False) -> ModelCard:
+        """Returns the model that a request names, or else the first that fits.
+
+        A prompt needs a text model. A class label needs a class model, if possible one that has this class. With
+        `prompt_may_be_class`, a prompt may also be the name of a class if no text model is served.
+
+        Raises:
+            NotFound: no such model is served.
+            Unsupported: this gateway cannot read the card of the named model.
+            Unavailable: no worker serves any model.
+        """
+        if request.model is not None:
+            return self.find(request.model)
+        cards = self._require_models()
+        if request.prompt is not None:
+            fitting = [card for card in cards if card.kind == "text"]
+            if not fitting and prompt_may_be_class:
+                fitting = [card for card in cards if knows_class(request.prompt, card.classes)]
+        else:
+            fitting = [card for card in cards if card.kind == "class"]
+            fitting.sort(key=lambda card: not knows_class(request.class_label, card.classes))
+        if not fitting:
+            takes = "a class label" if request.prompt is None else "a prompt"
+            raise NotFound(f"no worker serves a model that takes {takes}", field="model")
+        return fitting[0]
+
+    def check_capabilities(self, model: str, needs: Collection[str]) -> None:
+        """Checks that a worker of the model has all capabilities in `needs`.
+
+        Raises:
+            Unsupported: no worker has them all.
+        """
+        serving = [served for served in self._workers if any(card.name == model for card in served.cards)]
+        lacking = sorted((sorted({*needs} - served.capabilities) for served in serving), key=len)
+        if lacking and lacking[0]:
+            raise Unsupported(f"no worker that serves {model} supports this: {', '.join(lacking[0])}")
+
+    def check_time(self, request: GenerationRequest) -> None:
+        """Checks that a worker could finish the pictures within `finish_within_seconds`, as far as workers can tell.
+
+        Raises:
+            TooLittleTime: none could, even at the lowest quality.
+        """
+        within = request.finish_within_seconds
+        cards = [card for served in self._workers for card in served.cards if card.name == request.model]
+        times = [request.n * card.least_seconds for card in cards if card.least_seconds is not None]
+        if within is not None and len(times) == len(cards) and within < (least := min(times, default=0.0)):
+            raise TooLittleTime(f"it would take {least:.2g} seconds", field="finish_within_seconds", retry_after=1)
+
+    def _require_models(self) -> list[ModelCard]:
+        if not self.cards:
+            raise Unavailable("no worker is serving a model", retry_after=5)
+        return self.cards

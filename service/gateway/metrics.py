@@ -1,0 +1,120 @@
+"""The Prometheus metrics of a gateway: its responses, and the queue behind it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter as Counts
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from patchforge.service.gateway.expositions import merge_expositions
+from patchforge.service.logs import DROPPED
+from patchforge.service.messages.schemas import Job
+from patchforge.service.metrics import BY_REQUEST, OTHER, SECONDS, request_labels
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+@dataclass(frozen=True)
+class QueueState:
+    """The shared queue and its workers at one scrape."""
+
+    waiting: Mapping[str, int]
+    """Waiting requests by model; models without any are left out."""
+    oldest_seconds: Mapping[str, float]
+    """How long the oldest of them has waited, by model, on the queue server's clock."""
+    workers: Collection[Collection[str]]
+    """For each live worker, the models it serves."""
+    memory_bytes: int
+    memory_limit_bytes: int
+    """0 if the queue server has no limit."""
+
+
+class GatewayMetrics:
+    """Counts a gateway's responses and shows the queue, in a Prometheus registry."""
+
+    def __init__(self, registry: CollectorRegistry, max_waiting: int) -> None:
+        """`max_waiting`: the number of waiting jobs at which submits are refused."""
+        self._registry = registry
+        ProcessCollector(registry=registry)
+        registry.register(DROPPED)
+
+        def gauge(name: str, what: str, *labels: str) -> Gauge:
+            return Gauge(f"patchforge_{name}", what, labels, registry=registry)
+
+        self._queue_up = gauge("queue_up", "1 if the queue server answered this scrape, else 0.")
+        gauge("queue_capacity", "Number of waiting requests at which new ones are refused.").set(max_waiting)
+        self._memory = gauge("queue_memory_bytes", "Memory that the queue server uses.")
+        self._memory_limit = gauge("queue_memory_limit_bytes", "Memory that the queue server may use; 0 = no limit.")
+        self._waiting = gauge("requests_waiting", "Accepted requests that no worker has started.", "model")
+        self._oldest = gauge("queue_oldest_seconds", "Seconds that the oldest waiting request has waited.", "model")
+        self._workers = gauge("workers", "Live workers.")
+        self._model_workers = gauge("model_workers", "Live workers that serve a model.", "model")
+        self._ended = Counter(
+            "patchforge_requests", "Ended requests, by final status.", (*BY_REQUEST, "status"), registry=registry
+        )
+        self._http = Counter(
+            "patchforge_http_requests",
+            "HTTP responses, by class of status code.",
+            ("method", "route", "status"),
+            registry=registry,
+        )
+        self._http_seconds = Histogram(
+            "patchforge_http_request_seconds",
+            "Seconds until an HTTP response ended, streams included.",
+            ("method", "route"),
+            registry=registry,
+            buckets=SECONDS,
+        )
+        self._rpc = Counter(
+            "patchforge_grpc_requests", "Ended gRPC calls, by status code.", ("method", "status"), registry=registry
+        )
+        self._rpc_seconds = Histogram(
+            "patchforge_grpc_request_seconds",
+            "Seconds until a gRPC call ended, streams included.",
+            ("method",),
+            registry=registry,
+            buckets=SECONDS,
+        )
+
+    def exposition(self, workers: Sequence[bytes] = ()) -> bytes:
+        """Writes all metrics in Prometheus's text format, merged with `workers`, the texts of live workers."""
+        return merge_expositions([generate_latest(self._registry), *workers])
+
+    def set_queue_state(self, state: QueueState | None) -> None:
+        """Updates the queue's gauges; call it at each scrape.
+
+        None means that the queue server does not answer: its gauges become NaN.
+        """
+        for by_model in (self._waiting, self._oldest, self._model_workers):
+            by_model.clear()
+        self._queue_up.set(state is not None)
+        if state is None:
+            for gauge in (self._memory, self._memory_limit, self._workers):
+                gauge.set(math.nan)
+            return
+        self._memory.set(state.memory_bytes)
+        self._memory_limit.set(state.memory_limit_bytes)
+        self._workers.set(len(state.workers))
+        served = Counts(model for models in state.workers for model in models)
+        for model in served.keys() | state.waiting.keys():
+            self._model_workers.labels(model).set(served[model])
+            self._waiting.labels(model).set(state.waiting.get(model, 0))
+            self._oldest.labels(model).set(state.oldest_seconds.get(model, 0))
+
+    def count_request_ended_in_queue(self, job: Job) -> None:
+        """Counts a request that ended while no worker held it: see `JobQueue.on_ended`."""
+        self._ended.labels(*request_labels(job), job.status.value).inc()
+
+    def record_http_response(self, method: str, route: str | None, status: int, seconds: float) -> None:
+        """Counts and times a response. `route` is the matched route's template, never the path; None without one."""
+        method, route = method if method in _METHODS else OTHER, route or OTHER
+        self._http.labels(method, route, f"{status // 100}xx").inc()
+        self._http_seconds.labels(method, route).observe(seconds)
+
+    def record_rpc_response(self, method: str, status: str, seconds: float) -> None:
+        """Counts and times a call. `method` is its full name, `status` the name of a gRPC status code."""
+        self._rpc.labels(method, status).inc()
+        self._rpc_seconds.labels(method).observe(seconds)

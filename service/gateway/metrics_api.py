@@ -1,0 +1,79 @@
+"""`GET /metrics` for Prometheus, and the middleware that counts HTTP responses."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from patchforge.service.errors import Unavailable
+from patchforge.service.gateway.answers import problems, success
+from patchforge.service.gateway.dependencies import Metrics, Service
+from patchforge.service.gateway.metrics import GatewayMetrics, QueueState
+from patchforge.service.queue import JobQueue
+from patchforge.service.threads import in_thread
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses=success("text/plain", "Metrics in Prometheus's text format.") | problems(413, 422),
+)
+async def scrape(
+    service: Service,
+    metrics: Metrics,
+    workers: Annotated[
+        bool,
+        Query(description="`false` leaves out the workers' metrics."),
+    ] = True,
+) -> Response:
+    """Prometheus metrics of this gateway, of the queue and of every live worker."""
+    texts: list[bytes] = []
+    try:
+        metrics.set_queue_state(await _read_queue_state(service.queue))
+        if workers:
+            texts = [text for _, text in await service.queue.worker_metrics()]
+    except Unavailable:
+        metrics.set_queue_state(None)  # without a queue server, the gateway's own metrics matter most
+    # Adding up what many workers measured takes long; meanwhile, the gateway must answer others.
+    return Response(await in_thread(metrics.exposition, texts), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _read_queue_state(queue: JobQueue) -> QueueState:
+    waiting, oldest, workers, (memory, limit) = await asyncio.gather(
+        queue.waiting(), queue.oldest_waiting(), queue.workers(), queue.memory()
+    )
+    served = [[card.name for card in each.cards] for each in workers.values()]
+    return QueueState(waiting, oldest, served, memory, limit)
+
+
+class MetricsMiddleware:
+    """ASGI middleware that counts and times responses by route template, never by path: paths are unbounded."""
+
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 500
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched_send)
+        finally:
+            route = getattr(scope.get("route"), "path_format", None)
+            self.metrics.record_http_response(scope["method"], route, status, time.monotonic() - began)

@@ -1,0 +1,1 @@
+"""Patchforge's own gRPC interface."""

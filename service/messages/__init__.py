@@ -1,0 +1,1 @@
+"""What clients, gateway, queue and worker send each other; free of torch and of Redis."""

@@ -1,0 +1,5 @@
+"""The job queue on Redis Streams: every atomic step is in `queue.lua`; docs/queue.md explains it."""
+
+from patchforge.service.queue.job_queue import Claim, Heartbeat, JobQueue
+
+__all__ = ["Claim", "Heartbeat", "JobQueue"]

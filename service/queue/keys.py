@@ -1,0 +1,78 @@
+"""Every Redis key of Patchforge. All have the same hash tag, `{patchforge}`.
+
+A Redis Cluster runs a script only if all its keys are in one slot, and computes the slot from the part in braces. To
+accept, claim and finish a job each changes the job, its queue and the shared list of waiting jobs, so the whole queue
+must be in one slot. That limits it to one Redis node, which handles a few thousand jobs per second: far more than the
+GPUs behind it. Our client does not follow a Cluster's redirections; the tag helps with a proxy that does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+TAG = "{patchforge}"
+
+JOB = f"{TAG}:job:"  # + job id: hash, the job's record
+EVENTS = f"{TAG}:events:"  # + job id: stream, the job's events
+IMAGES = f"{TAG}:images:"  # + job id: hash, index → encoded picture
+SOURCES = f"{TAG}:sources:"  # + job id: hash, the picture that an edit starts from, and its mask
+QUEUE = f"{TAG}:queue:"  # + class:model: stream of job ids, read through GROUP
+IDEMPOTENCY = f"{TAG}:idempotency:"  # + digest: hash, job id and fingerprint of its request
+RATE = f"{TAG}:rate:"  # + tenant: hash, pictures it may request now, and when that was computed
+IN_FLIGHT = f"{TAG}:flying:"  # + tenant: set, ids of its waiting and running jobs; only if these are limited
+WORKER_MODELS = f"{TAG}:models:"  # + worker id: JSON list of model cards, expires soon
+ANNOUNCEMENT = f"{TAG}:announcement:"  # + worker id: JSON, the worker's protocol and capabilities, expires soon
+WORKER_METRICS = f"{TAG}:metrics:"  # + worker id: Prometheus exposition, expires soon
+TAKEN = f"{TAG}:taken:"  # + worker id: hash, the last job it claimed, and the token of that call
+WORKERS = f"{TAG}:workers"  # sorted set: worker ids by the time their announcement expires
+WAITING = f"{TAG}:waiting"  # sorted set: "id:model" of every waiting job, by deadline
+DEAD_LETTERS = f"{TAG}:dead"  # stream: jobs given up after too many attempts
+NEWS = f"{TAG}:news"  # pub/sub channel: id of a job that has a new event
+
+GROUP = "workers"
+CONSUMER = "workers"  # shared by all workers: the job's record names its owner, so dead workers leave no consumers
+SPECIAL = "special-"  # before a queue class: jobs that not every worker can run
+RETURNED = "returned"  # queue class before all priorities: jobs that a draining worker gave back
+
+
+def job(job_id: str) -> str:
+    return JOB + job_id
+
+
+def events(job_id: str) -> str:
+    return EVENTS + job_id
+
+
+def images(job_id: str) -> str:
+    return IMAGES + job_id
+
+
+def sources(job_id: str) -> str:
+    return SOURCES + job_id
+
+
+def queue(model: str, priority: str, *, special: bool = False) -> str:
+    """Returns the stream of one model and one priority, or of `RETURNED`."""
+    return f"{QUEUE}{SPECIAL if special else ''}{priority}:{model}"
+
+
+def is_returned(stream: str) -> bool:
+    """Tells whether a queue's stream holds jobs that were given back."""
+    return stream.removeprefix(QUEUE).removeprefix(SPECIAL).startswith(f"{RETURNED}:")
+
+
+def idempotency(key: str, tenant: str | None = None) -> str:
+    """Returns a key of this tenant only. It is hashed, so `key` may have any length and content."""
+    return IDEMPOTENCY + hashlib.sha256(f"{tenant or ''}\0{key}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def worker_models(worker_id: str) -> str:
+    return WORKER_MODELS + worker_id
+
+
+def announcement(worker_id: str) -> str:
+    return ANNOUNCEMENT + worker_id
+
+
+def worker_metrics(worker_id: str) -> str:
+    return WORKER_METRICS + worker_id

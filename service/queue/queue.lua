@@ -1,0 +1,498 @@
+-- Every atomic step of the queue. service/queue/connection.py prepends the constants and calls `commands[ARGV[1]]`.
+--
+-- A job is a hash with a status. WAITING lists exactly the jobs whose status is waiting. An entry of a queue stream is
+-- pending in the consumer group exactly while its job runs. Each command keeps these three consistent and uses Redis's
+-- clock. Replies are {result, jobs that ended as a side effect}.
+
+local call = redis.call
+local time = call('TIME')
+local now = string.format('%d.%06d', time[1], time[2])
+local ended = {}
+
+local function record(id)
+  return call('HGETALL', JOB .. id)
+end
+
+local function fields(id, ...)
+  return unpack(call('HMGET', JOB .. id, ...))
+end
+
+local function member(id)
+  return id .. ':' .. (fields(id, 'model') or '')
+end
+
+local function emit(id, event)
+  local event_id = call('XADD', EVENTS .. id, '*', 'event', event)
+  call('PUBLISH', NEWS, id)
+  return event_id
+end
+
+-- The index of the picture that an event previews, or nil for other events. Fields of messages have a fixed order.
+local function previewed(entry)
+  return string.match(entry[2][2], '^{"type":"preview","index":(%d+),')
+end
+
+-- Limits a job's events to `cap` by deleting its oldest previews. Other events are few, and no watcher may miss them.
+local function shed_previews(id, cap, newest)
+  local stream, from = EVENTS .. id, fields(id, 'shed') or '-'
+  local excess = call('XLEN', stream) - cap
+  while excess > 0 do
+    local oldest = call('XRANGE', stream, from, '+', 'COUNT', 1)[1]
+    if oldest[1] == newest then
+      break
+    elseif previewed(oldest) then
+      call('XDEL', stream, oldest[1])
+      excess = excess - 1
+    end
+    from = '(' .. oldest[1]
+    call('HSET', JOB .. id, 'shed', from)
+  end
+end
+
+local function without_stale_previews(entries)
+  local seen, kept = {}, {}
+  for index = #entries, 1, -1 do
+    local picture = previewed(entries[index])
+    if not picture or not seen[picture] then
+      table.insert(kept, 1, entries[index])
+    end
+    seen[picture or ''] = true
+  end
+  return kept
+end
+
+-- Tells whether a stream holds jobs that not every worker can run.
+local function special(stream)
+  return string.find(stream or '', QUEUE .. SPECIAL, 1, true) == 1
+end
+
+-- Tells whether a worker with the special capabilities `can` may run a job with the special needs `needs`; both are
+-- words separated by spaces.
+local function able(can, needs)
+  for word in string.gmatch(needs or '', '%S+') do
+    if not string.find(' ' .. can .. ' ', ' ' .. word .. ' ', 1, true) then
+      return false
+    end
+  end
+  return true
+end
+
+local function enqueue(id, class, deadline)
+  local model, needs = fields(id, 'model', 'needs')
+  local stream = QUEUE .. (needs and SPECIAL or '') .. class .. ':' .. model
+  local entry = call('XADD', stream, '*', 'job', id)
+  call('HSET', JOB .. id, 'status', 'waiting', 'stream', stream, 'entry', entry)
+  call('ZADD', WAITING, deadline, member(id))
+end
+
+-- Use only for delivered entries: deleting others would make the group's lag unknown.
+local function drop(stream, entry)
+  redis.pcall('XACK', stream, GROUP, entry) -- fails if the group was lost; then there is nothing to acknowledge
+  call('XDEL', stream, entry)
+end
+
+-- Resets an entry's idle time and nothing else. If the group was lost, `claim` creates it again.
+local function heard(stream, entry)
+  redis.pcall('XCLAIM', stream, GROUP, CONSUMER, 0, entry, 'JUSTID')
+end
+
+local function start(id, stream, entry, worker, token)
+  call('ZREM', WAITING, member(id))
+  local attempt = call('HINCRBY', JOB .. id, 'attempt', 1)
+  call('HSET', JOB .. id, 'status', 'running', 'owner', worker, 'stream', stream, 'entry', entry,
+    'claimed_at', now)
+  call('HSETNX', JOB .. id, 'started_at', now)
+  call('HSET', TAKEN .. worker, 'token', token, 'job', id, 'attempt', attempt)
+  call('EXPIRE', TAKEN .. worker, RESULT_TTL)
+  return record(id)
+end
+
+-- The job that an earlier call with this token started; nil if there is none, or it is not running any more. A worker
+-- that got no answer calls again with the same token. Otherwise the job would run nowhere until its claim was idle.
+local function started_before(worker, token)
+  local its_token, id, its_attempt = unpack(call('HMGET', TAKEN .. worker, 'token', 'job', 'attempt'))
+  if its_token == token then
+    local status, owner, attempt, stream, entry = fields(id, 'status', 'owner', 'attempt', 'stream', 'entry')
+    if status == 'running' and owner == worker and attempt == its_attempt then
+      heard(stream, entry)
+      return record(id)
+    end
+  end
+end
+
+-- The only way to end a job. The entry of a job that never ran stays in its stream until a claim finds it. In a special
+-- stream it is deleted at once, because perhaps no worker reads that stream any more.
+local function finish(id, status, event, ...)
+  local was, stream, entry = fields(id, 'status', 'stream', 'entry')
+  if was == 'running' or special(stream) then
+    drop(stream, entry)
+  end
+  call('ZREM', WAITING, member(id))
+  call('HSET', JOB .. id, 'status', status, 'finished_at', now, 'last_event', emit(id, event), ...)
+  for _, key in ipairs({ JOB .. id, EVENTS .. id, IMAGES .. id, SOURCES .. id }) do
+    call('EXPIRE', key, RESULT_TTL)
+  end
+  call('SREM', IN_FLIGHT .. (fields(id, 'tenant') or ''), id)
+end
+
+local function finish_as_side_effect(id, ...)
+  finish(id, ...)
+  table.insert(ended, record(id))
+end
+
+local function expire_overdue()
+  for _, overdue in ipairs(call('ZRANGE', WAITING, '-inf', now, 'BYSCORE')) do
+    local id = string.match(overdue, '^[^:]+')
+    if fields(id, 'status') == 'waiting' then
+      finish_as_side_effect(id, 'expired', EXPIRED)
+    else -- someone deleted it by hand; this must not raise, because every command comes here
+      call('ZREM', WAITING, overdue)
+    end
+  end
+end
+
+-- Tells whether a claim is still valid: its worker, attempt, stream and entry must all be those of the running job.
+-- Entry and attempt distinguish two starts of a job, the stream distinguishes entries made in the same millisecond, and
+-- the worker distinguishes two claims with equal numbers, which a fail-over to a lagging replica can create.
+local function owned(id, worker, attempt, stream, entry)
+  local status, its_worker, its_attempt, its_stream, its_entry =
+    fields(id, 'status', 'owner', 'attempt', 'stream', 'entry')
+  return status == 'running' and its_worker == worker and its_attempt == attempt and its_stream == stream
+    and its_entry == entry
+end
+
+-- Delivers up to `count` entries of a stream that no worker has been given; nil if there are none.
+local function deliver(stream, count)
+  local read = { 'XREADGROUP', 'GROUP', GROUP, CONSUMER, 'COUNT', count, 'STREAMS', stream, '>' }
+  local reply = redis.pcall(unpack(read))
+  if reply and reply.err then -- no such group: the stream is new, or was flushed
+    redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
+    reply = call(unpack(read))
+  end
+  return reply and reply[1][2]
+end
+
+-- The next entry of a stream that no worker has been given, and its job; nil if there is none.
+local function read_new(stream)
+  local entries = deliver(stream, 1)
+  if entries then
+    local entry = entries[1]
+    return entry[1], entry[2][2]
+  end
+end
+
+-- The first entry of a special stream whose job is waiting and needs only `can`, and that job; nil if there is none.
+-- A group delivers entries in order, but a worker must not block entries for other workers. So the first look delivers
+-- all entries, and they stay pending while their jobs wait.
+local function read_special(stream, can)
+  deliver(stream, SKIPS)
+  for _, entry in ipairs(call('XRANGE', stream, '-', '+', 'COUNT', SKIPS)) do
+    local id = entry[2][2]
+    local status, current, needs = fields(id, 'status', 'entry', 'needs')
+    if current ~= entry[1] or (status ~= 'waiting' and status ~= 'running') then -- deleted by hand
+      drop(stream, entry[1])
+    elseif status == 'waiting' and able(can, needs) then
+      heard(stream, entry[1])
+      return entry[1], id
+    end
+  end
+end
+
+-- Tells whether a tenant may have another job. Jobs that someone deleted by hand are removed from the count.
+local function may_start(tenant)
+  local key = IN_FLIGHT .. tenant
+  if MAX_IN_FLIGHT == 0 or call('SCARD', key) < MAX_IN_FLIGHT then
+    return true
+  end
+  for _, id in ipairs(call('SMEMBERS', key)) do
+    if call('EXISTS', JOB .. id) == 0 then
+      call('SREM', key, id)
+    end
+  end
+  return call('SCARD', key) < MAX_IN_FLIGHT
+end
+
+-- Takes `pictures` from a tenant's bucket, which gains RATE_LIMIT per minute, up to RATE_BURST. A request for more than
+-- RATE_BURST leaves a debt. Returns 0, or the seconds to wait if the bucket has too few.
+local function seconds_to_wait(tenant, pictures)
+  if RATE_LIMIT == 0 then
+    return 0
+  end
+  local key, a_second = RATE .. tenant, RATE_LIMIT / 60
+  local left, at = unpack(call('HMGET', key, 'left', 'at'))
+  left = math.min(RATE_BURST, (left or RATE_BURST) + math.max(0, now - (at or now)) * a_second)
+  local needed = math.min(pictures, RATE_BURST)
+  if left < needed then
+    return math.ceil((needed - left) / a_second)
+  end
+  left = left - pictures
+  call('HSET', key, 'left', left, 'at', now)
+  call('EXPIRE', key, math.ceil((RATE_BURST - left) / a_second))
+  return 0
+end
+
+local commands = {}
+
+function commands.submit(id, model, priority, request, deadline_seconds, idempotency_key, fingerprint, tenant, pictures,
+                         trace, protocol, needs, degradable, ...)
+  if idempotency_key ~= '' then
+    local first, its_fingerprint = unpack(call('HMGET', idempotency_key, 'job', 'fingerprint'))
+    if first and its_fingerprint ~= fingerprint then
+      return { 'conflict' }
+    end
+    if first and call('EXISTS', JOB .. first) == 1 then
+      return { 'ok', record(first) }
+    end
+  end
+  if call('EXISTS', JOB .. id) == 1 then
+    return { 'ok', record(id) }
+  end
+  if call('ZCARD', WAITING) >= MAX_WAITING then
+    return { 'full' }
+  end
+  if not may_start(tenant) then
+    return { 'busy' }
+  end
+  local wait = seconds_to_wait(tenant, tonumber(pictures))
+  if wait > 0 then
+    return { 'limited', wait }
+  end
+  call('HSET', JOB .. id, 'id', id, 'model', model, 'request', request, 'created_at', now, 'attempt', 0,
+    'protocol', protocol)
+  if needs ~= '' then
+    call('HSET', JOB .. id, 'needs', needs)
+  end
+  if degradable ~= '' then
+    call('HSET', JOB .. id, 'degradable', degradable)
+  end
+  if tenant ~= '' then
+    call('HSET', JOB .. id, 'tenant', tenant)
+  end
+  if trace ~= '' then
+    call('HSET', JOB .. id, 'trace', trace)
+  end
+  if MAX_IN_FLIGHT > 0 then
+    call('SADD', IN_FLIGHT .. tenant, id)
+  end
+  if ... then
+    call('HSET', SOURCES .. id, ...)
+  end
+  enqueue(id, priority, deadline_seconds == '' and '+inf' or now + deadline_seconds)
+  emit(id, QUEUED)
+  if idempotency_key ~= '' then
+    call('HSET', idempotency_key, 'job', id, 'fingerprint', fingerprint)
+    call('EXPIRE', idempotency_key, IDEMPOTENCY_TTL)
+  end
+  return { 'ok', record(id) }
+end
+
+function commands.read(id)
+  return record(id)
+end
+
+-- Events after an id. A watcher that has more to read than these limits has fallen behind, and gets only the newest
+-- preview of each picture.
+function commands.news(id, after, count, bytes)
+  local status, last_event = fields(id, 'status', 'last_event')
+  local entries, size = call('XRANGE', EVENTS .. id, '(' .. after, '+', 'COUNT', count), 0
+  for _, entry in ipairs(entries) do
+    size = size + #entry[2][2]
+  end
+  if #entries == tonumber(count) or size > tonumber(bytes) then
+    entries = without_stale_previews(entries)
+  end
+  return { status, last_event, entries }
+end
+
+function commands.waiting()
+  return call('ZRANGE', WAITING, 0, -1)
+end
+
+-- {model, seconds that its oldest waiting job has waited} for each model that has any. Ids sort by creation time.
+function commands.oldest()
+  local first, ages = {}, {}
+  for _, waiting in ipairs(call('ZRANGE', WAITING, 0, -1)) do
+    local id, model = string.match(waiting, '^([^:]+):(.*)$')
+    if not first[model] or id < first[model] then
+      first[model] = id
+    end
+  end
+  for model, id in pairs(first) do
+    local created_at = tonumber(fields(id, 'created_at'))
+    if created_at then -- missing if someone deleted the job by hand
+      table.insert(ages, { model, string.format('%.6f', now - created_at) })
+    end
+  end
+  return ages
+end
+
+function commands.cancel(id)
+  local status = fields(id, 'status')
+  if status == 'waiting' then
+    finish_as_side_effect(id, 'cancelled', CANCELLED)
+  elseif status == 'running' then
+    call('HSET', JOB .. id, 'cancel', 1)
+  end
+  return record(id)
+end
+
+-- The newest entry of a stream; claims wait for later ones.
+local function newest(stream)
+  local entry = call('XREVRANGE', stream, '+', '-', 'COUNT', 1)[1]
+  return entry and entry[1] or '0-0'
+end
+
+-- KEYS: queue streams, most urgent first. `can`: the worker's special capabilities. Returns {the started job, nothing},
+-- or without a job {nothing, for each stream the entry after which to wait for more}.
+function commands.claim(worker, token, can)
+  local before, seen = started_before(worker, token), {}
+  if before then
+    return { before, {} }
+  end
+  for index, stream in ipairs(KEYS) do
+    local is_special = special(stream)
+    if is_special then
+      local entry, id = read_special(stream, can)
+      if entry then
+        return { start(id, stream, entry, worker, token), {} }
+      end
+      seen[index] = newest(stream)
+    end
+    for _ = 1, is_special and 0 or SKIPS do
+      local entry, id = read_new(stream)
+      if not entry then
+        seen[index] = newest(stream)
+        break
+      end
+      local status, current = fields(id, 'status', 'entry')
+      if status == 'waiting' and current == entry then
+        return { start(id, stream, entry, worker, token), {} }
+      elseif status ~= 'running' then -- it ended before its turn; running jobs appear here again if the group was lost
+        drop(stream, entry)
+      end
+      seen[index] = entry
+    end
+  end
+  return { {}, seen }
+end
+
+-- KEYS as for claim. Returns {the restarted job, nothing}, or two empty tables if no entry is idle.
+function commands.reclaim(worker, token, can)
+  local before = started_before(worker, token)
+  if before then
+    return { before, {} }
+  end
+  for _, stream in ipairs(KEYS) do
+    local from = '-'
+    local function idle()
+      local pending = redis.pcall('XPENDING', stream, GROUP, 'IDLE', CLAIM_IDLE_MS, from, '+', 1)
+      local entry = not pending.err and pending[1] and pending[1][1] -- an error means that the group does not exist yet
+      from = entry and '(' .. entry
+      return entry or nil
+    end
+    for entry in idle do
+      local found = call('XRANGE', stream, entry, entry)[1]
+      local id = found and found[2][2]
+      local status, current, cancel, attempt, owner, needs
+      if id then
+        status, current, cancel, attempt, owner, needs =
+          fields(id, 'status', 'entry', 'cancel', 'attempt', 'owner', 'needs')
+      end
+      if status == 'waiting' and current == entry and special(stream) then
+        heard(stream, entry) -- it waits for a worker that can run it
+      elseif status ~= 'running' or current ~= entry then
+        drop(stream, entry)
+      elseif cancel then
+        finish_as_side_effect(id, 'cancelled', CANCELLED)
+      elseif tonumber(attempt) >= MAX_ATTEMPTS then
+        finish_as_side_effect(id, 'failed', DEAD_LETTER, 'error', DEAD_LETTER_ERROR)
+        call('XADD', DEAD_LETTERS, 'MAXLEN', '~', DEAD_LETTERS_KEPT, '*', 'job', id, 'worker', owner,
+          'attempts', attempt, 'error', DEAD_LETTER_ERROR, 'request', fields(id, 'request'))
+      elseif able(can, needs) then
+        call('XCLAIM', stream, GROUP, CONSUMER, 0, entry, 'JUSTID')
+        return { start(id, stream, entry, worker, token), {} }
+      end
+    end
+  end
+  return { {}, {} }
+end
+
+function commands.heartbeat(id, worker, attempt, stream, entry)
+  if not owned(id, worker, attempt, stream, entry) then
+    return 'lost'
+  end
+  local cancel = fields(id, 'cancel')
+  heard(stream, entry)
+  return cancel and 'cancelled' or 'ok'
+end
+
+function commands.publish(id, worker, attempt, stream, entry, event, cap)
+  if not owned(id, worker, attempt, stream, entry) then
+    return 0
+  end
+  shed_previews(id, tonumber(cap), emit(id, event))
+  return 1
+end
+
+function commands.store_image(id, worker, attempt, stream, entry, index, data, event)
+  if not owned(id, worker, attempt, stream, entry) then
+    return 0
+  end
+  call('HSET', IMAGES .. id, index, data)
+  emit(id, event)
+  return 1
+end
+
+function commands.finish(id, worker, attempt, stream, entry, status, event, ...)
+  if not owned(id, worker, attempt, stream, entry) then
+    return 0
+  end
+  finish(id, status, event, ...)
+  return 1
+end
+
+function commands.release(id, worker, attempt, stream, entry)
+  if not owned(id, worker, attempt, stream, entry) then
+    return 0
+  end
+  local cancel = fields(id, 'cancel')
+  if cancel then
+    finish_as_side_effect(id, 'cancelled', CANCELLED)
+  else
+    drop(stream, entry)
+    call('HINCRBY', JOB .. id, 'attempt', -1)
+    enqueue(id, RETURNED, '+inf') -- no deadline: the job did start in time
+  end
+  return 1
+end
+
+-- {worker, text under each prefix} for each live worker. Workers without a text under the first prefix are left out.
+function commands.announced(...)
+  local found = {}
+  for _, worker in ipairs(call('ZRANGE', WORKERS, 0, -1)) do
+    local row = { worker }
+    for index, prefix in ipairs({ ... }) do
+      row[index + 1] = call('GET', prefix .. worker) or ''
+    end
+    if row[2] ~= '' then
+      found[#found + 1] = row
+    end
+  end
+  return found
+end
+
+-- Stores keys and values, given in turn, for `ttl` seconds.
+function commands.announce(worker, ttl, ...)
+  call('ZREMRANGEBYSCORE', WORKERS, '-inf', now)
+  call('ZADD', WORKERS, now + ttl, worker)
+  local texts = { ... }
+  for index = 1, #texts, 2 do
+    call('SET', texts[index], texts[index + 1], 'EX', ttl)
+  end
+  return 1
+end
+
+expire_overdue()
+local command = table.remove(ARGV, 1)
+local result = commands[command](unpack(ARGV))
+return { result, ended }

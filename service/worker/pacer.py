@@ -1,0 +1,159 @@
+"""Applies the pace to running jobs: which pictures must cost less than usual, and how much less."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+from patchforge.model.budget import Floor, expected_costs, lower
+from patchforge.model.pipeline import Pipeline
+from patchforge.model.trajectory import Trajectory
+from patchforge.service.messages.samplers import Quality, preset
+from patchforge.service.worker.cards import model_card
+from patchforge.service.worker.live import LiveJob, LivePicture
+from patchforge.service.worker.pace import DECAY, Allowance, Backlog, Speed, Work, shares
+
+RECENT_SECONDS = 60.0
+"""Older measurements refuse no request: otherwise a slow start could refuse all requests that would correct it."""
+
+Key = tuple[str, int]
+"""(job id, index of the picture)."""
+
+
+class Pacer:
+    """What a worker knows about its speed and its load, and what that means for the jobs that it runs."""
+
+    def __init__(
+        self,
+        pipelines: Mapping[str, Pipeline],
+        budgets: Mapping[str, int],
+        floor: Quality = Quality.DRAFT,
+        target: float | None = None,
+    ) -> None:
+        """`budgets`: most patches per evaluation of each model. `floor`: the preset below which load lowers no picture.
+        `target`: how many times as long as alone a request may take before load lowers its quality; None: load never
+        does.
+        """
+        self.target = target
+        self.speeds = {name: Speed() for name in pipelines}
+        self.floors = {name: _floor(pipeline, floor) for name, pipeline in pipelines.items()}
+        self.limits = dict(budgets)
+        """Most patches of the next evaluation. While time is short, evaluations are smaller, and pictures finish one
+        after another rather than all late."""
+        self.backlogs: Mapping[str, Backlog] = {}
+        """By model; empty while this worker has room for more jobs."""
+        self._budgets = budgets
+        self._usual = {name: _usual_costs(pipeline) for name, pipeline in pipelines.items()}
+        self._least = {name: _usual_costs(each, self.floors[name]) for name, each in pipelines.items()}
+        self._measured = dict.fromkeys(pipelines, -math.inf)
+        """When the speed of each model was last measured."""
+        self._alone = dict.fromkeys(pipelines, 0.0)
+        """Seconds that recent jobs of each model would have taken alone."""
+
+    def admit(self, live: LiveJob) -> None:
+        """Note what a new job would take alone, if the speed is known."""
+        speed = self.speeds[live.model]
+        if speed.known and not live.done:
+            costs = [expected_costs(picture.trajectory, picture.unfinished) for picture in live.pictures]
+            live.alone = speed.run([sum(step) for step in zip(*costs, strict=True)], len(costs))
+            before = self._alone[live.model] or live.alone
+            self._alone[live.model] = DECAY * before + (1 - DECAY) * live.alone
+
+    def evaluated(self, model: str, patches: int, seconds: float, now: float) -> None:
+        """Record an evaluation that ended at `now`; see `Speed.evaluated`."""
+        self.speeds[model].evaluated(patches, seconds)
+        self._measured[model] = now
+
+    def allowances(self, jobs: Collection[LiveJob]) -> dict[Key, Allowance]:
+        """Return what time allows, for the pictures that cannot have all that they would usually take."""
+        if not any(live.may_be_lowered for live in jobs):
+            self._limit(())
+            return {}
+        going = [(live, picture) for live in jobs for picture in live.pictures if not picture.done]
+        costs = [expected_costs(picture.trajectory, picture.unfinished) for _, picture in going]
+        packs = dict.fromkeys(self.speeds, 0.0)
+        for (live, _), cost in zip(going, costs, strict=True):
+            packs[live.model] += sum(cost[:1])
+        rates = {name: self._rate(name, pack) for name, pack in packs.items()}
+        works = [
+            self._work(live, picture, sum(cost), rates[live.model])
+            for (live, picture), cost in zip(going, costs, strict=True)
+        ]
+        found = shares([*works, *self._waiting(rates)])
+        self._limit(rates if min(found, default=1.0) < 1 else ())
+        allowed = {}
+        for (live, picture), work, share in zip(going, works, found, strict=False):
+            if share < 1:
+                left = share * work.seconds - (self.speeds[live.model].decode or 0.0)
+                patches = max(0.0, left / rates[live.model])
+                allowed[live.job.id, picture.index] = Allowance(patches, self._may_land(live, picture, patches))
+        return allowed
+
+    def usual_seconds(self, model: str) -> float | None:
+        """Seconds that a picture of the model's own choice takes alone; None: not known yet."""
+        speed = self.speeds[model]
+        return _rounded(speed.run(self._usual[model])) if speed.known else None
+
+    def least_seconds(self, model: str, now: float) -> float | None:
+        """Seconds that a picture takes at the floor, after the jobs that wait at present; None: not known now."""
+        if not self.speeds[model].known or now - self._measured[model] > RECENT_SECONDS:
+            return None
+        least = {name: speed.run(self._least[name]) for name, speed in self.speeds.items() if speed.known}
+        waiting = sum(least.get(name, 0.0) * backlog.jobs for name, backlog in self.backlogs.items())
+        return _rounded(least[model] + waiting)
+
+    def _limit(self, short: Collection[str]) -> None:
+        """Set the limits: smaller ones for models that are short of time."""
+        for model, budget in self._budgets.items():
+            self.limits[model] = self.speeds[model].smallest_pack(budget) if model in short else budget
+
+    def _rate(self, model: str, pack: float) -> float:
+        """Seconds per patch, if evaluations are as full as they can be with so many patches in all."""
+        speed = self.speeds[model]
+        return speed.per_patch(min(pack, self.limits[model])) if speed.known and pack else 0.0
+
+    def _work(self, live: LiveJob, picture: LivePicture, patches: float, rate: float) -> Work:
+        seconds = picture.within_budget(patches) * rate + (self.speeds[live.model].decode or 0.0)
+        due = live.due(self.target)
+        return Work(seconds, due, rate > 0 and live.may_be_lowered and not picture.path)
+
+    def _waiting(self, rates: Mapping[str, float]) -> list[Work]:
+        """The jobs that wait for a worker, as work."""
+        works: list[Work] = []
+        if self.target is not None:
+            for model, backlog in self.backlogs.items():
+                rate = rates.get(model) or (self._rate(model, self._budgets[model]) if model in self.speeds else 0.0)
+                if rate:
+                    seconds = sum(self._usual[model]) * rate + (self.speeds[model].decode or 0.0)
+                    works += backlog.works(seconds, self.target * self._alone[model])
+        return works
+
+    def _may_land(self, live: LiveJob, picture: LivePicture, patches: float) -> bool:
+        """Whether a picture can still be finished by its own time, if it is finished below the floor."""
+        speed = self.speeds[live.model]
+        first = 0.0 if picture.trajectory.state.evaluations else float(picture.trajectory.sampler.grid.patches)
+        by = live.finish_in
+        return by is not None and first <= patches and speed.run([first] if first else []) < by
+
+
+def _floor(pipeline: Pipeline, quality: Quality) -> Floor:
+    card = model_card(pipeline.manifest)
+    sampler, steps = preset(quality, card.sampler, card.steps)
+    return Floor(steps, sampler.tolerance)
+
+
+def _usual_costs(pipeline: Pipeline, floor: Floor | None = None) -> list[float]:
+    """The patch evaluations that the model's own choice is expected to make in each step, or those at the floor."""
+    defaults = pipeline.manifest.defaults
+    options = defaults.sampler.model_dump()
+    sampler = pipeline.sampler(options.pop("name"), defaults.steps, defaults.guidance, **options)
+    trajectory = Trajectory.begin(sampler, {}, pipeline.noise(0))
+    patches = pipeline.grid.patches
+    if floor is not None:
+        lower(trajectory, floor, 0.0, patches)
+    return expected_costs(trajectory, patches)
+
+
+def _rounded(seconds: float) -> float:
+    """Two digits: an announcement that changes is read again by every gateway."""
+    return float(f"{seconds:.2g}") if math.isfinite(seconds) else 0.0

@@ -1,0 +1,196 @@
+"""Pictures end when their time is up, or get less work under load; at low load nothing changes.
+
+The clock counts the patches that the engine evaluates, a thousand to the second.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from patchforge.model.pipeline import Pipeline
+from patchforge.service.messages.samplers import Quality, preset
+from patchforge.service.messages.schemas import Job, SavingsReport
+from patchforge.service.worker.cards import model_card
+from patchforge.service.worker.engine import Engine
+from patchforge.service.worker.outcomes import JobDone
+from patchforge.service.worker.pace import Backlog
+from patchforge.service.worker.pacer import Pacer
+from patchforge.service.worker.previews import PreviewPace
+from patchforge.service.worker.scheduler import Scheduler
+from tests.service.worker.jobs import job
+from tests.service.worker.test_engine import pixels, run
+
+DENSE = {"name": "adaptive", "tolerance": 0.0, "skip_tolerance": 0.0}
+USUAL = 8 * 2 * 16 / 1000
+"""Seconds of a dense run of `wish`."""
+
+
+class Busy:
+    """An engine, and a clock that its work moves."""
+
+    def __init__(self, pipelines: dict[str, Pipeline], target: float | None = None, step: int = 4096) -> None:
+        budgets = dict.fromkeys(pipelines, step)
+        self.pacer = Pacer(pipelines, budgets, target=target)
+        self.engine = Engine(
+            pipelines,
+            Scheduler(budgets, self.pacer.limits),
+            PreviewPace(0.0, math.inf),
+            1 << 30,
+            self.pacer,
+            lambda: self.now,
+        )
+        for seed in range(2):
+            self.engine.admit(wish(seed=seed))
+            run(self.engine)  # now the speed is known
+
+    @property
+    def now(self) -> float:
+        return self.engine.evaluated / 1000
+
+    def draw(self, *jobs: Job) -> tuple[list[Any], dict[str, SavingsReport]]:
+        for each in jobs:
+            self.engine.admit(each)
+        outcomes = run(self.engine)
+        return outcomes, {each.job_id: each.report for each in outcomes if isinstance(each, JobDone)}
+
+
+def wish(degradable: bool = False, waited: float = 0.0, **fields: Any) -> Job:
+    """A job as the gateway submits it, with the sampler of `standard` or that of the fields."""
+    given = {"sampler": {"name": "adaptive", "tolerance": 0.2}, "steps": 8, "guidance": 2.0, "previews": False} | fields
+    return job(**given).model_copy(update={"degradable": degradable, "created_at": 10.0, "claimed_at": 10.0 + waited})
+
+
+@pytest.fixture
+def plain(pipelines: dict[str, Pipeline]) -> Busy:
+    """Load lowers nothing here."""
+    return Busy(pipelines)
+
+
+def test_with_time_enough_a_picture_is_bit_for_bit_what_it_is_without(plain: Busy) -> None:
+    free, timed = wish(), wish(finish_within_seconds=10 * USUAL)
+    outcomes, reports = plain.draw(free, timed)
+    assert np.array_equal(pixels(outcomes, free.id), pixels(outcomes, timed.id))
+    assert (reports[timed.id].lowered_by, reports[timed.id].finished_in_time) == (None, True)
+    assert (reports[free.id].lowered_by, reports[free.id].finished_in_time) == (None, None)
+    assert reports[timed.id].images[0].path == []
+
+
+@pytest.mark.parametrize("sampler", [DENSE, "euler", "dual_loop"], ids=["adaptive", "euler", "dual_loop"])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_picture_is_finished_by_its_time_and_its_path_repeats_it(plain: Busy, sampler: Any, share: float) -> None:
+    _, reports = plain.draw(free := wish(sampler=sampler))
+    within = share * reports[free.id].patch_evaluations / 1000
+    outcomes, reports = plain.draw(timed := wish(sampler=sampler, finish_within_seconds=within))
+    report = reports[timed.id]
+    assert (report.finished_in_time, report.lowered_by) == (True, "time")
+    assert report.duration_seconds <= within + 2.5, "which it has waited"
+    [image] = report.images
+    assert image.path
+    assert image.asked_patch_evaluations is not None
+    assert image.asked_patch_evaluations > image.patch_evaluations
+    assert image.predicted_error is not None
+
+    again, _ = plain.draw(same := wish(sampler=sampler, path=[each.model_dump() for each in image.path]))
+    assert np.array_equal(pixels(again, same.id), pixels(outcomes, timed.id))
+
+
+def test_the_more_time_the_more_work(plain: Busy) -> None:
+    spent = []
+    for share in (0.2, 0.5, 2.0):
+        _, reports = plain.draw(timed := wish(sampler=DENSE, finish_within_seconds=share * USUAL))
+        spent.append(reports[timed.id].patch_evaluations)
+    assert spent == sorted(spent)
+    assert len(set(spent)) == 3
+
+
+def test_several_with_one_time_are_all_finished_by_then(plain: Busy) -> None:
+    jobs = [wish(finish_within_seconds=4 * USUAL, seed=seed) for seed in range(6)]
+    _, reports = plain.draw(*jobs)
+    assert all(report.finished_in_time for report in reports.values())
+    assert {report.lowered_by for report in reports.values()} == {"load"}, "alone there would be time enough"
+
+
+def test_what_is_late_already_is_made_at_the_floor(plain: Busy, pipelines: dict[str, Pipeline]) -> None:
+    card = model_card(pipelines["tiny-class"].manifest)
+    standard, usual_steps = preset(Quality.STANDARD, card.sampler, card.steps)
+    draft, steps = preset(Quality.DRAFT, card.sampler, card.steps)
+    late = wish(sampler=standard.model_dump(), steps=usual_steps, finish_within_seconds=1.0, waited=2.0)
+    lowest = wish(sampler=draft.model_dump(), steps=steps)
+    outcomes, reports = plain.draw(late, lowest)
+    assert np.array_equal(pixels(outcomes, late.id), pixels(outcomes, lowest.id))
+    assert reports[late.id].finished_in_time is False
+    assert reports[lowest.id].lowered_by is None
+
+
+def test_time_counts_from_acceptance_over_all_claims(plain: Busy) -> None:
+    waited = 0.9
+    _, reports = plain.draw(timed := wish(finish_within_seconds=waited + 0.5 * USUAL, waited=waited))
+    assert reports[timed.id].finished_in_time
+    assert reports[timed.id].patch_evaluations < 0.6 * USUAL * 1000
+
+
+def test_under_load_pictures_that_may_be_are_lowered_together_and_no_other(pipelines: dict[str, Pipeline]) -> None:
+    busy = Busy(pipelines, target=5.0, step=64)
+    jobs = [wish(degradable=True, seed=seed) for seed in range(16)]
+    fixed = wish(seed=5)
+    outcomes, reports = busy.draw(*jobs, fixed)
+    lowered = [reports[each.id] for each in jobs]
+    assert {report.lowered_by for report in lowered} == {"load"}
+    assert {report.finished_in_time for report in lowered} == {None}
+    steps = {(change.steps, change.tolerance) for report in lowered for change in report.images[0].path[:1]}
+    assert len(steps) == 1, "all the same, to begin with"
+    assert reports[fixed.id].lowered_by is None
+    assert reports[fixed.id].images[0].path == []
+
+    path = reports[jobs[3].id].images[0].path
+    again, _ = busy.draw(same := wish(seed=3, path=[each.model_dump() for each in path]))
+    assert np.array_equal(pixels(again, same.id), pixels(outcomes, jobs[3].id))
+
+
+def test_load_lowers_nothing_below_the_floor(pipelines: dict[str, Pipeline]) -> None:
+    busy = Busy(pipelines, target=1e-6)
+    draft = wish(sampler={"name": "adaptive", "tolerance": 0.3}, steps=6, seed=2)
+    outcomes, reports = busy.draw(worst := wish(degradable=True, seed=2), draft)
+    assert np.array_equal(pixels(outcomes, worst.id), pixels(outcomes, draft.id))
+    assert reports[worst.id].lowered_by == "load"
+
+
+@pytest.mark.parametrize("target", [None, 5.0])
+def test_at_low_load_pictures_are_bit_for_bit_what_they_are_without(
+    pipelines: dict[str, Pipeline], plain: Busy, target: float | None
+) -> None:
+    busy = Busy(pipelines, target)
+    for seed in range(3):
+        pair = [wish(degradable=True, seed=seed + 10 * number) for number in range(2)]
+        outcomes, reports = busy.draw(*pair)
+        expected, _ = plain.draw(*pair)
+        for each in pair:
+            assert np.array_equal(pixels(outcomes, each.id), pixels(expected, each.id))
+            assert reports[each.id].lowered_by is None
+
+
+def test_jobs_that_wait_for_a_worker_count_as_load(pipelines: dict[str, Pipeline]) -> None:
+    busy = Busy(pipelines, target=5.0, step=64)
+    busy.engine.admit(wish(degradable=True))
+    assert busy.pacer.allowances(busy.engine.jobs.values()) == {}
+    busy.pacer.backlogs = {"tiny-class": Backlog(20, 0.0), "unknown": Backlog(3, 0.0)}
+    assert len(busy.pacer.allowances(busy.engine.jobs.values())) == 1
+    run(busy.engine)
+
+
+def test_the_seconds_of_a_picture_are_known_once_one_was_drawn(pipelines: dict[str, Pipeline]) -> None:
+    busy = Busy(pipelines)
+    assert busy.pacer.usual_seconds("tiny-text") is None
+    assert busy.pacer.least_seconds("tiny-text", busy.now) is None
+    usual = busy.pacer.usual_seconds("tiny-class")
+    least = busy.pacer.least_seconds("tiny-class", busy.now)
+    assert usual is not None
+    assert least is not None
+    assert 0 < least <= usual
+    assert busy.pacer.least_seconds("tiny-class", busy.now + 3600) is None, "too long ago to refuse anything"
+    busy.pacer.backlogs = {"tiny-class": Backlog(2, 0.0)}
+    assert busy.pacer.least_seconds("tiny-class", busy.now) == pytest.approx(3 * least, rel=0.1)
