@@ -19,7 +19,7 @@ UNLOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $
   cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink \
   nvshmem-cu13 nvtx)
 
-.PHONY: setup serve test test-busy test-faults test-clients lint types format diagrams screenshots package lock audit clean
+.PHONY: setup serve test test-again test-busy test-faults test-clients lint types format diagrams screenshots package lock audit clean
 
 setup: $(READY)
 
@@ -35,6 +35,10 @@ serve: setup
 
 test: lint types
 	$(PYTEST) -m 'not slow'
+
+# What failed in the last run, once more, in one process and with nothing beside it: what fails again is broken.
+test-again: setup
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 test-busy: setup
 	$(BIN)/python tests/busy.py $(MAKE) test
