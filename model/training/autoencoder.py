@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from patchforge.model.device import best_device, training_autocast
 from patchforge.model.errors import DataError
-from patchforge.model.training.autoencoder_loss import LookAlike, reconstruction_loss
+from patchforge.model.training.autoencoder_loss import LookAlike, reconstruction_loss, sharpness_loss
 from patchforge.model.training.data import PATCH_SIZE, Pictures, check_side
 from patchforge.model.training.optimiser import Muon
 from patchforge.model.training.progress import progress_bar
@@ -30,14 +30,16 @@ STATE = "training"
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """Sizes and learning rates. The defaults give 8 pixels per latent, and no decoder layer at full resolution."""
+    """Sizes and learning rates. The defaults give 8 pixels per latent."""
 
     width: int = 48
     latent_channels: int = 6
     fold: int = 2
     """Pixels per cell, along each side. They become channels before the first layer, and pixels after the last."""
     encoder_blocks: tuple[int, ...] = (1, 1, 2)
-    decoder_blocks: tuple[int, ...] = (6, 4, 0)
+    decoder_blocks: tuple[int, ...] = (6, 3, 1)
+    """Blocks per level, the coarsest first. Without one at the finest level, pixels are a linear function of coarser
+    features: outlines are blurred, or have teeth."""
     decoder_width: int | None = None
     """Width of the decoder. None: the same as `width`."""
     batch: int = 4
@@ -51,6 +53,8 @@ class AutoencoderRecipe:
     latent_penalty: float = 1e-4
     perceptual: float = 0.2
     """Weight of the EfficientNet features; 0 if its weights are not installed."""
+    sharpness: float = 1.0
+    """Weight of `sharpness_loss`."""
     steps: int = 12_000
     seed: int = 0
     save_every_seconds: float = 300
@@ -89,7 +93,8 @@ class AutoencoderTrainer:
         """Stops at `recipe.steps` or after `minutes`. The learning rates follow whichever comes first.
 
         `decoder_of` is the folder of a trained autoencoder. Its encoder stays as it is, and so do the latents that
-        models were trained on; only its decoder is trained further.
+        models were trained on. Only a decoder is trained further: its own, or one with the recipe's blocks that begins
+        with its weights.
 
         Raises:
             DataError: `decoder_of` is no autoencoder for pictures folded like this.
@@ -149,6 +154,9 @@ class AutoencoderTrainer:
             noisy = latents + noise * torch.randn_like(latents)
             restored = unfold(self.network.decode(noisy).sample, recipe.fold).float()
         loss = reconstruction_loss(restored, target) + recipe.latent_penalty * latents.float().square().mean()
+        # Only what is in its place can be made sharp: in a new network the weight rises in the second half of the run.
+        sharpness = recipe.sharpness if self.decoder_only else recipe.sharpness * max(0.0, 2 * self.progress - 1)
+        loss = loss + sharpness * sharpness_loss(restored, target)
         if self.look_alike is not None:
             loss = loss + recipe.perceptual * self.look_alike(restored, target)
         loss.backward()
@@ -222,20 +230,48 @@ class AutoencoderTrainer:
 
 
 def _with_frozen_encoder(folder: Path, recipe: AutoencoderRecipe) -> AutoencoderTiny:
-    """Load an autoencoder whose decoder is trained further.
+    """Load an autoencoder whose decoder is trained further, with as many blocks as the recipe says.
 
     Raises:
-        DataError: the folder holds none, or one for other folds.
+        DataError: the folder holds none, or one for other folds or levels.
     """
     try:
         network = AutoencoderTiny.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is not a trained autoencoder: {error}") from error
-    if network.config["in_channels"] != 3 * recipe.fold**2:
-        raise DataError(f"{folder} takes {network.config['in_channels']} channels, not {3 * recipe.fold**2}")
+    config = network.config
+    if config["in_channels"] != 3 * recipe.fold**2:
+        raise DataError(f"{folder} takes {config['in_channels']} channels, not {3 * recipe.fold**2}")
+    blocks = tuple(config["num_decoder_blocks"])
+    if len(blocks) != len(recipe.decoder_blocks):
+        raise DataError(f"{folder} has {len(blocks)} levels, not {len(recipe.decoder_blocks)}")
     network = network.float()
+    if blocks != recipe.decoder_blocks:
+        other = AutoencoderTiny.from_config({**config, "num_decoder_blocks": recipe.decoder_blocks})
+        other.encoder.load_state_dict(network.encoder.state_dict())
+        _copy_decoder(network, other)
+        network = other
     network.encoder.requires_grad_(False)
     return network
+
+
+def _copy_decoder(source: AutoencoderTiny, target: AutoencoderTiny) -> None:
+    """Copy the weights of each level's first blocks and of its convolutions, as many as both decoders have."""
+    for ours, theirs in zip(_decoder_levels(source), _decoder_levels(target), strict=True):
+        for kind in ours:
+            for one, other in zip(ours[kind], theirs[kind], strict=False):
+                other.load_state_dict(one.state_dict())
+
+
+def _decoder_levels(network: AutoencoderTiny) -> list[dict[bool, list[nn.Module]]]:
+    """List the layers with weights, level by level: plain convolutions at True, blocks at False."""
+    levels: list[dict[bool, list[nn.Module]]] = [{True: [], False: []}]
+    for layer in network.decoder.layers:
+        if isinstance(layer, nn.Upsample):
+            levels.append({True: [], False: []})
+        elif any(True for _ in layer.parameters()):
+            levels[-1][isinstance(layer, nn.Conv2d)].append(layer)
+    return levels
 
 
 def train_autoencoder(

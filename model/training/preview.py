@@ -49,8 +49,9 @@ def train_preview(pictures: Pictures, autoencoder: Path, recipe: PreviewRecipe, 
         for step in bar.track(range(recipe.steps), description="preview"):
             optimiser.param_groups[0]["lr"] = recipe.rate * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
             picked = torch.multinomial(weights, recipe.batch, replacement=True)
-            made = network(latents[picked] * std + mean)
-            reconstruction_loss(made, small(pictures.images[trained[picked]], size)).backward()
+            made, wanted = network(latents[picked] * std + mean), small(pictures.images[trained[picked]], size)
+            # It is linear, so it cannot be sharp: L2 asks for colours that are right on average.
+            (reconstruction_loss(made, wanted) + F.mse_loss(made, wanted)).backward()
             optimiser.step()
             optimiser.zero_grad()
     network.half().float()  # stored in half precision, so measured like that

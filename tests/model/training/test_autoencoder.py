@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from patchforge.model.codec import Codec
@@ -22,6 +23,7 @@ from patchforge.model.training.autoencoder import (
     train_autoencoder,
     unfold,
 )
+from patchforge.model.training.autoencoder_loss import reconstruction_loss, sharpness_loss
 from patchforge.model.training.data import Pictures, folder_pictures
 from patchforge.model.training.latents import latent_scale
 from patchforge.model.training.preview import PreviewRecipe, train_preview
@@ -116,7 +118,7 @@ def test_nothing_held_out_is_trained_on(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_preview_decoder_shows_colours_at_half_the_latents_scale(pictures: Pictures, tmp_path: Path) -> None:
-    train_autoencoder(pictures, tmp_path, replace(TINY, steps=150))
+    train_autoencoder(pictures, tmp_path, replace(TINY, steps=150, sharpness=0))
     before = train_preview(pictures, tmp_path, PreviewRecipe(steps=1))
     assert train_preview(pictures, tmp_path, PreviewRecipe(steps=300)) > before + 3
     codec = Codec(tmp_path, latent_scale(tmp_path), CPU)
@@ -142,6 +144,32 @@ def test_a_decoder_is_trained_further_and_the_latents_stay(pictures: Pictures, t
     assert figures[0]["mean"] == figures[1]["mean"]
 
 
+def test_a_decoder_with_more_blocks_begins_with_the_weights_that_both_have(pictures: Pictures, tmp_path: Path) -> None:
+    train_autoencoder(pictures, tmp_path / "before", replace(TINY, steps=60))
+    recipe = replace(TINY, decoder_blocks=(2, 1))
+    network = AutoencoderTrainer(pictures, tmp_path / "after", recipe, decoder_of=tmp_path / "before").network
+    old = load_file(tmp_path / "before" / "diffusion_pytorch_model.safetensors")
+    new = network.state_dict()
+    assert tuple(network.config["num_decoder_blocks"]) == (2, 1)
+    assert all(torch.equal(value.float(), new[name]) for name, value in old.items() if name.startswith("encoder."))
+    carried = [value for name, value in old.items() if name.startswith("decoder.")]
+    begun = [value for name, value in new.items() if name.startswith("decoder.")]
+    assert len(begun) > len(carried)
+    assert all(any(torch.equal(value.float(), other) for other in begun) for value in carried)
+    train_autoencoder(pictures, tmp_path / "after", replace(recipe, steps=3), decoder_of=tmp_path / "before")
+    assert read_autoencoder_config(tmp_path / "after").downscale == 4
+
+
+def test_blur_costs_sharpness_and_a_shift_hardly_does() -> None:
+    edges = torch.zeros(1, 3, 32, 32)
+    edges[..., 9:25] = 1
+    blurred = F.avg_pool2d(F.pad(edges, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    shifted = edges.roll(1, dims=-1)
+    assert sharpness_loss(edges, edges) == 0
+    assert sharpness_loss(blurred, edges) > 5 * sharpness_loss(shifted, edges)
+    assert reconstruction_loss(shifted, edges) > reconstruction_loss(edges, edges) == 0
+
+
 def test_a_decoder_of_another_fold_is_refused(pictures: Pictures, tmp_path: Path) -> None:
     train_autoencoder(pictures, tmp_path / "one", replace(TINY, steps=1))
     other = replace(TINY, fold=1 if TINY.fold > 1 else 2, steps=1)
@@ -149,3 +177,7 @@ def test_a_decoder_of_another_fold_is_refused(pictures: Pictures, tmp_path: Path
         train_autoencoder(pictures, tmp_path / "two", other, decoder_of=tmp_path / "one")
     with pytest.raises(DataError, match="not a trained autoencoder"):
         train_autoencoder(pictures, tmp_path / "two", TINY, decoder_of=tmp_path / "nothing")
+    with pytest.raises(DataError, match="2 levels, not 3"):
+        train_autoencoder(
+            pictures, tmp_path / "two", replace(TINY, decoder_blocks=(1, 1, 0)), decoder_of=tmp_path / "one"
+        )
