@@ -287,24 +287,26 @@ class Engine:
         return JobBroken(live.job.id, job_error(live.job.id, error))
 
     def _decode_due(self, moved: list[Chosen]) -> list[Outcome]:
-        """Decode finished pictures and due previews in one batch."""
-        now = self.clock()
+        """Decode finished pictures and due previews, each in one batch."""
+        began = self.clock()
         done = [each for each in moved if each.picture.done]
         shown: list[Chosen] = []  # owed, whatever it costs
         wanted: list[Chosen] = []
         for each in moved:
             if each.live.job.request.previews and not each.picture.done:
                 (shown if each.live.owes(each.picture) else wanted).append(each)
-        shown += [wanted[index] for index in self.previews.due([each.picture.previewed for each in wanted], now)]
-        due = done + shown
-        if not due:
-            return []
-        outcomes = self._decode([(each.live, each.picture) for each in due], now)
-        each_took = (self.clock() - now) / len(due)
-        self.previews.showed(len(shown), each_took * len(shown))
-        if done and self.pacer is not None:
-            self._decoding += each_took * len(done)
-            self.pacer.speeds[done[0].live.model].decoded(len(done), each_took * len(done))
+        shown += [wanted[index] for index in self.previews.due([each.picture.previewed for each in wanted], began)]
+        outcomes: list[Outcome] = []
+        if done:
+            outcomes += self._decode([(each.live, each.picture) for each in done])
+            took = self.clock() - began
+            if self.pacer is not None:
+                self._decoding += took
+                self.pacer.speeds[done[0].live.model].decoded(len(done), took)
+        if shown:
+            began = self.clock()
+            outcomes += self._decode([(each.live, each.picture) for each in shown])
+            self.previews.showed(len(shown), self.clock() - began)
         return outcomes
 
     def _decode_given(self) -> list[Outcome]:
@@ -312,12 +314,13 @@ class Engine:
         outcomes: list[Outcome] = []
         for live in given:
             if live.job.id in self.jobs:
-                outcomes += self._decode([(live, picture) for picture in live.pictures], self.clock())
+                outcomes += self._decode([(live, picture) for picture in live.pictures])
         return outcomes
 
-    def _decode(self, due: list[tuple[LiveJob, LivePicture]], now: float) -> list[Outcome]:
-        """Decode pictures of one model: finished ones, and previews of the others."""
+    def _decode(self, due: list[tuple[LiveJob, LivePicture]]) -> list[Outcome]:
+        """Decode pictures of one model, all finished or none. What is not finished becomes a preview."""
         pipeline = self.pipelines[due[0][0].model]
+        decoder = pipeline.decode if due[0][1].done else pipeline.preview
 
         def decode(some: list[tuple[LiveJob, LivePicture]]) -> list[torch.Tensor]:
             by_grid: dict[Grid, list[int]] = {}
@@ -326,7 +329,7 @@ class Engine:
             made: dict[int, torch.Tensor] = {}
             for grid, places in by_grid.items():
                 latents = torch.stack([some[place][1].shown for place in places])
-                made |= dict(zip(places, pipeline.decode(latents, grid), strict=True))
+                made |= dict(zip(places, decoder(latents, grid), strict=True))
             return [made[place] for place in range(len(some))]
 
         outcomes: list[Outcome] = []
@@ -334,14 +337,12 @@ class Engine:
             if live.job.id not in self.jobs:
                 continue  # another picture of this job has just broken it
             try:
-                outcomes.append(self._encode_outcome(live, picture, pixels, now))
+                outcomes.append(self._encode_outcome(live, picture, pixels))
             except Exception as error:
                 outcomes.append(self._break_job(live, error))
         return outcomes
 
-    def _encode_outcome(
-        self, live: LiveJob, picture: LivePicture, pixels: torch.Tensor | Exception, now: float
-    ) -> Outcome:
+    def _encode_outcome(self, live: LiveJob, picture: LivePicture, pixels: torch.Tensor | Exception) -> Outcome:
         if isinstance(pixels, Exception):
             raise pixels
         request = live.job.request
@@ -350,7 +351,7 @@ class Engine:
             settings = picture_settings(request, picture.seed, digest)
             data = encode_picture(pixels, request, settings, live.source)
             return PictureMade(live.job.id, picture.index, data)
-        picture.previewed = now
+        picture.previewed = self.clock()
         live.record_preview()
         return PreviewMade(live.job.id, _build_preview(picture, encode_preview(pixels)))
 

@@ -144,3 +144,14 @@ def test_a_wrong_argument_is_named(pipelines: dict[str, Pipeline], field: str, a
     with pytest.raises(ParameterError) as caught:
         pipelines["tiny-class"].generate(**arguments)
     assert caught.value.field == field
+
+
+def test_small_previews_are_shown_at_full_size(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = pipeline.noise(3)[None]
+    whole = pipeline.decode(latents)
+    assert torch.equal(pipeline.preview(latents), whole), "without a preview decoder"
+    monkeypatch.setattr(pipeline.codec, "preview", lambda _: whole[:, ::2, ::2])
+    shown = pipeline.preview(latents)
+    assert shown.shape == whole.shape
+    assert shown.dtype == torch.uint8
+    assert (shown[:, 0, 0] == whole[:, 0, 0]).all()

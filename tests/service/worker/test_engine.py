@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from patchforge.model.pipeline import Pipeline
+from patchforge.model.preview import PreviewDecoder
 from patchforge.model.samplers.adaptive import Adaptive, AdaptiveState
 from patchforge.service.errors import InvalidRequest
 from patchforge.service.messages.schemas import OutputFormat
@@ -153,6 +154,29 @@ def test_a_preview_is_the_decoded_estimate_not_the_noisy_state(engine: Engine, p
         estimate, noisy = (decode(each[None])[0].numpy().astype(int) for each in (state.estimate, state.x))
         assert np.array_equal(shown, estimate)
         assert not np.array_equal(shown, noisy)
+
+
+def test_a_preview_decoder_makes_the_previews_and_no_finished_picture(
+    engine: Engine, pipelines: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.admit(job(steps=3, seed=5))
+    plain = [o.data for o in run(engine) if isinstance(o, PictureMade)]
+    pipeline = pipelines["tiny-class"]
+    torch.manual_seed(0)
+    monkeypatch.setattr(pipeline.codec, "previewer", PreviewDecoder(pipeline.manifest.latent.channels).eval())
+    decoded: list[int] = []
+    decode = pipeline.codec.decode
+    monkeypatch.setattr(pipeline.codec, "decode", lambda latents: decoded.append(len(latents)) or decode(latents))
+    live = engine.admit(job(steps=3, seed=5))
+    outcomes = engine.step()
+    [made] = [outcome for outcome in outcomes if isinstance(outcome, PreviewMade)]
+    latents = pipeline.grid.unpatchify(live.pictures[0].trajectory.state.estimate[None])
+    small = pipeline.codec.preview(latents)
+    assert small is not None
+    assert np.array_equal(np.asarray(Image.open(BytesIO(b64decode(made.preview.b64_png)))), small[0].numpy())
+    assert not decoded
+    assert [o.data for o in run(engine) if isinstance(o, PictureMade)] == plain
+    assert decoded == [1]
 
 
 def test_a_negative_prompt_is_the_text_of_the_null_branch(engine: Engine) -> None:
