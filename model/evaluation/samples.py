@@ -32,9 +32,14 @@ class Made:
 
 
 def make_pictures(
-    pipeline: Pipeline, sampler: Sampler[Any], words: Sequence[str], seeds: Sequence[int], label: str = "pictures"
+    pipeline: Pipeline,
+    sampler: Sampler[Any],
+    words: Sequence[str],
+    seeds: Sequence[int],
+    label: str = "pictures",
+    budget: int | None = None,
 ) -> Made:
-    """Make one picture for each pair of prompt (or class name) and seed."""
+    """Make one picture for each pair of prompt (or class name) and seed. `budget` is as in `Pipeline.generate`."""
     conditions: dict[str, Condition] = {}
     parts, done, dense = [], 0, 0
     with progress_bar() as bar:
@@ -44,7 +49,7 @@ def make_pictures(
                 if each not in conditions:
                     conditions[each] = pipeline.condition_on(each)
             wanted, of = [conditions[each] for each in some], list(seeds[start : start + BATCH])
-            made, runs = pipeline.sample(sampler, wanted, of)
+            made, runs = pipeline.sample(sampler, wanted, of, budget=budget)
             parts.append(made)
             done += sum(run.patch_evaluations for run in runs)
             dense += sum(run.sampler.dense_patch_evaluations for run in runs)

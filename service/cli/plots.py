@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from patchforge.model.evaluation.evaluate import Report
     from patchforge.model.evaluation.frechet import Interval
+    from patchforge.model.experiments.budget_curve import BudgetPoint
     from patchforge.model.experiments.forward_bench import ForwardRow
     from patchforge.model.experiments.sampler_bench import Row
     from patchforge.service.bench.engine import EngineRow
@@ -71,6 +72,21 @@ def plot_samplers(rows: dict[str, list[Row]], path: Path) -> None:
     for axes, name in zip(panels, names[: len(panels)], strict=True):
         axes.set(xscale="log", xlabel="patch evaluations per picture, both guidance branches", ylabel=name)
     panels[0].legend()
+    figure.savefig(path)
+
+
+def plot_budgets(name: str, points: list[BudgetPoint], path: Path) -> None:
+    """What a budget costs in each figure: the paired difference to pictures without one, over the share spent."""
+    shown = [each for each in ("cosine", "sharpness", "distance") if each in points[0].figures]
+    figure, panels = new_figure(len(shown))
+    whole, *rest = points
+    shares = [point.spent / whole.spent for point in rest]
+    for axes, each in zip(panels, shown, strict=True):
+        found = [point.differences[each] for point in rest]
+        low, high = ([abs(side(one) - one.value) for one in found] for side in (lambda i: i.low, lambda i: i.high))
+        axes.errorbar(shares, [one.value for one in found], [low, high], fmt="o-", color=COLOURS["made"])
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set(title=f"{name}: {each}", xlabel="patch evaluations, as a share", ylabel="− without a budget")
     figure.savefig(path)
 
 

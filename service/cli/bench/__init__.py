@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from patchforge.service.cli.bench.budget import budget
 from patchforge.service.cli.bench.claims import claims
 from patchforge.service.cli.bench.engine import engine
 from patchforge.service.cli.bench.forward import forward
@@ -15,5 +16,5 @@ from patchforge.service.cli.errors import needs
 
 bench_app = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
 
-for command in (sampler, forward, engine, gateway, claims, recipe, threads):
+for command in (sampler, budget, forward, engine, gateway, claims, recipe, threads):
     bench_app.command(command.__name__)(needs("server" if command is gateway else "worker")(command))

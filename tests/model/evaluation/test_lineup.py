@@ -13,6 +13,7 @@ from patchforge.model.evaluation.evaluate import evaluate
 from patchforge.model.evaluation.frechet import Gaussian, Interval, frechet_distance
 from patchforge.model.evaluation.lineup import Lineup, make_lineup, measure_outside, worse
 from patchforge.model.evaluation.outside import OutsideJudge, gradient_energy
+from patchforge.model.experiments.budget_curve import measure_budgets
 from patchforge.model.pipeline import Pipeline
 from patchforge.model.training.data import Pictures
 from tests.model.shapes import shapes
@@ -143,3 +144,21 @@ def test_a_table_of_one_style_has_no_floor(table: Pictures, judge: OutsideJudge)
     assert len(lineup.asked) == 12
     assert lineup.floor() == {}
     assert lineup.figures(lineup.real)["cosine"].value == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["tiny-class", "tiny-text"])
+def test_the_curve_has_a_point_for_each_budget_and_pictures_keep_it(
+    name: str, pipelines: dict[str, Pipeline], table: Pictures, judge: OutsideJudge
+) -> None:
+    pipeline = pipelines[name]
+    if name == "tiny-class":
+        names = list(pipeline.manifest.class_names)
+        table = Pictures(**vars(table) | {"class_names": names, "classes": table.classes % 2})
+    whole, most, least = measure_budgets(pipeline, judge, table, (0.8, 0.3), 12)
+    assert (whole.share, whole.psnr, most.share) == (1.0, 60.0, 0.8)
+    assert whole.spent > most.spent > least.spent >= pipeline.grid.patches
+    assert most.spent <= 0.8 * whole.spent + 1
+    assert whole.psnr >= most.psnr >= least.psnr
+    assert ("cosine" in whole.figures) == (name == "tiny-text")
+    assert {"sharpness", "distance"} <= set(least.recorded()["differences"])
+    assert all(each.value == 0 for each in whole.differences.values())
