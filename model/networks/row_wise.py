@@ -35,7 +35,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, in)` → `(n, out)`. Other shapes work as in `torch.nn.Linear`."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             # Exact, so the result is that of weights which were wide from the beginning.
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
