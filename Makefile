@@ -1,8 +1,9 @@
 # Two commands do everything on a fresh machine (Python ≥ 3.11, no Docker, no root):
 #   make serve    pictures at http://127.0.0.1:8000
 #   make test     lint, types and tests
-# and two take longer:
+# and three take longer:
 #   make test-faults   real processes, killed, paused and starved; REPEAT=20 runs everything 20 times
+#   make test-samples  50,000 samples of a tiny model, killed ten times
 #   make test-busy     make test beside six busy loops on two cores: no test may depend on how fast the machine is
 # Tests run in one process per core, at most four, and each file in one of them; JOBS=0 uses a single process.
 PYTHON ?= python3
@@ -19,7 +20,7 @@ UNLOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $
   cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink \
   nvshmem-cu13 nvtx)
 
-.PHONY: setup serve test test-again test-busy test-faults test-clients lint types format diagrams screenshots package lock audit clean
+.PHONY: setup serve test test-again test-busy test-faults test-samples test-clients lint types format diagrams screenshots package lock audit clean
 
 setup: $(READY)
 
@@ -45,6 +46,9 @@ test-busy: setup
 
 test-faults: setup
 	$(PYTEST) tests/faults -m '$(ROWS)' --count $(REPEAT) --repeat-scope session
+
+test-samples: setup
+	$(BIN)/python -m tests.faults.many_samples
 
 # Real clients from their registries, in environments of their own, against a live server; nginx and Prometheus too, where
 # they are installed. Writes the table of clients in docs/compatibility.md.

@@ -29,7 +29,7 @@ from patchforge.model.networks.text_pft import TextPFT
 from patchforge.model.recent import Recent
 from patchforge.model.results import Picture, Report, Result
 from patchforge.model.samplers import Sampler, make_sampler
-from patchforge.model.storage.bundle import Bundle, load_weights, network_shapes, open_bundle
+from patchforge.model.storage.bundle import Bundle, load_network_weights, open_bundle
 from patchforge.model.text_encoder import open_encoder
 from patchforge.model.trajectory import Trajectory
 from patchforge.model.trajectory import run as advance_all
@@ -70,7 +70,7 @@ class Pipeline:
         self.folder = bundle.folder
         self.manifest = manifest = bundle.manifest
         self.weights_sha256 = bundle.weights_sha256
-        weights = load_weights(bundle.weights, network_shapes(manifest.network), dtype=torch.float32)
+        weights = load_network_weights(bundle)
         self.network = build_around(manifest.network.config, weights).to(self.device)
         del weights
         self.denoiser = Denoiser(self.network)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from patchforge.model.evaluation.against import FeatureJudge, measure_against
 from patchforge.model.evaluation.calibration import Calibration, measure_calibration
 from patchforge.model.evaluation.judge import Judge
 from patchforge.model.evaluation.lineup import measure_outside
@@ -64,8 +66,11 @@ def evaluate(
     count: int = 1000,
     parts: Collection[Part] = PARTS,
     seed: int = 0,
+    features: FeatureJudge | None = None,
 ) -> Report:
     """Measure `parts` of a model on `count` pictures made with `sampler`.
+
+    With `features`, these measure the quality, and the judge's classes and styles are left out: it may know others.
 
     Raises:
         DataError: there are too few real pictures, or the judge was trained on other classes.
@@ -81,10 +86,10 @@ def evaluate(
         made = make_pictures(pipeline, sampler, words_for(pipeline, split.real), range(seed, seed + count))
         again = reconstruct_pictures(pipeline, split.real)
         report.patch_evaluations, report.saved = made.patch_evaluations, made.saved
-        report.measures |= measure_quality(judge, pictures, split, made.pictures, again, seed)
-        if len(pictures.class_names) > 1:
+        report.measures |= measure_quality(features or judge, pictures, split, made.pictures, again, seed)
+        if features is None and len(pictures.class_names) > 1:
             report.measures |= measure_classes(judge, pictures, split, made.pictures, again)
-        if not by_class and len(judge.styles) > 1:
+        if features is None and not by_class and len(judge.styles) > 1:
             report.measures |= measure_styles(judge, pictures, split, made.pictures, again)
     if "prompts" in parts and not by_class:
         report.measures |= measure_prompts(pipeline, judge, pictures, sampler, seed)
@@ -92,3 +97,25 @@ def evaluate(
         report.calibration = measure_calibration(pipeline, held_out, seed)
     report.seconds = time.monotonic() - started
     return report
+
+
+def evaluate_against(
+    pipeline: Pipeline,
+    features: FeatureJudge,
+    reference: Path,
+    sampler: Sampler[Any],
+    words: Sequence[str],
+    seed: int = 0,
+    npz: Path | None = None,
+) -> Report:
+    """Measure the quality of one picture for each of `words` against the pictures of an `.npz`.
+
+    With `npz`, the pictures are written there.
+
+    Raises:
+        DataError: the reference cannot be used.
+    """
+    started = time.monotonic()
+    found = measure_against(pipeline, features, reference, sampler, words, seed, npz)
+    seconds = time.monotonic() - started
+    return Report(len(words), 0, found.measures, {}, found.patch_evaluations, found.saved, seconds)

@@ -1,9 +1,11 @@
-"""Read the pictures of an `.npz`, as the ADM evaluation suite writes them, some at a time."""
+"""Read and write the pictures of an `.npz`, as the ADM evaluation suite does, some at a time. Free of torch."""
 
 from __future__ import annotations
 
+import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +38,37 @@ def read_npz(path: Path, portion: int) -> Iterator[np.ndarray]:
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(some, *shape[1:])
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError) as error:
         raise DataError(f"{path}: not an .npz with the array arr_0: {error}") from error
+
+
+def write_npz(path: Path, count: int, portions: Iterable[np.ndarray]) -> None:
+    """Write `count` pictures as `arr_0` `(count, height, width, 3)` uint8, with one portion in memory at a time.
+
+    The file is there once it is whole. `portions` are `(n, height, width, 3)` uint8.
+
+    Raises:
+        DataError: the portions are of different sizes, or have another number of pictures.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for left in path.parent.glob(f".{escape(path.name)}.*.part"):  # of a run that was killed: it may have gigabytes
+        left.unlink(missing_ok=True)
+    shape: tuple[int, ...] | None = None
+    written = 0
+    try:
+        with (
+            zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+            archive.open(ARRAY, "w", force_zip64=True) as file,
+        ):
+            for portion in portions:
+                if shape is None:
+                    shape = portion.shape[1:]
+                    described = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+                    np.lib.format.write_array_header_1_0(file, described)
+                if portion.shape[1:] != shape or portion.dtype != np.uint8:
+                    raise DataError(f"{path}: pictures of {portion.shape[1:]} {portion.dtype} after some of {shape}")
+                file.write(np.ascontiguousarray(portion).data)
+                written += len(portion)
+        if written != count:
+            raise DataError(f"{path}: {written} pictures instead of {count}")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -46,6 +46,10 @@ class OutsideJudge:
         self.network = EfficientNetLite0.pretrained().to(self.device)
         torch.nn.utils.convert_conv2d_weight_memory_format(self.network, torch.channels_last)
 
+    def features(self, images: np.ndarray | Tensor) -> Tensor:
+        """Compute features `(n, 1280)` of pictures `(n, height, width, 3)` uint8."""
+        return self.look(images).features
+
     @torch.inference_mode()
     def look(self, images: np.ndarray | Tensor) -> Sight:
         """Compute features and sharpness of pictures `(n, height, width, 3)` uint8."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from patchforge.model.errors import DataError
+from patchforge.model.evaluation.against import FeatureJudge
 from patchforge.model.evaluation.frechet import Gaussian, frechet_interval, precision_recall
 from patchforge.model.evaluation.judge import FEATURES, Judge, unseen
 from patchforge.model.evaluation.layout import nearest_of_classes
@@ -49,14 +50,14 @@ def draw_rows(pictures: Pictures, count: int, random: np.random.Generator) -> np
 
 
 def measure_quality(
-    judge: Judge, pictures: Pictures, split: Split, made: Tensor, reconstructed: Tensor, seed: int = 0
+    judge: FeatureJudge, pictures: Pictures, split: Split, made: Tensor, reconstructed: Tensor, seed: int = 0
 ) -> dict[str, Measure]:
     """Measure Fréchet distance, precision and recall of `made` and `reconstructed`, `(n, height, width, 3)` uint8 each.
 
     All are compared with the same half of the real pictures. Real pictures from the other half give the lower bound.
     But the judge was trained on both halves, so it sees real pictures as more similar than perfect new ones could be.
     `frechet_distance_new` avoids this: its real pictures are `unseen` by the judge, and its other sets are cut to the
-    same size.
+    same size. A judge that was trained on other pictures needs none of it.
     """
     images = {"made": made, "reconstructed": reconstructed, "real": torch.from_numpy(split.real.images)}
     features = {name: judge.features(each) for name, each in images.items()}
@@ -65,7 +66,7 @@ def measure_quality(
     same = reference[draw_rows(split.reference, len(split.real), np.random.default_rng(seed))]
     measures = {"frechet_distance": Measure.of({name: frechet_interval(gaussian, f) for name, f in features.items()})}
     fresh = pictures.where(unseen(pictures))
-    if (few := min(len(fresh) // 2, len(made))) >= LEAST_NEW:
+    if isinstance(judge, Judge) and (few := min(len(fresh) // 2, len(made))) >= LEAST_NEW:
         new = judge.features(fresh.images[draw_rows(fresh, few, np.random.default_rng(seed))])
         some = {"made": features["made"][:few], "reconstructed": features["reconstructed"][:few], "real": new}
         measures["frechet_distance_new"] = Measure.of({name: frechet_interval(gaussian, f) for name, f in some.items()})

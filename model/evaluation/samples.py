@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from patchforge.model.storage.manifest import ClassNetwork
 from patchforge.model.training.data import Pictures
 from patchforge.model.training.progress import progress_bar
 from patchforge.model.training.run import prompt_of
+from patchforge.model.trajectory import Trajectory
 
 BATCH = 32
 
@@ -40,8 +41,24 @@ def make_pictures(
     budget: int | None = None,
 ) -> Made:
     """Make one picture for each pair of prompt (or class name) and seed. `budget` is as in `Pipeline.generate`."""
-    conditions: dict[str, Condition] = {}
     parts, done, dense = [], 0, 0
+    for made, runs in draw_pictures(pipeline, sampler, words, seeds, label, budget):
+        parts.append(made)
+        done += sum(run.patch_evaluations for run in runs)
+        dense += sum(run.sampler.dense_patch_evaluations for run in runs)
+    return Made(torch.cat(parts), done / len(words), 1 - done / dense)
+
+
+def draw_pictures(
+    pipeline: Pipeline,
+    sampler: Sampler[Any],
+    words: Sequence[str],
+    seeds: Sequence[int],
+    label: str = "pictures",
+    budget: int | None = None,
+) -> Iterator[tuple[Tensor, list[Trajectory]]]:
+    """Do the same some at a time: yields pictures `(n, height, width, 3)` uint8, and what they took."""
+    conditions: dict[str, Condition] = {}
     with progress_bar() as bar:
         for start in bar.track(range(0, len(words), BATCH), description=label):
             some = words[start : start + BATCH]
@@ -49,11 +66,7 @@ def make_pictures(
                 if each not in conditions:
                     conditions[each] = pipeline.condition_on(each)
             wanted, of = [conditions[each] for each in some], list(seeds[start : start + BATCH])
-            made, runs = pipeline.sample(sampler, wanted, of, budget=budget)
-            parts.append(made)
-            done += sum(run.patch_evaluations for run in runs)
-            dense += sum(run.sampler.dense_patch_evaluations for run in runs)
-    return Made(torch.cat(parts), done / len(words), 1 - done / dense)
+            yield pipeline.sample(sampler, wanted, of, budget=budget)
 
 
 def words_for(pipeline: Pipeline, pictures: Pictures) -> list[str]:

@@ -29,6 +29,7 @@ SIZES = {
     name: ClassConfig(in_channels=4, input_size=32, patch_size=2, num_classes=1000, **sizes)
     for name, sizes in (
         ("PFT-B", {"depth": 12, "hidden_size": 768, "num_heads": 12}),
+        ("PFT-L", {"depth": 24, "hidden_size": 1024, "num_heads": 16}),
         ("PFT-XL", {"depth": 28, "hidden_size": 1152, "num_heads": 16}),
     )
 }

@@ -7,6 +7,7 @@ PyTorch's usual matrix library (MKL). Elsewhere these functions are PyTorch's ow
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` that uses `linear`."""
+    """`torch.nn.Linear` that uses `linear`, and takes weights of a narrower type than its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, in)` → `(n, out)`. Other shapes work as in `torch.nn.Linear`."""
-        return linear(x, self.weight, self.bias)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            # Exact, so the result is that of weights which were wide from the beginning.
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return linear(x, weight, bias)
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
@@ -50,7 +56,21 @@ def tanh_gelu(x: Tensor) -> Tensor:
 
 
 def convert_products(network: nn.Module, dtype: torch.dtype) -> None:
-    """Store the weights of the blocks' products as `dtype`, so that autocast does not convert them at every call."""
-    for module in network.get_submodule("blocks").modules():
-        if isinstance(module, Linear):
+    """Store the weights of the blocks' products as `dtype`, so that autocast does not convert them at every call.
+
+    For float32 there is no autocast: weights of a narrower type stay, to save memory, and `Linear` converts them.
+    """
+    if dtype is not torch.float32:
+        for _, module in _products(network):
             module.to(dtype)
+
+
+def product_weights(network: nn.Module) -> set[str]:
+    """Names of the weights that may have a narrower type than the rest: nearly all of a large network."""
+    return {f"blocks.{name}.weight" for name, _ in _products(network)}
+
+
+def _products(network: nn.Module) -> Iterator[tuple[str, Linear]]:
+    for name, module in network.get_submodule("blocks").named_modules():
+        if isinstance(module, Linear):
+            yield name, module

@@ -34,11 +34,12 @@ def load_weights(
     *,
     dtype: torch.dtype | None = None,
     names: Collection[str] | None = None,
+    as_stored: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file to the CPU, as `dtype` (None: as stored).
 
     `expected` maps each name to its shape. The file must hold exactly these; its header is checked before any tensor
-    is read. `names` are those to read, by default all; the others are ignored.
+    is read. `names` are those to read, by default all; the others are ignored. Those `as_stored` keep their type.
 
     Raises:
         BundleError: the file is damaged or does not match `expected`, a dtype is not float32, float16 or bfloat16, or
@@ -61,7 +62,7 @@ def load_weights(
                 check_shapes(str(path), shapes, expected)
         for name, tensor in _read_tensors(path, shapes):
             check_finite(str(path), name, tensor)
-            weights[name] = tensor if dtype is None else tensor.to(dtype)
+            weights[name] = tensor if dtype is None or name in as_stored else tensor.to(dtype)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise BundleError(f"{path}: not a readable safetensors file: {error}") from error
     return weights

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from patchforge.service.cli import options
 from patchforge.service.cli.errors import typed_errors
 from patchforge.service.cli.report import print_table, write_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from patchforge.model.evaluation.outside import OutsideJudge
-
-PORTION = 64
 
 
 def compare(
@@ -30,28 +23,16 @@ def compare(
     These are not the figures of the ADM suite, which uses another network: compare them only with each other.
     """
     from patchforge.model.device import prepare_cpu
-    from patchforge.model.evaluation.frechet import Gaussian, frechet_interval, precision_recall
+    from patchforge.model.evaluation.against import compare_features, file_features
     from patchforge.model.evaluation.outside import OutsideJudge
 
     prepare_cpu(threads)
     with typed_errors():
         judge = OutsideJudge()
-        made, real = (_features(judge, path) for path in (samples, reference))
-        figures = {"frechet distance": frechet_interval(Gaussian.of(real), made), **precision_recall(real, made)}
+        made, real = (file_features(judge, path) for path in (samples, reference))
+        figures = {name.replace("_", " "): figure for name, figure in compare_features(real, made).items()}
         rows = [(name, str(figure)) for name, figure in figures.items()]
         print_table(f"{len(made)} samples, {len(real)} real pictures", ("measure", "value"), rows)
         if out is not None:
             counts = {"samples": len(made), "reference": len(real), "features": "efficientnet_lite0"}
             write_json(out, counts | {name: figure.rounded() for name, figure in figures.items()})
-
-
-def _features(judge: OutsideJudge, path: Path) -> Tensor:
-    import torch
-
-    from patchforge.model.errors import DataError
-    from patchforge.model.evaluation.npz import read_npz
-
-    found = [judge.look(part).features for part in read_npz(path, PORTION)]
-    if sum(map(len, found)) < 2:
-        raise DataError(f"{path}: fewer than two pictures")
-    return torch.cat(found)

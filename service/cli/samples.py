@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patchforge.service.errors import InvalidRequest
 
+if TYPE_CHECKING:
+    import numpy as np
+
 SETTINGS = "samples.json"
 """What all samples of the folder were made with."""
-ARRAY = "arr_0"
-"""Name of the array that the ADM evaluation suite reads."""
 
 
 @dataclass(frozen=True)
@@ -80,33 +80,27 @@ class SampleFolder:
         Raises:
             InvalidRequest: a sample is missing, damaged, or of another size than the first.
         """
+        from patchforge.model.evaluation.npz import write_npz
+
+        write_npz(out, self.count, self._pictures())
+
+    def _pictures(self) -> Iterator[np.ndarray]:
+        """Yield every sample, `(1, height, width, 3)` uint8."""
         import numpy as np
         from PIL import Image, UnidentifiedImageError
 
-        partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-        shape: tuple[int, int] | None = None
-        try:
-            with (
-                zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-                archive.open(f"{ARRAY}.npy", "w", force_zip64=True) as file,
-            ):
-                for index in range(self.count):
-                    path = self.path(index)
-                    try:
-                        with Image.open(path) as picture:
-                            pixels = np.asarray(picture.convert("RGB"))
-                    except (FileNotFoundError, UnidentifiedImageError, OSError, SyntaxError) as error:
-                        raise InvalidRequest(f"{path}: cannot be read; delete it and run the command again") from error
-                    if shape is None:
-                        shape = pixels.shape[:2]
-                        described = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *shape, 3)}
-                        np.lib.format.write_array_header_1_0(file, described)
-                    if pixels.shape[:2] != shape:
-                        raise InvalidRequest(f"{path}: not of the size of the first sample")
-                    file.write(pixels.tobytes())
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
+        shape: tuple[int, ...] | None = None
+        for index in range(self.count):
+            path = self.path(index)
+            try:
+                with Image.open(path) as picture:
+                    pixels = np.asarray(picture.convert("RGB"))
+            except (FileNotFoundError, UnidentifiedImageError, OSError, SyntaxError) as error:
+                raise InvalidRequest(f"{path}: cannot be read; delete it and run the command again") from error
+            shape = shape or pixels.shape
+            if pixels.shape != shape:
+                raise InvalidRequest(f"{path}: not of the size of the first sample")
+            yield pixels[None]
 
     def _check(self, path: Path, wanted: dict[str, Any]) -> None:
         try:

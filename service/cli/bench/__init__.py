@@ -9,6 +9,7 @@ from patchforge.service.cli.bench.claims import claims
 from patchforge.service.cli.bench.engine import engine
 from patchforge.service.cli.bench.forward import forward
 from patchforge.service.cli.bench.gateway import gateway
+from patchforge.service.cli.bench.memory import memory
 from patchforge.service.cli.bench.recipe import recipe
 from patchforge.service.cli.bench.sampler import sampler
 from patchforge.service.cli.bench.threads import threads
@@ -16,5 +17,5 @@ from patchforge.service.cli.errors import needs
 
 bench_app = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
 
-for command in (sampler, budget, forward, engine, gateway, claims, recipe, threads):
+for command in (sampler, budget, forward, memory, engine, gateway, claims, recipe, threads):
     bench_app.command(command.__name__)(needs("server" if command is gateway else "worker")(command))

@@ -23,7 +23,7 @@ COLUMNS = "size", "evaluation", "seconds", "× paper", "× all", "difference", "
 
 
 def forward(
-    size: Annotated[list[str] | None, typer.Option(help="tiny, PFT-B, PFT-XL; default: the first two.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="tiny, PFT-B, PFT-L, PFT-XL; default: the first two.")] = None,
     bundle: Annotated[Path, typer.Option(help="Class-conditional bundle for the size `tiny`.")] = Path("emoji-class"),
     rounds: Annotated[int, typer.Option(min=1, help="Runs of every case.")] = 5,
     out: options.Json = None,

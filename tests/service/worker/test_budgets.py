@@ -64,5 +64,19 @@ def test_the_profile_tries_nothing_larger_than_what_is_no_longer_quick(
     assert [each.patches for each in profile(pipelines["tiny-class"], device.clock)] == [32, 64, 128]
 
 
+@pytest.mark.parametrize(("peak", "compiled", "packs"), [(1e6, False, 2), (1.0, False, 0), (1.0, True, 1)])
+def test_a_network_that_takes_too_long_for_one_picture_is_not_evaluated_before_it_serves(
+    pipelines: dict[str, Pipeline], peak: float, compiled: bool, packs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "patch_flops", lambda manifest: 1e9)  # 32 GFLOP a picture
+    monkeypatch.setattr(budgets, "matmul_peak", lambda device, dtype, side: peak)
+    monkeypatch.setattr(budgets, "is_compiled", lambda network: compiled)
+    monkeypatch.setattr(budgets, "SECONDS", 0.0)
+    monkeypatch.setattr(budgets, "MOST_PATCHES", 32)
+    device = Device(pipelines["tiny-class"].denoiser, 0.05, monkeypatch)
+    assert budgets.patch_budget(pipelines["tiny-class"], device.clock) == 32
+    assert device.packs == packs * [1]
+
+
 def test_what_is_set_is_not_measured(pipelines: dict[str, Pipeline]) -> None:
     assert find_budgets(Settings(patch_budget=77), pipelines) == {"tiny-class": 77, "tiny-text": 77}
