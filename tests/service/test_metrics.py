@@ -52,7 +52,8 @@ def a_gateway() -> GatewayMetrics:
 
 
 def a_queue(*workers: list[str], **waiting: int) -> QueueState:
-    return QueueState(waiting, dict.fromkeys(waiting, 12.5), workers, memory_bytes=10, memory_limit_bytes=100)
+    batches = {"in_progress": 2}
+    return QueueState(waiting, dict.fromkeys(waiting, 12.5), workers, batches, memory_bytes=10, memory_limit_bytes=100)
 
 
 OF_REQUEST = '{model="emoji",sampler="dual_loop"}'
