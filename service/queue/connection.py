@@ -107,7 +107,7 @@ class QueueConnection:
         info = await self._do("INFO", "memory")
         return int(info["used_memory"]), int(info["maxmemory"])
 
-    async def _do(self, *command: str | int) -> Any:
+    async def _do(self, *command: str | bytes | int) -> Any:
         client: Any = self._redis  # its execute_command has no types
         with redis_call():
             return await client.execute_command(*command)

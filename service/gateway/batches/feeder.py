@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import structlog
 from ulid import ULID
@@ -151,13 +152,14 @@ class BatchFeeder:
 
     async def _refuse(self, stored: StoredBatch, text: bytes, line: BatchLine | None, error: PatchforgeError) -> bool:
         """Notes why a line has no job: as its endpoint would answer, or as an error of the line itself."""
-        details = {"custom_id": custom_id_of(text)}
+        custom_id = custom_id_of(text)
+        details: dict[str, Any] = {"custom_id": custom_id}
         if line is not None and line.url is not None:
             details["response"] = answer_with(error, line.url, stored.name_of(stored.next))
         else:
             message = error.message if error.field is None else f"{error.field}: {error.message}"
             details["error"] = {"code": error.code, "message": message}
-        settled = await self._queue.settle_line(stored.key, stored.next, details["custom_id"], details)
+        settled = await self._queue.settle_line(stored.key, stored.next, custom_id, details)
         if settled:
             self._metrics.count_batch_line("refused")
         return settled

@@ -97,10 +97,9 @@ def _in_background(request: GenerationRequest) -> GenerationRequest:
 def answer_with(error: PatchforgeError, url: str, request_id: str) -> dict[str, Any]:
     """The response that an endpoint gives to a request with this error."""
     problem = Problem.of(error)
+    status, body = problem.status, dict[str, Any](problem.details(request_id))
     if url in OPENAI_BODIES:
         status, body = problem.openai_status, {"error": problem.openai_error()}
-    else:
-        status, body = problem.status, dict(problem.details(request_id))
     return {"status_code": int(status), "request_id": request_id, "body": body}
 
 
