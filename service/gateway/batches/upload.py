@@ -20,7 +20,6 @@ Model = TypeVar("Model", bound=BaseModel)
 
 JSON_LINES = ("application/jsonl", "application/x-jsonlines", "application/jsonlines", "application/x-ndjson")
 FORM = "multipart/form-data"
-MAX_NAME = 200
 FILE_SCHEMA = {"type": "string", "format": "binary", "description": "One request a line, as JSON."}
 
 
@@ -43,7 +42,10 @@ async def read_upload(request: Request) -> Upload:
     """
     kind = media_type(request)
     if kind in JSON_LINES:
-        return Upload(split_lines(await read_body(request)), "batch.jsonl", dict(request.query_params))
+        asked: dict[str, Any] = {}
+        for name, text in request.query_params.multi_items():
+            _add_field(asked, name, text)
+        return Upload(split_lines(await read_body(request)), "batch.jsonl", asked)
     if kind != FORM:
         raise HTTPException(415, f"send the file as {JSON_LINES[0]}, or as {FORM} with the field `file`")
     form = await read_form(request)
@@ -59,8 +61,8 @@ async def read_upload(request: Request) -> Upload:
                 _add_field(fields, key, value)
         if file is None:
             raise InvalidRequest("send the file in this field", field="file")
-        name = printable(file.filename or "batch.jsonl")[:MAX_NAME]
-        return Upload(split_lines(await file.read()), name, fields)
+        filename = printable(file.filename or "batch.jsonl")
+        return Upload(split_lines(await file.read()), filename, fields)
     finally:
         await form.close()
 
@@ -99,7 +101,7 @@ def upload_schema(options: type[BaseModel], *, also_json: type[BaseModel] | None
 
 
 def _add_field(fields: dict[str, Any], key: str, value: str) -> None:
-    """Adds a form's field. Forms have only text: `expires_after[seconds]` is a number, and objects may be JSON."""
+    """Adds a field of a form or query. These have only text: `a[b]` may be a number, and an object may be JSON."""
     nested = NESTED.fullmatch(key)
     if nested is not None and nested[2]:
         inner = fields.setdefault(nested[1], {})
