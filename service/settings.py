@@ -89,7 +89,10 @@ class QueueSettings(BaseSettings):
     result_ttl_seconds: int = Field(3600, ge=1, description="Lifetime of finished jobs, their pictures and events.")
     idempotency_ttl_seconds: int = Field(86400, ge=1, description="Lifetime of an Idempotency-Key.")
     batch_in_flight: int = Field(
-        32, ge=1, description="Jobs of all batches together that wait or run; the other requests stay in their files."
+        8,
+        ge=1,
+        description="Jobs of all batches together that wait or run, for each live worker; the others stay in their "
+        "files. Half of `PATCHFORGE_MAX_RUNNING` leaves room for everyone else.",
     )
     batch_ttl_seconds: int = Field(
         86400, ge=1, description="Lifetime of an ended batch, of its pictures, and of files for batches."

@@ -52,7 +52,9 @@ class GatewayMetrics:
         self._memory = gauge("queue_memory_bytes", "Memory that the queue server uses.")
         self._memory_limit = gauge("queue_memory_limit_bytes", "Memory that the queue server may use; 0 = no limit.")
         self._waiting = gauge("requests_waiting", "Accepted requests that no worker has started.", "model")
-        self._oldest = gauge("queue_oldest_seconds", "Seconds that the oldest waiting request has waited.", "model")
+        self._oldest = gauge(
+            "queue_oldest_seconds", "Seconds that the oldest waiting request has waited, batches apart.", "model"
+        )
         self._workers = gauge("workers", "Live workers.")
         self._model_workers = gauge("model_workers", "Live workers that serve a model.", "model")
         self._batches = gauge("batches_open", "Batches that have not ended, by status.", "status")

@@ -127,7 +127,7 @@ function commands.feed_line(id, line, custom_id, result, ...)
   if call('SISMEMBER', BATCH_NAMES .. id, custom_id) == 1 then
     return { 'duplicate' }
   end
-  if call('SCARD', BATCH_JOBS) >= BATCH_IN_FLIGHT then
+  if call('SCARD', BATCH_JOBS) >= BATCH_IN_FLIGHT * math.max(1, call('ZCARD', WORKERS)) then
     return { 'enough' }
   end
   local reply, job = submit(HALF, ...), ...

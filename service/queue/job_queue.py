@@ -161,9 +161,8 @@ class JobQueue(BatchStore):
         *,
         source: Source | None,
         needs: Collection[str],
-        degradable: bool,
     ) -> FeedOutcome:
-        """Queues the job of a batch's next line. Filled in as for `submit`.
+        """Queues the job of a batch's next line. Filled in as for `submit`. Load never lowers its quality.
 
         The same call moves the batch to its following line. So a line is queued once, however often this is called for
         it, and by however many gateways: a key per line would do no more, and could expire.
@@ -185,7 +184,7 @@ class JobQueue(BatchStore):
             custom_id,
             result,
             *sent,
-            "1" if degradable else "",
+            "",
             *_source_fields(source),
         )
         if outcome.decode() in list(FeedOutcome):
@@ -278,13 +277,13 @@ class JobQueue(BatchStore):
                         yield last_id.decode(), terminal_event(await self.get(job_id))
                     return
 
-    async def waiting(self) -> dict[str, int]:
-        """Returns model → number of its waiting jobs, for models that have any."""
-        members = await self._run("waiting")
+    async def waiting(self, *, batches: bool = True) -> dict[str, int]:
+        """Returns model → number of its waiting jobs, for models that have any. `batches`: count theirs too."""
+        members = await self._run("waiting", "" if batches else "1")
         return dict(Counter(member.decode(errors="replace").partition(":")[2] for member in members))
 
     async def oldest_waiting(self) -> dict[str, float]:
-        """Returns model → seconds that its oldest waiting job has waited, by the queue server's clock."""
+        """Returns model → seconds that its oldest job, batches apart, has waited, by the queue server's clock."""
         return {model.decode(errors="replace"): float(age) for model, age in await self._run("oldest")}
 
     async def count_workers(self) -> int:

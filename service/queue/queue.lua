@@ -317,14 +317,26 @@ function commands.news(id, after, count, bytes)
   return { status, last_event, entries }
 end
 
-function commands.waiting()
-  return call('ZRANGE', WAITING, 0, -1)
+-- All waiting jobs; with `hurried` without those of batches, for which nobody waits.
+function commands.waiting(hurried)
+  local all = call('ZRANGE', WAITING, 0, -1)
+  if hurried == '' then
+    return all
+  end
+  local found = {}
+  for _, waiting in ipairs(all) do
+    if call('SISMEMBER', BATCH_JOBS, string.match(waiting, '^[^:]+')) == 0 then
+      table.insert(found, waiting)
+    end
+  end
+  return found
 end
 
--- {model, seconds that its oldest waiting job has waited} for each model that has any. Ids sort by creation time.
+-- {model, seconds that its oldest waiting job has waited} for each model that has any, batches apart. Ids sort by
+-- creation time.
 function commands.oldest()
   local first, ages = {}, {}
-  for _, waiting in ipairs(call('ZRANGE', WAITING, 0, -1)) do
+  for _, waiting in ipairs(commands.waiting('1')) do
     local id, model = string.match(waiting, '^([^:]+):(.*)$')
     if not first[model] or id < first[model] then
       first[model] = id

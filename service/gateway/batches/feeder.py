@@ -141,13 +141,7 @@ class BatchFeeder:
         ready = await prepare_line(self._service, line)
         made = ready.prepared
         return await self._queue.feed_line(
-            stored,
-            line.custom_id,
-            ready.details,
-            made.request,
-            source=made.source,
-            needs=made.needs,
-            degradable=made.degradable,
+            stored, line.custom_id, ready.details, made.request, source=made.source, needs=made.needs
         )
 
     async def _refuse(self, stored: StoredBatch, text: bytes, line: BatchLine | None, error: PatchforgeError) -> bool:

@@ -63,6 +63,7 @@ async def test_a_batch_from_file_to_results(http: httpx.AsyncClient, worker: Scr
     job = made["pear"]["response"]["body"]
     assert job["request"]["priority"] == "low"
     assert job["request"]["previews"] is False
+    assert not (await worker.queue.get(job["id"])).degradable, "load lowers no quality: nobody waits"
     assert job["report"]["savings_ratio"] == pytest.approx(1 / 3)
     assert (await http.get(job["urls"][0])).content == png(77)
     assert worker.played == 11
@@ -175,6 +176,8 @@ async def test_half_of_the_queue_is_left_to_others(
     for batch in batches:
         await waiting_for(http, batch, "too many jobs are waiting")
     assert await redis_client.zcard(keys.WAITING) == 4
+    assert await queue.waiting() == {"tiny-text": 4}
+    assert await queue.waiting(batches=False) == await queue.oldest_waiting() == {}, "workers do not hurry"
     job = (await http.post("/v1/jobs", json={"prompt": "now"})).json()
     scripted = ScriptedWorker(queue)
     playing = asyncio.create_task(scripted.run())
@@ -190,10 +193,10 @@ async def test_few_jobs_of_batches_run_at_a_time(
 ) -> None:
     worker.curtain.clear()
     batch = await begin(http, *(drawn(str(i)) for i in range(60)))
-    for _ in range(32):
+    for _ in range(8):
         await worker.next_job()
     await asyncio.sleep(0.2)  # it must stay so
-    assert await redis_client.scard(keys.BATCH_JOBS) == worker.played == 32
+    assert await redis_client.scard(keys.BATCH_JOBS) == worker.played == 8
     worker.curtain.set()
     assert (await until(http, batch))["request_counts"]["completed"] == 60
     assert worker.played == 60
@@ -315,7 +318,7 @@ async def test_a_full_server_takes_no_batches_and_pauses_those_it_has(
 ) -> None:
     worker.curtain.clear()
     batch = await begin(http, *(drawn(str(i)) for i in range(60)))
-    for _ in range(32):
+    for _ in range(8):
         await worker.next_job()
     monkeypatch.setattr(stored, "ROOM", 0)
     worker.curtain.set()
