@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from patchforge.service.gateway.expositions import merge_expositions
 from patchforge.service.logs import DROPPED
-from patchforge.service.messages.batches import OPEN
+from patchforge.service.messages.batches import ENDINGS, LINE_OUTCOMES, OPEN
 from patchforge.service.messages.schemas import Job
 from patchforge.service.metrics import BY_REQUEST, OTHER, SECONDS, request_labels
 
@@ -64,6 +64,10 @@ class GatewayMetrics:
         self._batch_lines = Counter(
             "patchforge_batch_lines", "Ended requests of batches, by outcome.", ("outcome",), registry=registry
         )
+        for status in ENDINGS:  # there from the start, so that rates see the first one
+            self._batches_ended.labels(status)
+        for outcome in LINE_OUTCOMES:
+            self._batch_lines.labels(outcome)
         self._ended = Counter(
             "patchforge_requests", "Ended requests, by final status.", (*BY_REQUEST, "status"), registry=registry
         )

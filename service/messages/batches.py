@@ -11,6 +11,8 @@ from patchforge.service.messages.base import LooseRequest, Message, Request
 BatchStatus = Literal["in_progress", "cancelling", "finalizing", "completed", "expired", "cancelled"]
 OPEN: tuple[BatchStatus, ...] = ("in_progress", "cancelling", "finalizing")
 """The states of a batch that has not ended."""
+ENDINGS: tuple[BatchStatus, ...] = ("completed", "expired", "cancelled")
+LINE_OUTCOMES = ("completed", "failed", "cancelled", "refused")
 Endpoint = Literal["/v1/images/generations", "/v1/images/edits", "/v1/jobs"]
 MAX_REQUESTS = 50_000
 MAX_CUSTOM_ID = 256

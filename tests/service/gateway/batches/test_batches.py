@@ -203,7 +203,7 @@ async def test_few_jobs_of_batches_run_at_a_time(
 
 
 async def test_a_cancelled_batch_keeps_what_is_finished(
-    http: httpx.AsyncClient, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+    http: httpx.AsyncClient, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch, redis_client: Redis
 ) -> None:
     """A request for a model whose worker may be restarting holds the others back."""
     monkeypatch.setattr(feeder, "RESTART_SECONDS", 3600)
@@ -211,6 +211,8 @@ async def test_a_cancelled_batch_keeps_what_is_finished(
     batch = await begin(http, drawn("0"), drawn("refused", steps=0), drawn("1"), drawn("x", model="restarting"), *many)
     await until(http, batch, request_counts={"total": 44, "completed": 2, "failed": 1})
     await waiting_for(http, batch, "no such model")
+    async for key in redis_client.scan_iter(f"{keys.JOB}*"):
+        assert await redis_client.ttl(key) > 86400, "the batch may take a day, and its results are kept for another"
     assert (await http.delete(f"/v1/batches/{batch['id']}")).status_code == 409
     assert (await http.post(f"/v1/batches/{batch['id']}/cancel")).json()["status"] == "cancelling"
     ended = await until(http, batch)
