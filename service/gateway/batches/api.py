@@ -71,7 +71,7 @@ async def send_file(request: Request, service: Service, tenant: Tenant, settings
     return await service.queue.add_file(upload.lines, upload.filename, tenant, ttl)
 
 
-@router.get("/v1/files", responses=openai_errors(400))
+@router.get("/v1/files", responses=openai_errors(400, 404))
 async def list_files(
     service: Service,
     tenant: Tenant,
@@ -177,7 +177,7 @@ async def create_batch(
     )
 
 
-@router.get("/v1/batches", responses=openai_errors(400))
+@router.get("/v1/batches", responses=openai_errors(400, 404))
 async def list_batches(service: Service, tenant: Tenant, after: After = None, limit: Limit = 20) -> BatchList:
     """List your batches, the newest first."""
     batches, more = await service.queue.batches(tenant, after, min(limit, MOST_LISTED))
