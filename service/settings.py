@@ -88,6 +88,15 @@ class QueueSettings(BaseSettings):
     claim_idle_seconds: float = Field(30.0, gt=0, description="Silence of a worker before its jobs are reclaimed.")
     result_ttl_seconds: int = Field(3600, ge=1, description="Lifetime of finished jobs, their pictures and events.")
     idempotency_ttl_seconds: int = Field(86400, ge=1, description="Lifetime of an Idempotency-Key.")
+    batch_in_flight: int = Field(
+        8,
+        ge=1,
+        description="Jobs of all batches together that wait or run, for each live worker; the others stay in their "
+        "files. Half of `PATCHFORGE_MAX_RUNNING` leaves room for everyone else.",
+    )
+    batch_ttl_seconds: int = Field(
+        86400, ge=1, description="Lifetime of an ended batch, of its pictures, and of files for batches."
+    )
 
 
 class WorkerSettings(BaseSettings):

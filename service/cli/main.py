@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from patchforge.service.cli.animate import animate
+from patchforge.service.cli.batch import batch
 from patchforge.service.cli.bench import bench_app
 from patchforge.service.cli.compare import compare
 from patchforge.service.cli.doctor import doctor
@@ -40,6 +41,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(bench_app, name="bench")
 app.command()(generate)
 app.command("animate")(needs("worker")(animate))
+app.command("batch")(batch)
 app.command("compare")(needs("worker")(compare))
 app.command("doctor")(needs("worker")(doctor))
 app.command("eval")(needs("worker")(evaluate))

@@ -127,12 +127,12 @@ def describe(order: Order, subjects: Subjects, weights: str | None, defaults: di
 
 
 @contextmanager
-def show_progress(count: int) -> Iterator[Advance]:
-    """Show on a terminal how many samples are there, and how long the others will take."""
+def show_progress(count: int, what: str = "samples") -> Iterator[Advance]:
+    """Show on a terminal how many of them are there, and how long the others will take."""
     console = Console(stderr=True)
-    columns = TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        line = progress.add_task("samples", total=count)
+        line = progress.add_task(what, total=count)
         yield lambda there: progress.update(line, completed=there)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +16,7 @@ from patchforge.service.client import wire
 from patchforge.service.client.errors import UnexpectedAnswer, Unreachable, raise_for, unreachable
 from patchforge.service.client.results import Picture, Result
 from patchforge.service.errors import PatchforgeError, Unavailable
+from patchforge.service.messages.batches import Batch, BatchResult
 from patchforge.service.messages.endings import raise_if_lost
 from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Event
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
@@ -160,6 +161,82 @@ class AsyncClient:
             with suppress(PatchforgeError):
                 await self.cancel((await submitting).id)
             raise
+
+    async def create_batch(
+        self,
+        requests: wire.Requests,
+        *,
+        endpoint: str | None = None,
+        completion_window: str = "24h",
+        metadata: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Batch:
+        """Begin a batch, which is drawn in the background. `requests` is a file of lines, or what its lines say.
+
+        Each has a `custom_id`, the `url` of its endpoint if `endpoint` is None, and the `body` of a call there.
+        """
+        form = wire.batch_form(requests, endpoint, completion_window, metadata)
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        return wire.parsed(Batch, await self._send("POST", "/v1/batches", headers=headers, **form))
+
+    async def batch(self, batch_id: str) -> Batch:
+        """The current state of a batch."""
+        return wire.parsed(Batch, await self._send("GET", f"/v1/batches/{batch_id}"))
+
+    async def batches(self, after: str | None = None, limit: int = 20) -> list[Batch]:
+        """The batches after the one with the id `after`, the newest first."""
+        params = {"limit": limit} if after is None else {"limit": limit, "after": after}
+        return wire.batches(await self._send("GET", "/v1/batches", params=params))
+
+    async def cancel_batch(self, batch_id: str) -> Batch:
+        """Cancel a batch; what is finished stays. Do nothing if it has ended."""
+        return wire.parsed(Batch, await self._send("POST", f"/v1/batches/{batch_id}/cancel"))
+
+    async def delete_batch(self, batch_id: str) -> None:
+        """Delete a batch that has ended, with its results and pictures.
+
+        Raises:
+            NotReady: it has not ended.
+        """
+        raise_for(await self._send("DELETE", f"/v1/batches/{batch_id}"))
+
+    async def wait_for_batch(self, batch_id: str, *, poll_seconds: float = wire.POLL_SECONDS) -> Batch:
+        """Wait until a batch has ended, in whatever way."""
+        while True:
+            batch = await self.batch(batch_id)
+            if batch.ended:
+                return batch
+            await asyncio.sleep(poll_seconds)
+
+    async def batch_results(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
+        """The results of a batch that has ended, one at a time: what completed first, then what did not."""
+        for path in wire.result_files(batch):
+            try:
+                async with self._http.stream("GET", path) as response:
+                    if not response.is_success:
+                        await response.aread()
+                        raise_for(response)
+                    async for line in response.aiter_lines():
+                        yield wire.batch_result(line)
+            except httpx.TransportError as error:
+                raise unreachable(self._http.base_url, error) from error
+
+    async def batch_pictures(self, result: BatchResult) -> list[Picture]:
+        """The pictures of a completed request of a batch, fetched if they are not in the result.
+
+        Raises:
+            JobFailed: the request did not complete; `code` says why.
+        """
+        drawn = wire.Drawn.by(result)
+        pictures = []
+        for index, (data, image) in enumerate(zip(drawn.pictures, drawn.report.images, strict=False)):
+            kind = drawn.content_type
+            if data is None:
+                sent = await self._send("GET", f"/v1/jobs/{drawn.job_id}/image", params={"index": index})
+                raise_for(sent)
+                data, kind = sent.content, sent.headers["content-type"]
+            pictures.append(Picture(data, kind, image.seed))
+        return pictures
 
     async def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:

@@ -48,16 +48,17 @@ def raise_for(response: httpx.Response) -> None:
 def _refusal(response: httpx.Response, body: dict[str, Any]) -> PatchforgeError:
     code = str(body.get("code"))
     message = str(body.get("detail") or body.get("message") or response.reason_phrase)
-    kind = next(
-        (kind for kind in _kinds(PatchforgeError) if (kind.code, kind.status) == (code, response.status_code)), None
-    )
+    status = response.status_code
+    if status == httpx.codes.BAD_REQUEST and "param" in body:  # an OpenAI endpoint says 400 for any wrong field
+        status = httpx.codes.UNPROCESSABLE_ENTITY
+    kind = next((kind for kind in _kinds(PatchforgeError) if (kind.code, kind.status) == (code, status)), None)
     retry_after = response.headers.get("retry-after", "")
     error = (kind or PatchforgeError)(
         message,
         field=body.get("field") or body.get("param"),
         retry_after=int(retry_after) if retry_after.isdigit() else None,
     )
-    error.status, error.code = response.status_code, code
+    error.status, error.code = status, code
     return error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +16,7 @@ from patchforge.service.client import wire
 from patchforge.service.client.errors import UnexpectedAnswer, Unreachable, raise_for, unreachable
 from patchforge.service.client.results import Picture, Result
 from patchforge.service.errors import PatchforgeError, Unavailable
+from patchforge.service.messages.batches import Batch, BatchResult
 from patchforge.service.messages.endings import raise_if_lost
 from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Event
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
@@ -169,6 +170,87 @@ class Client:
                     self.cancel(job.id)
             raise
         raise UnexpectedAnswer("the job's events ended without a final event")
+
+    def create_batch(
+        self,
+        requests: wire.Requests,
+        *,
+        endpoint: str | None = None,
+        completion_window: str = "24h",
+        metadata: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Batch:
+        """Begin a batch, which is drawn in the background. `requests` is a file of lines, or what its lines say.
+
+        Each has a `custom_id`, the `url` of its endpoint if `endpoint` is None, and the `body` of a call there.
+
+        >>> wanted = [{"custom_id": name, "body": {"prompt": name, "steps": 4}} for name in ("cat face", "pizza")]
+        >>> with Client("http://127.0.0.1:8000") as client:
+        ...     batch = client.wait_for_batch(client.create_batch(wanted, endpoint="/v1/jobs").id)
+        ...     made = {each.custom_id: client.batch_pictures(each) for each in client.batch_results(batch)}
+        >>> sorted(made), len(made["pizza"])
+        (['cat face', 'pizza'], 1)
+        """
+        form = wire.batch_form(requests, endpoint, completion_window, metadata)
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        return wire.parsed(Batch, self._send("POST", "/v1/batches", headers=headers, **form))
+
+    def batch(self, batch_id: str) -> Batch:
+        """The current state of a batch."""
+        return wire.parsed(Batch, self._send("GET", f"/v1/batches/{batch_id}"))
+
+    def batches(self, after: str | None = None, limit: int = 20) -> list[Batch]:
+        """The batches after the one with the id `after`, the newest first."""
+        params = {"limit": limit} if after is None else {"limit": limit, "after": after}
+        return wire.batches(self._send("GET", "/v1/batches", params=params))
+
+    def cancel_batch(self, batch_id: str) -> Batch:
+        """Cancel a batch; what is finished stays. Do nothing if it has ended."""
+        return wire.parsed(Batch, self._send("POST", f"/v1/batches/{batch_id}/cancel"))
+
+    def delete_batch(self, batch_id: str) -> None:
+        """Delete a batch that has ended, with its results and pictures.
+
+        Raises:
+            NotReady: it has not ended.
+        """
+        raise_for(self._send("DELETE", f"/v1/batches/{batch_id}"))
+
+    def wait_for_batch(self, batch_id: str, *, poll_seconds: float = wire.POLL_SECONDS) -> Batch:
+        """Wait until a batch has ended, in whatever way."""
+        while not (batch := self.batch(batch_id)).ended:
+            time.sleep(poll_seconds)
+        return batch
+
+    def batch_results(self, batch: Batch) -> Generator[BatchResult, None, None]:
+        """The results of a batch that has ended, one at a time: what completed first, then what did not."""
+        for path in wire.result_files(batch):
+            try:
+                with self._http.stream("GET", path) as response:
+                    if not response.is_success:
+                        response.read()
+                        raise_for(response)
+                    for line in response.iter_lines():
+                        yield wire.batch_result(line)
+            except httpx.TransportError as error:
+                raise unreachable(self._http.base_url, error) from error
+
+    def batch_pictures(self, result: BatchResult) -> list[Picture]:
+        """The pictures of a completed request of a batch, fetched if they are not in the result.
+
+        Raises:
+            JobFailed: the request did not complete; `code` says why.
+        """
+        drawn = wire.Drawn.by(result)
+        pictures = []
+        for index, (data, image) in enumerate(zip(drawn.pictures, drawn.report.images, strict=False)):
+            kind = drawn.content_type
+            if data is None:
+                sent = self._send("GET", f"/v1/jobs/{drawn.job_id}/image", params={"index": index})
+                raise_for(sent)
+                data, kind = sent.content, sent.headers["content-type"]
+            pictures.append(Picture(data, kind, image.seed))
+        return pictures
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:

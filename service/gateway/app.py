@@ -23,6 +23,8 @@ from patchforge.service.gateway import maps, metrics_api, problems, rest, spans
 from patchforge.service.gateway.acceptor import raise_file_limit
 from patchforge.service.gateway.addresses import reachable
 from patchforge.service.gateway.auth import ApiKeys, AuthMiddleware
+from patchforge.service.gateway.batches import api as batches_api
+from patchforge.service.gateway.batches.feeder import BatchFeeder
 from patchforge.service.gateway.body import BodySizeMiddleware
 from patchforge.service.gateway.head import HeadMiddleware
 from patchforge.service.gateway.http_server import HttpServer
@@ -66,9 +68,10 @@ def create_app(settings: Settings, service: JobService, metrics: GatewayMetrics,
     app.state.settings, app.state.service, app.state.metrics = settings, service, metrics
     app.state.grpc_port = settings.grpc_port
     problems.install(app)
-    uploads = (rest.uploads, openai_api.uploads, inference_rest.uploads)
+    uploads = (rest.uploads, openai_api.uploads, batches_api.uploads, inference_rest.uploads)
     _add_middleware(app, settings, metrics, keys, uploads)
-    small = (rest.router, rest.jobs, maps.router, openai_api.router, inference_rest.router, metrics_api.router)
+    protocols = (openai_api.router, batches_api.router, inference_rest.router)
+    small = (rest.router, rest.jobs, maps.router, *protocols, metrics_api.router)
     for router in (*small, *uploads):
         app.include_router(router)
     add_docs(app)
@@ -149,6 +152,8 @@ class Gateway:
         self.app = create_app(settings, self.service, metrics, keys)
         self.http = HttpServer(self.app, settings, certificate)
         self.rpc = RpcServer(self.service, metrics, keys, settings, certificate)
+        self._feeder = BatchFeeder(self.service, metrics)
+        self._feeding: asyncio.Task[None] | None = None
         self.http_port = self.grpc_port = 0
         self._stopping = asyncio.Event()
         self._reason: str | None = ""  # why the gateway is not ready; None when it is
@@ -170,6 +175,7 @@ class Gateway:
         self.http_port = await self.http.start(host, self.settings.http_port)
         self.grpc_port = await self.rpc.start(host, self.settings.grpc_port)
         self.app.state.grpc_port = self.grpc_port
+        self._feeding = asyncio.create_task(self._feeder.run())
         log.info(
             "gateway is listening",
             http=f"{'https' if self.http.config.is_ssl else 'http'}://{reachable(host, self.http_port)}",
@@ -200,9 +206,12 @@ class Gateway:
         """Reports not ready, ends event watches, gives running calls `drain_seconds`, then closes everything."""
         if self.grpc_port:  # else it never listened
             log.info("gateway is shutting down")
+        self._feeder.stop()
         self.service.drain()
         self.rpc.health.drain()
         await asyncio.gather(self.http.stop(), self.rpc.stop(self.settings.drain_seconds))
+        if self._feeding is not None:
+            await self._feeding
         await self.service.aclose()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from patchforge.service.gateway.statistics import InferenceStatistics
 from patchforge.service.messages.events import TERMINAL_EVENTS, Event
 from patchforge.service.messages.protocol import needs_of
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
+from patchforge.service.messages.source import Source
 from patchforge.service.queue import JobQueue
 
 MAX_IDEMPOTENCY_KEY = 255
@@ -27,6 +29,20 @@ RETRY_SECONDS = 0.5  # between attempts to cancel a job while the queue server i
 EVENTS_BROKE_OFF = "the job's events ended before the job did: try again"
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that is ready for the queue."""
+
+    request: GenerationRequest
+    """With every default filled in."""
+    source: Source | None
+    fingerprint: str
+    """Of the request as its caller sent it."""
+    needs: frozenset[str]
+    degradable: bool
+    card: ModelCard
 
 
 class JobService:
@@ -49,7 +65,7 @@ class JobService:
         Raises:
             Unavailable: the server is shutting down, or the queue server or all workers are away.
         """
-        self._refuse_when_draining()
+        self.refuse_when_draining()
         await self.queue.check_server()
         if not (cards := (await self.fleet()).cards):
             raise Unavailable("no worker is serving a model", retry_after=5)
@@ -75,9 +91,29 @@ class JobService:
             TooLittleTime: no worker could finish the pictures within `finish_within_seconds`.
             Unavailable: the server is shutting down, or the queue server or all workers are away.
         """
-        self._refuse_when_draining()
-        if idempotency_key is not None and not 0 < len(idempotency_key) <= MAX_IDEMPOTENCY_KEY:
-            raise InvalidRequest(f"must have 1 to {MAX_IDEMPOTENCY_KEY} characters", field="idempotency_key")
+        self.refuse_when_draining()
+        check_idempotency_key(idempotency_key)
+        ready = await self.prepare(request)
+        job = await self.queue.submit(
+            ready.request,
+            idempotency_key=idempotency_key,
+            fingerprint=ready.fingerprint,
+            tenant=tenant,
+            source=ready.source,
+            trace=tracing.carrier(),
+            needs=ready.needs,
+            degradable=ready.degradable,
+        )
+        trace.get_current_span().set_attribute("patchforge.job", job.id)
+        return check_readable(job)
+
+    async def prepare(self, request: GenerationRequest) -> Prepared:
+        """Checks a request, and fills in all that its caller left open.
+
+        Raises:
+            InvalidRequest, NotFound, TooLittleTime, Unavailable: as `submit`.
+        """
+        self.refuse_when_draining()
         fleet = await self.fleet()
         card = fleet.choose_for(request)
         check_fits_model(request, card)
@@ -90,18 +126,7 @@ class JobService:
         needs = needs_of(filled)
         fleet.check_capabilities(card.name, needs)
         fleet.check_time(filled)
-        job = await self.queue.submit(
-            filled,
-            idempotency_key=idempotency_key,
-            fingerprint=sent,
-            tenant=tenant,
-            source=source,
-            trace=tracing.carrier(),
-            needs=needs,
-            degradable=is_degradable(request),
-        )
-        trace.get_current_span().set_attribute("patchforge.job", job.id)
-        return check_readable(job)
+        return Prepared(filled, source, sent, needs, is_degradable(request), card)
 
     async def run(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Run:
         """Queues a job that belongs to its caller. Use the result in `async with`: leaving it early cancels the job.
@@ -181,7 +206,7 @@ class JobService:
         Raises:
             Unavailable: the server is shutting down.
         """
-        self._refuse_when_draining()
+        self.refuse_when_draining()
         limit = asyncio.timeout(None)
         self._watches.add(limit)
         try:
@@ -189,7 +214,7 @@ class JobService:
                 yield
         except TimeoutError:
             if limit.expired():
-                self._refuse_when_draining()
+                self.refuse_when_draining()
             raise
         finally:
             self._watches.discard(limit)
@@ -235,7 +260,8 @@ class JobService:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), RETRY_SECONDS)
 
-    def _refuse_when_draining(self) -> None:
+    def refuse_when_draining(self) -> None:
+        """Raises Unavailable if the server is shutting down."""
         if self.draining:
             raise Unavailable("the server is shutting down")
 
@@ -286,6 +312,12 @@ async def _with_first(
         yield first
         async for event in rest:
             yield event
+
+
+def check_idempotency_key(key: str | None) -> None:
+    """Raises InvalidRequest if a key is empty or too long."""
+    if key is not None and not 0 < len(key) <= MAX_IDEMPOTENCY_KEY:
+        raise InvalidRequest(f"must have 1 to {MAX_IDEMPOTENCY_KEY} characters", field="idempotency_key")
 
 
 def check_readable(job: Job) -> Job:

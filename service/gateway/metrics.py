@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from patchforge.service.gateway.expositions import merge_expositions
 from patchforge.service.logs import DROPPED
+from patchforge.service.messages.batches import ENDINGS, LINE_OUTCOMES, OPEN
 from patchforge.service.messages.schemas import Job
 from patchforge.service.metrics import BY_REQUEST, OTHER, SECONDS, request_labels
 
@@ -27,6 +28,8 @@ class QueueState:
     """How long the oldest of them has waited, by model, on the queue server's clock."""
     workers: Collection[Collection[str]]
     """For each live worker, the models it serves."""
+    batches: Mapping[str, int]
+    """Batches that have not ended, by status; statuses without any are left out."""
     memory_bytes: int
     memory_limit_bytes: int
     """0 if the queue server has no limit."""
@@ -49,9 +52,22 @@ class GatewayMetrics:
         self._memory = gauge("queue_memory_bytes", "Memory that the queue server uses.")
         self._memory_limit = gauge("queue_memory_limit_bytes", "Memory that the queue server may use; 0 = no limit.")
         self._waiting = gauge("requests_waiting", "Accepted requests that no worker has started.", "model")
-        self._oldest = gauge("queue_oldest_seconds", "Seconds that the oldest waiting request has waited.", "model")
+        self._oldest = gauge(
+            "queue_oldest_seconds", "Seconds that the oldest waiting request has waited, batches apart.", "model"
+        )
         self._workers = gauge("workers", "Live workers.")
         self._model_workers = gauge("model_workers", "Live workers that serve a model.", "model")
+        self._batches = gauge("batches_open", "Batches that have not ended, by status.", "status")
+        self._batches_ended = Counter(
+            "patchforge_batches", "Ended batches, by final status.", ("status",), registry=registry
+        )
+        self._batch_lines = Counter(
+            "patchforge_batch_lines", "Ended requests of batches, by outcome.", ("outcome",), registry=registry
+        )
+        for status in ENDINGS:  # there from the start, so that rates see the first one
+            self._batches_ended.labels(status)
+        for outcome in LINE_OUTCOMES:
+            self._batch_lines.labels(outcome)
         self._ended = Counter(
             "patchforge_requests", "Ended requests, by final status.", (*BY_REQUEST, "status"), registry=registry
         )
@@ -88,8 +104,8 @@ class GatewayMetrics:
 
         None means that the queue server does not answer: its gauges become NaN.
         """
-        for by_model in (self._waiting, self._oldest, self._model_workers):
-            by_model.clear()
+        for labelled in (self._waiting, self._oldest, self._model_workers, self._batches):
+            labelled.clear()
         self._queue_up.set(state is not None)
         if state is None:
             for gauge in (self._memory, self._memory_limit, self._workers):
@@ -98,6 +114,8 @@ class GatewayMetrics:
         self._memory.set(state.memory_bytes)
         self._memory_limit.set(state.memory_limit_bytes)
         self._workers.set(len(state.workers))
+        for status in OPEN:
+            self._batches.labels(status).set(state.batches.get(status, 0))
         served = Counts(model for models in state.workers for model in models)
         for model in served.keys() | state.waiting.keys():
             self._model_workers.labels(model).set(served[model])
@@ -107,6 +125,14 @@ class GatewayMetrics:
     def count_request_ended_in_queue(self, job: Job) -> None:
         """Counts a request that ended while no worker held it: see `JobQueue.on_ended`."""
         self._ended.labels(*request_labels(job), job.status.value).inc()
+
+    def count_batch_line(self, outcome: str) -> None:
+        """Counts a request of a batch that has `completed`, `failed`, or was `cancelled` or `refused`."""
+        self._batch_lines.labels(outcome).inc()
+
+    def count_batch(self, status: str) -> None:
+        """Counts a batch that has ended."""
+        self._batches_ended.labels(status).inc()
 
     def record_http_response(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """Counts and times a response. `route` is the matched route's template, never the path; None without one."""

@@ -16,9 +16,19 @@ from patchforge.service.gateway.answers import InferenceError, OpenAIErrorBody, 
 from patchforge.service.gateway.auth import is_open
 from patchforge.service.gateway.inference.rest import InferRequest
 from patchforge.service.gateway.openai.requests import EditRequest, ImagesRequest, JsonEditRequest
+from patchforge.service.messages.batches import BatchOptions, BatchRequest, ExpiresAfter
 from patchforge.service.messages.schemas import GenerationRequest
 
-PARSED_HERE = (GenerationRequest, ImagesRequest, EditRequest, JsonEditRequest, InferRequest)
+PARSED_HERE = (
+    GenerationRequest,
+    ImagesRequest,
+    EditRequest,
+    JsonEditRequest,
+    InferRequest,
+    BatchOptions,
+    BatchRequest,
+    ExpiresAfter,
+)
 ANSWERED_HERE = (ProblemDetails, OpenAIErrorBody, InferenceError)
 KEYS = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, if the server requires one."},

@@ -25,7 +25,7 @@ from patchforge.service.errors import (
 from patchforge.service.gateway.prefix import route_path
 from patchforge.service.gateway.validation import describe
 
-OPENAI_PATHS = ("/v1/images", "/v1/models")
+OPENAI_PATHS = ("/v1/images", "/v1/models", "/v1/files", "/v1/batches")
 INFERENCE_PATHS = ("/v2/",)
 FINAL = (JobFailed.status, JobCancelled.status, JobExpired.status, Unsupported.status)
 CHALLENGE = 'Bearer realm="patchforge"'
@@ -68,7 +68,12 @@ class Problem:
         return self._inference() if path.startswith(INFERENCE_PATHS) else self._problem(request_id)
 
     def _problem(self, request_id: str | None) -> Response:
-        content = {
+        content = self.details(request_id)
+        return JSONResponse(content, self.status, self._headers(), media_type="application/problem+json")
+
+    def details(self, request_id: str | None) -> dict[str, str | int | None]:
+        """RFC 9457 problem details."""
+        return {
             "type": f"urn:patchforge:error:{self.code}",
             "title": self.code.replace("_", " ").capitalize(),
             "status": self.status,
@@ -77,20 +82,22 @@ class Problem:
             "field": self.field,
             "request_id": request_id,
         }
-        return JSONResponse(content, self.status, self._headers(), media_type="application/problem+json")
 
     def _openai(self) -> Response:
-        # OpenAI answers bad fields with 400, and its clients raise BadRequestError only for that.
-        status = HTTPStatus.BAD_REQUEST if self.status == HTTPStatus.UNPROCESSABLE_ENTITY else self.status
         headers = self._headers()
         if self.status in FINAL:
             headers["x-should-retry"] = "false"  # or OpenAI's client would repeat the call, twice
-        return JSONResponse({"error": self.openai_error()}, status, headers)
+        return JSONResponse({"error": self.openai_error()}, self.openai_status, headers)
 
     def _inference(self) -> Response:
         status = HTTPStatus.BAD_REQUEST if self.status == HTTPStatus.UNPROCESSABLE_ENTITY else self.status
         message = self.detail if self.field is None else f"{self.field}: {self.detail}"
         return JSONResponse({"error": message}, status, self._headers())
+
+    @property
+    def openai_status(self) -> int:
+        """OpenAI answers bad fields with 400, and its clients raise BadRequestError only for that."""
+        return HTTPStatus.BAD_REQUEST if self.status == HTTPStatus.UNPROCESSABLE_ENTITY else self.status
 
     def openai_error(self) -> dict[str, str | None]:
         kind = "invalid_request_error" if self.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"

@@ -37,6 +37,9 @@ COMMAND_TIMEOUT = 3.0  # seconds to wait for an answer from Redis
 LONGEST_BLOCK = 5.0  # longest blocking read, in seconds
 EVENTS_KEPT = 512  # most events kept for one job
 DEAD_LETTERS_KEPT = 1000
+MAX_OPEN_BATCHES = 100  # of one API key
+ADMITTING = frozenset({"submit", "feed_line", "create_batch", "add_file"})  # refused when Redis is full
+SCRIPTS = ("queue.lua", "batches.lua", "dispatch.lua")
 SKIPS = 1000  # stale entries that one claim may skip in each stream; takes Redis about 10 ms
 
 # What Redis answers while it cannot serve: no memory, no disk, a failover in progress.
@@ -104,14 +107,14 @@ class QueueConnection:
         info = await self._do("INFO", "memory")
         return int(info["used_memory"]), int(info["maxmemory"])
 
-    async def _do(self, *command: str | int) -> Any:
+    async def _do(self, *command: str | bytes | int) -> Any:
         client: Any = self._redis  # its execute_command has no types
         with redis_call():
             return await client.execute_command(*command)
 
     async def _run(self, command: str, *args: Any, streams: Sequence[str] = (keys.WAITING,)) -> Any:
-        """Runs one command of `queue.lua`, and reports the jobs that ended as a side effect."""
-        script = self._admit if command == "submit" else self._advance
+        """Runs one command of `queue.lua` or `batches.lua`, and reports the jobs that ended as a side effect."""
+        script = self._admit if command in ADMITTING else self._advance
         with redis_call():
             result, ended = await script(keys=streams, args=[command, *args])
         for record in ended:
@@ -194,7 +197,7 @@ def _clients(url: str) -> tuple[Redis, Redis]:
 
 
 def _script(settings: Settings) -> str:
-    """Returns the text of `queue.lua`, with a first line that defines the key names and limits."""
+    """Returns the text of the script, with a first line that defines the key names and limits."""
     error = JobError(
         code="dead_letter",
         message=f"given up after {settings.max_attempts} attempts: each time, its worker stopped responding",
@@ -209,6 +212,9 @@ def _script(settings: Settings) -> str:
         "CLAIM_IDLE_MS": round(1000 * settings.claim_idle_seconds),
         "RESULT_TTL": settings.result_ttl_seconds,
         "IDEMPOTENCY_TTL": settings.idempotency_ttl_seconds,
+        "BATCH_IN_FLIGHT": settings.batch_in_flight,
+        "BATCH_TTL": settings.batch_ttl_seconds,
+        "MAX_OPEN_BATCHES": MAX_OPEN_BATCHES,
         "DEAD_LETTERS_KEPT": DEAD_LETTERS_KEPT,
         "SKIPS": SKIPS,
         "QUEUED": Queued().model_dump_json(),
@@ -218,4 +224,4 @@ def _script(settings: Settings) -> str:
         "DEAD_LETTER_ERROR": error.model_dump_json(),
     }
     header = " ".join(f"local {name} = {json.dumps(value)}" for name, value in constants.items())
-    return f"{header}\n{files(__package__).joinpath('queue.lua').read_text('utf-8')}"
+    return "\n".join([header, *(files(__package__).joinpath(name).read_text("utf-8") for name in SCRIPTS)])

@@ -40,7 +40,8 @@ from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard, Priority
 from patchforge.service.messages.source import Source
 from patchforge.service.queue import keys
-from patchforge.service.queue.connection import EVENTS_KEPT, LONGEST_BLOCK, QueueConnection, redis_call
+from patchforge.service.queue.batches import BatchStore, StoredBatch
+from patchforge.service.queue.connection import EVENTS_KEPT, LONGEST_BLOCK, redis_call
 from patchforge.service.queue.event_hub import EventHub
 from patchforge.service.queue.records import (
     Served,
@@ -70,6 +71,18 @@ class Heartbeat(StrEnum):
     LOST = "lost"
 
 
+class FeedOutcome(StrEnum):
+    """What became of an attempt to queue a line of a batch."""
+
+    QUEUED = "queued"
+    STALE = "stale"
+    """Another gateway settled this line, or the batch is ending."""
+    DUPLICATE = "duplicate"
+    """An earlier line has the same custom_id."""
+    ENOUGH = "enough"
+    """Batches have as many jobs in the queue as they may."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """A worker's right to run a job. It ends with the job, on release, or after `claim_idle_seconds` of silence.
@@ -84,7 +97,7 @@ class Claim:
     entry_id: str
 
 
-class JobQueue(QueueConnection):
+class JobQueue(BatchStore):
     """One process's access to the shared queue. Any method may raise `Unavailable`: Redis is full or silent."""
 
     def __init__(self, redis: Redis, blocking: Redis, settings: Settings) -> None:
@@ -133,36 +146,51 @@ class JobQueue(QueueConnection):
             IdempotencyConflict: the key was used with another fingerprint.
             Unavailable: the job may or may not have been accepted. Repeating the call is safe only with a key.
         """
-        if request.model is None:
-            raise InvalidRequest("no model was chosen", field="model")
-        body = written(request)
-        special = sorted({*(needs_of(request) if needs is None else needs)} - FIRST)
+        needed = needs_of(request) if needs is None else needs
+        sent = _submit_arguments(request, idempotency_key, fingerprint, tenant, trace, needed)
+        outcome, *record = await self._run("submit", *sent, "1" if degradable else "", *_source_fields(source))
+        _raise_if_refused(outcome, record)
+        return job_from(record[0])
+
+    async def feed_line(
+        self,
+        batch: StoredBatch,
+        custom_id: str,
+        details: Mapping[str, Any],
+        request: GenerationRequest,
+        *,
+        source: Source | None,
+        needs: Collection[str],
+    ) -> FeedOutcome:
+        """Queues the job of a batch's next line. Filled in as for `submit`. Load never lowers its quality.
+
+        The same call moves the batch to its following line. So a line is queued once, however often this is called for
+        it, and by however many gateways: a key per line would do no more, and could expire.
+
+        Args:
+            batch: as it was just read; `batch.next` is the line.
+            details: what its results need beside the job.
+
+        Raises:
+            QueueFull, RateLimited, TooManyJobs: batches have used up their half of the limit.
+            Unavailable: the line may or may not have been queued. Read the batch again.
+        """
+        sent = _submit_arguments(request, None, None, batch.tenant, None, needs)
+        result = f"flying {json.dumps({'job': sent[0], **details})}"
         outcome, *record = await self._run(
-            "submit",
-            str(ULID()),
-            request.model,
-            request.priority.value,
-            body,
-            "" if request.deadline_seconds is None else request.deadline_seconds,
-            "" if idempotency_key is None else keys.idempotency(idempotency_key, tenant),
-            sha256((fingerprint or request.model_dump_json()).encode()).hexdigest(),
-            tenant or "",
-            request.n,
-            json.dumps(dict(trace)) if trace else "",
-            PROTOCOL,
-            " ".join(special),
-            "1" if degradable else "",
+            "feed_line",
+            batch.key,
+            batch.next,
+            custom_id,
+            result,
+            *sent,
+            "",
             *_source_fields(source),
         )
-        if outcome == b"full":
-            raise QueueFull("too many jobs are waiting", retry_after=RETRY_AFTER)
-        if outcome == b"busy":
-            raise TooManyJobs("this API key has reached its concurrent-job limit", retry_after=RETRY_AFTER)
-        if outcome == b"limited":
-            raise RateLimited("this API key has reached its limit of pictures per minute", retry_after=int(record[0]))
-        if outcome == b"conflict":
-            raise IdempotencyConflict("this Idempotency-Key was used with a different request")
-        return job_from(record[0])
+        if outcome.decode() in list(FeedOutcome):
+            return FeedOutcome(outcome.decode())
+        _raise_if_refused(outcome, record)
+        return FeedOutcome.QUEUED
 
     async def get(self, job_id: str) -> Job:
         """Returns the job.
@@ -249,13 +277,13 @@ class JobQueue(QueueConnection):
                         yield last_id.decode(), terminal_event(await self.get(job_id))
                     return
 
-    async def waiting(self) -> dict[str, int]:
-        """Returns model → number of its waiting jobs, for models that have any."""
-        members = await self._run("waiting")
+    async def waiting(self, *, batches: bool = True) -> dict[str, int]:
+        """Returns model → number of its waiting jobs, for models that have any. `batches`: count theirs too."""
+        members = await self._run("waiting", "" if batches else "1")
         return dict(Counter(member.decode(errors="replace").partition(":")[2] for member in members))
 
     async def oldest_waiting(self) -> dict[str, float]:
-        """Returns model → seconds that its oldest waiting job has waited, by the queue server's clock."""
+        """Returns model → seconds that its oldest job, batches apart, has waited, by the queue server's clock."""
         return {model.decode(errors="replace"): float(age) for model, age in await self._run("oldest")}
 
     async def count_workers(self) -> int:
@@ -418,6 +446,45 @@ def _claim_from(worker_id: str, record: Sequence[bytes]) -> Claim:
 def _claim_arguments(claim: Claim) -> tuple[str, str, int, str, str]:
     """Returns what scripts check a claim by. The entry distinguishes claims of a job that was released between."""
     return claim.job.id, claim.worker_id, claim.attempt, claim.stream, claim.entry_id
+
+
+def _submit_arguments(
+    request: GenerationRequest,
+    idempotency_key: str | None,
+    fingerprint: str | None,
+    tenant: str | None,
+    trace: Mapping[str, str] | None,
+    needs: Collection[str],
+) -> list[str | int | float]:
+    """Returns what `submit` takes in `queue.lua`, from the job's new id to its needs."""
+    if request.model is None:
+        raise InvalidRequest("no model was chosen", field="model")
+    return [
+        str(ULID()),
+        request.model,
+        request.priority.value,
+        written(request),
+        "" if request.deadline_seconds is None else request.deadline_seconds,
+        "" if idempotency_key is None else keys.idempotency(idempotency_key, tenant),
+        sha256((fingerprint or request.model_dump_json()).encode()).hexdigest(),
+        tenant or "",
+        request.n,
+        json.dumps(dict(trace)) if trace else "",
+        PROTOCOL,
+        " ".join(sorted({*needs} - FIRST)),
+    ]
+
+
+def _raise_if_refused(outcome: bytes, record: Sequence[Any]) -> None:
+    """Raises what a submit that was refused means; see `JobQueue.submit`."""
+    if outcome == b"full":
+        raise QueueFull("too many jobs are waiting", retry_after=RETRY_AFTER)
+    if outcome == b"busy":
+        raise TooManyJobs("this API key has reached its concurrent-job limit", retry_after=RETRY_AFTER)
+    if outcome == b"limited":
+        raise RateLimited("this API key has reached its limit of pictures per minute", retry_after=int(record[0]))
+    if outcome == b"conflict":
+        raise IdempotencyConflict("this Idempotency-Key was used with a different request")
 
 
 def _source_fields(source: Source | None) -> list[str | bytes]:

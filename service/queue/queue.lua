@@ -1,4 +1,5 @@
--- Every atomic step of the queue. service/queue/connection.py prepends the constants and calls `commands[ARGV[1]]`.
+-- Every atomic step of the queue. service/queue/connection.py prepends the constants, and appends batches.lua and
+-- dispatch.lua, which calls `commands[ARGV[1]]`.
 --
 -- A job is a hash with a status. WAITING lists exactly the jobs whose status is waiting. An entry of a queue stream is
 -- pending in the consumer group exactly while its job runs. Each command keeps these three consistent and uses Redis's
@@ -129,8 +130,9 @@ local function finish(id, status, event, ...)
   end
   call('ZREM', WAITING, member(id))
   call('HSET', JOB .. id, 'status', status, 'finished_at', now, 'last_event', emit(id, event), ...)
+  local kept = fields(id, 'keep') or RESULT_TTL
   for _, key in ipairs({ JOB .. id, EVENTS .. id, IMAGES .. id, SOURCES .. id }) do
-    call('EXPIRE', key, RESULT_TTL)
+    call('EXPIRE', key, kept)
   end
   call('SREM', IN_FLIGHT .. (fields(id, 'tenant') or ''), id)
 end
@@ -198,10 +200,11 @@ local function read_special(stream, can)
   end
 end
 
--- Tells whether a tenant may have another job. Jobs that someone deleted by hand are removed from the count.
-local function may_start(tenant)
+-- Tells whether a tenant with a limit of `most` jobs, 0 = none, may have another. Jobs that someone deleted by hand are
+-- removed from the count.
+local function may_start(tenant, most)
   local key = IN_FLIGHT .. tenant
-  if MAX_IN_FLIGHT == 0 or call('SCARD', key) < MAX_IN_FLIGHT then
+  if most == 0 or call('SCARD', key) < most then
     return true
   end
   for _, id in ipairs(call('SMEMBERS', key)) do
@@ -209,19 +212,19 @@ local function may_start(tenant)
       call('SREM', key, id)
     end
   end
-  return call('SCARD', key) < MAX_IN_FLIGHT
+  return call('SCARD', key) < most
 end
 
 -- Takes `pictures` from a tenant's bucket, which gains RATE_LIMIT per minute, up to RATE_BURST. A request for more than
--- RATE_BURST leaves a debt. Returns 0, or the seconds to wait if the bucket has too few.
-local function seconds_to_wait(tenant, pictures)
+-- RATE_BURST leaves a debt. `reserve` pictures stay in the bucket. Returns 0, or the seconds to wait if it has too few.
+local function seconds_to_wait(tenant, pictures, reserve)
   if RATE_LIMIT == 0 then
     return 0
   end
   local key, a_second = RATE .. tenant, RATE_LIMIT / 60
   local left, at = unpack(call('HMGET', key, 'left', 'at'))
   left = math.min(RATE_BURST, (left or RATE_BURST) + math.max(0, now - (at or now)) * a_second)
-  local needed = math.min(pictures, RATE_BURST)
+  local needed = math.min(pictures + reserve, RATE_BURST)
   if left < needed then
     return math.ceil((needed - left) / a_second)
   end
@@ -233,8 +236,14 @@ end
 
 local commands = {}
 
-function commands.submit(id, model, priority, request, deadline_seconds, idempotency_key, fingerprint, tenant, pictures,
-                         trace, protocol, needs, degradable, ...)
+-- What a submit may use of each limit: everything, or for batches half, so that other callers always find room.
+local WHOLE = { waiting = MAX_WAITING, in_flight = MAX_IN_FLIGHT, reserve = 0 }
+local HALF = {
+  waiting = math.ceil(MAX_WAITING / 2), in_flight = math.ceil(MAX_IN_FLIGHT / 2), reserve = math.floor(RATE_BURST / 2)
+}
+
+local function submit(limits, id, model, priority, request, deadline_seconds, idempotency_key, fingerprint, tenant,
+                      pictures, trace, protocol, needs, degradable, ...)
   if idempotency_key ~= '' then
     local first, its_fingerprint = unpack(call('HMGET', idempotency_key, 'job', 'fingerprint'))
     if first and its_fingerprint ~= fingerprint then
@@ -247,13 +256,13 @@ function commands.submit(id, model, priority, request, deadline_seconds, idempot
   if call('EXISTS', JOB .. id) == 1 then
     return { 'ok', record(id) }
   end
-  if call('ZCARD', WAITING) >= MAX_WAITING then
+  if call('ZCARD', WAITING) >= limits.waiting then
     return { 'full' }
   end
-  if not may_start(tenant) then
+  if not may_start(tenant, limits.in_flight) then
     return { 'busy' }
   end
-  local wait = seconds_to_wait(tenant, tonumber(pictures))
+  local wait = seconds_to_wait(tenant, tonumber(pictures), limits.reserve)
   if wait > 0 then
     return { 'limited', wait }
   end
@@ -286,6 +295,10 @@ function commands.submit(id, model, priority, request, deadline_seconds, idempot
   return { 'ok', record(id) }
 end
 
+function commands.submit(...)
+  return submit(WHOLE, ...)
+end
+
 function commands.read(id)
   return record(id)
 end
@@ -304,14 +317,26 @@ function commands.news(id, after, count, bytes)
   return { status, last_event, entries }
 end
 
-function commands.waiting()
-  return call('ZRANGE', WAITING, 0, -1)
+-- All waiting jobs; with `hurried` without those of batches, for which nobody waits.
+function commands.waiting(hurried)
+  local all = call('ZRANGE', WAITING, 0, -1)
+  if hurried == '' then
+    return all
+  end
+  local found = {}
+  for _, waiting in ipairs(all) do
+    if call('SISMEMBER', BATCH_JOBS, string.match(waiting, '^[^:]+')) == 0 then
+      table.insert(found, waiting)
+    end
+  end
+  return found
 end
 
--- {model, seconds that its oldest waiting job has waited} for each model that has any. Ids sort by creation time.
+-- {model, seconds that its oldest waiting job has waited} for each model that has any, batches apart. Ids sort by
+-- creation time.
 function commands.oldest()
   local first, ages = {}, {}
-  for _, waiting in ipairs(call('ZRANGE', WAITING, 0, -1)) do
+  for _, waiting in ipairs(commands.waiting('1')) do
     local id, model = string.match(waiting, '^([^:]+):(.*)$')
     if not first[model] or id < first[model] then
       first[model] = id
@@ -491,8 +516,3 @@ function commands.announce(worker, ttl, ...)
   end
   return 1
 end
-
-expire_overdue()
-local command = table.remove(ARGV, 1)
-local result = commands[command](unpack(ARGV))
-return { result, ended }

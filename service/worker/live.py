@@ -233,10 +233,15 @@ class LiveJob:
         return None if within is None else within - self.elapsed
 
     def due(self, target: float | None) -> float:
-        """Seconds until it is due: by its own time, or after `target` times as long as alone; infinite if neither."""
+        """Seconds until it is due: by its own time, or after `target` times as long as alone; infinite if neither.
+
+        A job of low priority that load cannot lower, such as those of batches, can wait: for its sake no other picture
+        is lowered.
+        """
         if (by := self.finish_in) is not None:
             return by
-        if target is None or self.alone is None:
+        can_wait = self.job.request.priority is Priority.LOW and not self.job.degradable
+        if target is None or self.alone is None or can_wait:
             return math.inf
         return target * self.alone / min(1.0, WEIGHTS[self.job.request.priority]) - self.elapsed
 

@@ -160,7 +160,7 @@ class Worker:
         if len(self.claims) < self.settings.max_running:
             self.pacer.backlogs = {}
         elif time.monotonic() >= self._look_again:
-            waiting, ages = await self.queue.waiting(), await self.queue.oldest_waiting()
+            waiting, ages = await self.queue.waiting(batches=False), await self.queue.oldest_waiting()
             workers = max(1, await self.queue.count_workers())
             self.pacer.backlogs = {
                 model: Backlog(jobs / workers, ages.get(model, 0.0)) for model, jobs in waiting.items()

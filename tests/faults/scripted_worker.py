@@ -35,7 +35,7 @@ class PatientQueue(JobQueue):
             with suppress(Unavailable):
                 return await super()._run(*args, **options)
 
-    async def _do(self, *command: str | int) -> Any:
+    async def _do(self, *command: str | bytes | int) -> Any:
         while True:
             with suppress(Unavailable):
                 return await super()._do(*command)

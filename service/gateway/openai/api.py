@@ -82,7 +82,7 @@ async def generate_images(
     returns that job's pictures. In `usage`, input tokens are the prompt's tokens and output tokens are patch
     evaluations. `patchforge.report` has the savings.
     """
-    drawing = Drawing(service, caller, await _choose_model(service, body), body, "image_generation")
+    drawing = Drawing(service, caller, await choose_model(service, body), body, "image_generation")
     return await _respond(request, settings, drawing)
 
 
@@ -105,7 +105,7 @@ async def edit_image(
     Without `size`, the result has the size of the picture sent, scaled to the limits. In `usage`, the picture's
     patches count as input tokens. Everything else works as for generations.
     """
-    drawing = Drawing(service, caller, await _choose_model(service, body), body, "image_edit")
+    drawing = Drawing(service, caller, await choose_model(service, body), body, "image_edit")
     return await _respond(request, settings, drawing)
 
 
@@ -115,7 +115,8 @@ async def vary_image() -> Response:
     raise NotFound("variations are not supported; use /v1/images/edits with a prompt, without a mask")
 
 
-async def _choose_model(service: JobService, body: OpenAIRequest) -> ModelCard:
+async def choose_model(service: JobService, body: OpenAIRequest) -> ModelCard:
+    """Returns the model that a call means; raises the same errors as `Fleet.choose_for`."""
     fleet = await service.fleet()
     if body.model in STANDINS and body.model not in {card.name for card in fleet.cards}:
         body = body.model_copy(update={"model": None})

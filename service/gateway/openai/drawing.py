@@ -19,7 +19,7 @@ from patchforge.service.messages.endings import raise_if_lost
 from patchforge.service.messages.events import Completed, Preview
 from patchforge.service.messages.partials import PartialImages
 from patchforge.service.messages.samplers import Quality
-from patchforge.service.messages.schemas import ModelCard, SavingsReport
+from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard, SavingsReport
 
 LEVELS = {Quality.DRAFT: "low", Quality.STANDARD: "medium", Quality.HIGH: "high"}
 """OpenAI's names of our presets."""
@@ -77,14 +77,8 @@ class Drawing:
             yield _encode_event({"type": "error", "error": Problem.of(error).openai_error()})
 
     async def _build_response(self, run: Run, report: SavingsReport) -> dict[str, Any]:
-        return {
-            "created": int(time.time()),
-            "data": [await self._build_image(run, index) for index in range(self.generation.n)],
-            "output_format": self.generation.output_format,
-            "usage": self._count_usage(report, report.patch_evaluations),
-            "patchforge": {"job_id": run.job.id, "report": report.model_dump(mode="json")},
-            **self._repeat_options(run),
-        }
+        images = [await self._build_image(run, index) for index in range(self.generation.n)]
+        return build_response(run.job, report, images, int(time.time())) | self._repeat_options(run)
 
     async def _build_image(self, run: Run, index: int) -> dict[str, str]:
         """In both forms unless one was chosen: some clients know only one, and OpenAI's default differs by model."""
@@ -115,37 +109,50 @@ class Drawing:
             "b64_json": picture,
             "created_at": int(time.time()),
             "output_format": self.generation.output_format,
-            "usage": self._count_usage(report, report.images[index].patch_evaluations),
+            "usage": count_usage(self.generation, report, report.images[index].patch_evaluations),
             "patchforge": {"job_id": run.job.id, "image_index": index, "report": report.model_dump(mode="json")},
         }
         return _encode_event(event | self._repeat_options(run))
 
     def _repeat_options(self, run: Run) -> dict[str, Any]:
-        """The options of a request that OpenAI repeats in each response."""
-        request = run.job.request
-        options = {
-            "size": f"{request.width or self.card.width}x{request.height or self.card.height}",
-            "quality": LEVELS[self.generation.quality] if self.generation.quality else "auto",
-            "background": "opaque",
-        }
-        return options | ({"safety_identifier": self.body.caller} if self.body.caller else {})
+        return repeat_options(run.job.request, self.body, self.card)
 
     async def _fetch_base64(self, run: Run, index: int) -> str:
         return b64encode(await self.service.image(run.job, index)).decode("ascii")
 
-    def _count_usage(self, report: SavingsReport, patch_evaluations: int) -> dict[str, Any]:
-        """Fills OpenAI's token counts: the prompt's tokens, the patches of a picture sent, and patch evaluations as
-        output.
-        """
-        text = report.prompt_tokens
-        image = report.patches if self.generation.image is not None else 0
-        return {
-            "input_tokens": text + image,
-            "input_tokens_details": {"text_tokens": text, "image_tokens": image},
-            "output_tokens": patch_evaluations,
-            "output_tokens_details": {"text_tokens": 0, "image_tokens": patch_evaluations},
-            "total_tokens": text + image + patch_evaluations,
-        }
+
+def build_response(job: Job, report: SavingsReport, images: list[dict[str, str]], created: int) -> dict[str, Any]:
+    """OpenAI's answer with the pictures of a completed job, without the options that it repeats."""
+    return {
+        "created": created,
+        "data": images,
+        "output_format": job.request.output_format,
+        "usage": count_usage(job.request, report, report.patch_evaluations),
+        "patchforge": {"job_id": job.id, "report": report.model_dump(mode="json")},
+    }
+
+
+def repeat_options(filled: GenerationRequest, body: OpenAIRequest, card: ModelCard) -> dict[str, Any]:
+    """The options of a request that OpenAI repeats in each response. `filled` is what `body` became."""
+    options = {
+        "size": f"{filled.width or card.width}x{filled.height or card.height}",
+        "quality": LEVELS[body.quality] if body.quality else "auto",
+        "background": "opaque",
+    }
+    return options | ({"safety_identifier": body.caller} if body.caller else {})
+
+
+def count_usage(request: GenerationRequest, report: SavingsReport, patch_evaluations: int) -> dict[str, Any]:
+    """Fills OpenAI's token counts: the prompt's tokens, the patches of a picture sent, and evaluations as output."""
+    text = report.prompt_tokens
+    image = report.patches if request.image is not None else 0
+    return {
+        "input_tokens": text + image,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": image},
+        "output_tokens": patch_evaluations,
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": patch_evaluations},
+        "total_tokens": text + image + patch_evaluations,
+    }
 
 
 def _encode_event(event: dict[str, Any]) -> ServerSentEvent:

@@ -58,7 +58,7 @@ def form_body(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
     async def read(request: Request) -> Model:
         if media_type(request) != "multipart/form-data":
             raise HTTPException(415, "send the body as multipart/form-data or application/json")
-        form = await _read_form(request)
+        form = await read_form(request)
         try:
             return validated(model, await _read_fields(form, kinds))
         finally:
@@ -67,7 +67,7 @@ def form_body(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
     return read
 
 
-async def _read_form(request: Request) -> FormData:
+async def read_form(request: Request) -> FormData:
     """Splits the body into its parts.
 
     Raises:

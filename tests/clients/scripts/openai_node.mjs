@@ -48,6 +48,23 @@ await check("edit of a list of one, streamed", async () => {
   assert(kinds.join() === "image_edit.partial_image,image_edit.completed", kinds.join());
 });
 
+await check("batches: file, state, results", async () => {
+  const endpoint = "/v1/images/generations";
+  const line = { custom_id: "a", method: "POST", url: endpoint, body: { prompt: "red apple", quality: "low" } };
+  const file = await client.files.create({
+    file: await toFile(Buffer.from(JSON.stringify(line)), "requests.jsonl"),
+    purpose: "batch",
+  });
+  let batch = await client.batches.create({ input_file_id: file.id, endpoint, completion_window: "24h" });
+  while (["in_progress", "finalizing"].includes(batch.status)) {
+    await new Promise((resolve) => setTimeout(resolve, 500));
+    batch = await client.batches.retrieve(batch.id);
+  }
+  assert(batch.status === "completed" && batch.request_counts.completed === 1, JSON.stringify(batch));
+  const result = JSON.parse(await (await client.files.content(batch.output_file_id)).text());
+  assert(result.custom_id === "a" && isPng(decoded(result.response.body.data[0])));
+});
+
 await check("retired parameters refused in words that help", async () => {
   try {
     await client.images.generate({ model: "emoji-text", prompt: "apple", style: "vivid" });

@@ -1,6 +1,8 @@
 """OpenAI's Python client: python openai_python.py HTTP_URL GRPC_ADDRESS."""
 
+import json
 import sys
+import time
 import urllib.request
 from base64 import b64decode, b64encode
 
@@ -77,6 +79,32 @@ def _() -> None:
         made = client.images.generate(prompt="apple", model=TEXT, quality="low", extra_body=extra)
         drawn.append((made.data or [])[0].b64_json)
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@check("batches: file, state, results, errors, cancel")
+def _() -> None:
+    bodies = {"good": {"prompt": "red apple", "quality": "low"}, "wrong": {"prompt": "red apple", "style": "vivid"}}
+    url = "/v1/images/generations"
+    lines = [
+        json.dumps({"custom_id": name, "method": "POST", "url": url, "body": body}) for name, body in bodies.items()
+    ]
+    file = client.files.create(file="\n".join(lines).encode(), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")
+    while batch.status in ("in_progress", "finalizing"):
+        time.sleep(0.5)
+        batch = client.batches.retrieve(batch.id)
+    assert batch.status == "completed"
+    assert batch.request_counts
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (1, 1)
+    good = json.loads(client.files.content(batch.output_file_id or "").text)
+    made = openai.types.ImagesResponse.model_validate(good["response"]["body"])
+    assert is_png(b64decode((made.data or [])[0].b64_json or ""))
+    wrong = json.loads(client.files.content(batch.error_file_id or "").text)
+    assert (wrong["custom_id"], wrong["response"]["body"]["error"]["param"]) == ("wrong", "style")
+    assert batch.id in [each.id for each in client.batches.list()]
+    other = client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")
+    assert client.batches.cancel(other.id).status in ("cancelling", "completed")
+    assert client.files.delete(file.id).deleted
 
 
 @check("retired parameters refused in words that help")

@@ -182,6 +182,15 @@ def test_jobs_that_wait_for_a_worker_count_as_load(pipelines: dict[str, Pipeline
     run(busy.engine)
 
 
+def test_pictures_that_can_wait_lower_no_other(pipelines: dict[str, Pipeline]) -> None:
+    """Those of batches: low priority, and their own quality is fixed."""
+    for priority, lowered in (("low", None), ("normal", "load")):
+        others = [wish(seed=seed, sampler=DENSE, priority=priority, waited=100.0) for seed in range(10)]
+        busy = Busy(pipelines, target=5.0, step=64)
+        _, reports = busy.draw(*others, hurried := wish(degradable=True, sampler=DENSE))
+        assert reports[hurried.id].lowered_by == lowered, priority
+
+
 def test_the_seconds_of_a_picture_are_known_once_one_was_drawn(pipelines: dict[str, Pipeline]) -> None:
     busy = Busy(pipelines)
     assert busy.pacer.usual_seconds("tiny-text") is None
