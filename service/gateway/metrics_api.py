@@ -46,11 +46,11 @@ async def scrape(
 
 
 async def _read_queue_state(queue: JobQueue) -> QueueState:
-    waiting, oldest, workers, (memory, limit) = await asyncio.gather(
-        queue.waiting(), queue.oldest_waiting(), queue.workers(), queue.memory()
+    waiting, oldest, workers, (memory, limit), (replicas, behind) = await asyncio.gather(
+        queue.waiting(), queue.oldest_waiting(), queue.workers(), queue.memory(), queue.replication()
     )
     served = [[card.name for card in each.cards] for each in workers.values()]
-    return QueueState(waiting, oldest, served, memory, limit)
+    return QueueState(waiting, oldest, served, memory, limit, replicas, behind)
 
 
 class MetricsMiddleware:
