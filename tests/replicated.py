@@ -29,6 +29,27 @@ DOWN_MS = 2000  # silence after which a Sentinel considers a master dead
 Options = dict[str, str | int]
 
 
+@dataclass(frozen=True)
+class Tls:
+    """A server's program that was built with TLS, and PEM files: a CA, and a certificate and key for all `HOSTS`."""
+
+    binary: str
+    ca: Path
+    cert: Path
+    key: Path
+
+    def server(self, port: int) -> Options:
+        """Options of a server or a Sentinel. Without a certificate of this CA, nobody may connect."""
+        files = {"tls-ca-cert-file": self.ca, "tls-cert-file": self.cert, "tls-key-file": self.key}
+        named: Options = {name: str(path) for name, path in files.items()}
+        return named | {"port": 0, "tls-port": port, "tls-replication": "yes"}
+
+    def client(self) -> dict[str, Any]:
+        """Arguments of redis-py."""
+        files = {"ssl_ca_certs": self.ca, "ssl_certfile": self.cert, "ssl_keyfile": self.key}
+        return {"ssl": True, **{name: str(path) for name, path in files.items()}}
+
+
 @dataclass
 class Node:
     """One server or Sentinel, at `host:port` for everybody else."""
@@ -38,6 +59,7 @@ class Node:
     binary: str
     options: Options = field(default_factory=dict)
     sentinel: bool = False
+    tls: Tls | None = None
     process: subprocess.Popen[str] | None = None
 
     @property
@@ -69,15 +91,19 @@ class Node:
 
     def client(self, **options: Any) -> Redis:
         """A plain client, past the relay."""
-        limits = {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE}
-        return Redis(host=self.host, port=self.relay.server_port, **limits, **options)
+        options |= {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE}
+        options |= self.tls.client() if self.tls else {}
+        return Redis(host=self.host, port=self.relay.server_port, **options)
 
 
 class Replicated:
     """Three servers and three Sentinels; a context manager."""
 
-    def __init__(self, folder: Path, *, sentinel_password: str = "", **server: str | int) -> None:
+    def __init__(
+        self, folder: Path, *, sentinel_password: str = "", tls: Tls | None = None, **server: str | int
+    ) -> None:
         """`server` has further options of the servers, with `_` for `-`."""
+        self.tls = tls
         self.isolated: set[str] = set()
         self.password = str(server.get("requirepass", ""))
         self.sentinel_password = sentinel_password
@@ -92,14 +118,15 @@ class Replicated:
     @property
     def url(self) -> str:
         hosts = ",".join(f"{each.host}:{each.port}" for each in self.sentinels)
-        return f"redis+sentinel://{f':{self.password}@' if self.password else ''}{hosts}/{NAME}/0"
+        scheme = "rediss" if self.tls else "redis"
+        return f"{scheme}+sentinel://{f':{self.password}@' if self.password else ''}{hosts}/{NAME}/0"
 
     @property
     def master(self) -> Node:
         """The server that most Sentinels name."""
         named = [self._named_by(each) for each in self.sentinels if each.host not in self.isolated]
-        [port] = {port for port in named if named.count(port) > 1}
-        return next(each for each in self.servers if each.port == port)
+        [master] = [each for each in self.servers if named.count(each.port) > 1]
+        return master
 
     def new_master(self, old: Node) -> Node:
         """Waits until all Sentinels that are not cut off name another server."""
@@ -147,7 +174,9 @@ class Replicated:
         place.mkdir()
         relay = Relay(host, lambda caller: caller in HOSTS and (caller in self.isolated) != (host in self.isolated))
         options: Options = {"bind": host, "bind-source-addr": host, "port": relay.server_port, "dir": str(place)}
-        return Node(place, relay, find_binary(), options, sentinel=kind == "sentinel")
+        options |= self.tls.server(relay.server_port) if self.tls else {}
+        binary = self.tls.binary if self.tls else find_binary()
+        return Node(place, relay, binary, options, sentinel=kind == "sentinel", tls=self.tls)
 
     def _server_options(self, node: Node) -> Options:
         first = self.servers[0]

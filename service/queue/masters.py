@@ -121,6 +121,7 @@ class MasterPool(SentinelConnectionPool, BlockingConnectionPool):
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
         await super().aclose()
+        await self.locator.aclose()
 
     async def _look(self) -> None:
         with contextlib.suppress(RedisError, OSError):

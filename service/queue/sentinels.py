@@ -45,6 +45,9 @@ class Locator(Protocol):
     def forget(self) -> None:
         """Nothing useful answered at the address that was given."""
 
+    async def aclose(self) -> None:
+        """Closes connections to those who know."""
+
 
 class FixedAddress:
     """The address in `REDIS_URL`, until a cluster's node names another one, and again when that one is gone."""
@@ -65,6 +68,9 @@ class FixedAddress:
 
     def forget(self) -> None:
         self._moved = None
+
+    async def aclose(self) -> None:
+        pass
 
 
 class Sentinels(Sentinel):

@@ -12,13 +12,14 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from tests.faults.gateways import LONG, SHORT, Gateway
+from tests.faults.gateways import SHORT, Gateway
 from tests.faults.harness import IDLE, Stack
 from tests.processes import eventually
 from tests.replicated import Node, Replicated, pause
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
+LONG = SHORT | {"steps": 400}  # still running when the master fails
 SWITCHED = "another queue server is the master"
 
 

@@ -52,7 +52,15 @@ def a_gateway() -> GatewayMetrics:
 
 
 def a_queue(*workers: list[str], **waiting: int) -> QueueState:
-    return QueueState(waiting, dict.fromkeys(waiting, 12.5), workers, memory_bytes=10, memory_limit_bytes=100, replicas=2, unreplicated_bytes=5)
+    return QueueState(
+        waiting,
+        dict.fromkeys(waiting, 12.5),
+        workers,
+        memory_bytes=10,
+        memory_limit_bytes=100,
+        replicas=2,
+        unreplicated_bytes=5,
+    )
 
 
 OF_REQUEST = '{model="emoji",sampler="dual_loop"}'
