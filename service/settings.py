@@ -88,7 +88,7 @@ class QueueSettings(BaseSettings):
     )
     redis_sentinel_password_file: Path | None = Field(None, description="The same for the Sentinels, if they have one.")
     redis_tls_ca: Path | None = Field(
-        None, description="PEM file of CAs that the queue server is trusted by, besides the system's; for `rediss`."
+        None, description="PEM file of CAs for the queue server's certificate, besides the system's; for `rediss`."
     )
     redis_tls_cert: Path | None = Field(None, description="PEM certificate by which the queue server knows us.")
     redis_tls_key: Path | None = Field(None, description="PEM private key of that certificate, without a password.")

@@ -93,9 +93,10 @@ class QueueConnection:
     async def replication(self) -> tuple[int, int]:
         """Returns the number of replicas that follow the queue server, and the bytes that the nearest one lacks."""
         info = await self._do("INFO", "replication")
-        replicas = [info[f"slave{number}"] for number in range(int(info["connected_slaves"]))]
+        replicas = [each for name, each in info.items() if name.startswith("slave") and isinstance(each, dict)]
         offsets = [int(each["offset"]) for each in replicas if each["state"] == "online"]
-        return len(offsets), int(info["master_repl_offset"]) - max(offsets, default=int(info["master_repl_offset"]))
+        own = int(info["master_repl_offset"])
+        return len(offsets), own - max(offsets, default=own)
 
     async def memory(self) -> tuple[int, int]:
         """Returns the bytes that the queue server uses, and the bytes it may use; 0 = no limit."""
