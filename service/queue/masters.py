@@ -23,7 +23,7 @@ from patchforge.service.queue.sentinels import Address, FixedAddress, Locator, S
 from patchforge.service.redis_url import RedisUrl
 from patchforge.service.settings import Settings
 
-SENTINEL_TIMEOUT = 1.0  # seconds to wait for a Sentinel; there are others
+SENTINEL_TIMEOUT = 2.0  # seconds to wait for a Sentinel; there are others
 UNSHARED = "himport_registry", "connection_pool"  # arguments that each pool of redis-py makes for itself
 
 
