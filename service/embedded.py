@@ -77,7 +77,7 @@ class EmbeddedServer:
         Raises:
             EmbeddedServerError: no server is installed, the data folder is in use, or the server did not start.
         """
-        binary = _find_binary()
+        binary = find_binary()
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check_writable()
@@ -204,7 +204,12 @@ def tied_to_parent(command: list[str], farewell: signal.Signals) -> list[str]:
     return [sys.executable, "-ISc", _LAUNCH, str(os.getpid()), str(int(farewell)), *command]
 
 
-def _find_binary() -> str:
+def find_binary() -> str:
+    """The path of the queue server's program.
+
+    Raises:
+        EmbeddedServerError: none is installed.
+    """
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
             return found

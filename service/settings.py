@@ -80,7 +80,20 @@ class QueueSettings(BaseSettings):
     redis_url: str | None = Field(
         None,
         validation_alias=AliasChoices("PATCHFORGE_REDIS_URL", "REDIS_URL"),
-        description="Queue server, with a percent-encoded password; empty = `patchforge serve` starts its own.",
+        description="Queue server or its Sentinels, with a percent-encoded password; empty = `patchforge serve` starts "
+        "its own.",
+    )
+    redis_password_file: Path | None = Field(
+        None, description="File with the queue server's password, read for each connection; replaces the URL's."
+    )
+    redis_sentinel_password_file: Path | None = Field(None, description="The same for the Sentinels, if they have one.")
+    redis_tls_ca: Path | None = Field(
+        None, description="PEM file of CAs for the queue server's certificate, besides the system's; for `rediss`."
+    )
+    redis_tls_cert: Path | None = Field(None, description="PEM certificate by which the queue server knows us.")
+    redis_tls_key: Path | None = Field(None, description="PEM private key of that certificate, without a password.")
+    redis_wait_replicas: int = Field(
+        0, ge=0, description="Replicas that must have a job before it is accepted, else 503; 0 = none."
     )
     data_dir: Path = Field(Path(".patchforge"), description="Data folder of the embedded queue server.")
     max_waiting: int = Field(256, ge=1, description="Waiting jobs; beyond that, new jobs are refused with 503.")
@@ -180,15 +193,16 @@ class Settings(NetworkSettings, ModelSettings, AccessSettings, QueueSettings, Wo
     @classmethod
     def _check_redis_url(cls, url: str | None) -> str | None:
         """Check it here: the Redis client would raise later, with part of the password as the port."""
-        from redis.connection import parse_url
+        from patchforge.service.redis_url import RedisUrl
 
         if url is not None:
             try:
-                parse_url(url)
+                RedisUrl.parse(url)
             except ValueError:
                 raise ValueError(
-                    "must be redis://[[user]:password@]host[:port][/number], or rediss:// or unix://; in a password, "
-                    "characters with a meaning in URLs, such as / # ? @, must be percent-encoded"
+                    "must be redis://[[user]:password@]host[:port][/number], or rediss:// or unix://, or "
+                    "redis+sentinel://[[user]:password@]host[:port],host[:port]/name[/number], or rediss+sentinel://; "
+                    "in a password, characters with a meaning in URLs, such as / # ? @, must be percent-encoded"
                 ) from None
         return url
 

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.messages.schemas import Job
-from patchforge.service.queue import JobQueue, connection, job_queue
+from patchforge.service.queue import JobQueue, connection, job_queue, masters
 from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
 
@@ -35,6 +35,7 @@ def unhurried() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job_queue, "ANNOUNCED", 3600)
         patch.setattr(connection, "COMMAND_TIMEOUT", PATIENCE)
+        patch.setattr(masters, "SENTINEL_TIMEOUT", PATIENCE)
         yield
 
 

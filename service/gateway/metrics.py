@@ -33,6 +33,10 @@ class QueueState:
     memory_bytes: int
     memory_limit_bytes: int
     """0 if the queue server has no limit."""
+    replicas: int
+    """Replicas that follow the queue server."""
+    unreplicated_bytes: int
+    """What the nearest of them has not confirmed."""
 
 
 class GatewayMetrics:
@@ -51,6 +55,8 @@ class GatewayMetrics:
         gauge("queue_capacity", "Number of waiting requests at which new ones are refused.").set(max_waiting)
         self._memory = gauge("queue_memory_bytes", "Memory that the queue server uses.")
         self._memory_limit = gauge("queue_memory_limit_bytes", "Memory that the queue server may use; 0 = no limit.")
+        self._replicas = gauge("queue_replicas", "Replicas that follow the queue server.")
+        self._unreplicated = gauge("queue_unreplicated_bytes", "What its nearest replica has not confirmed.")
         self._waiting = gauge("requests_waiting", "Accepted requests that no worker has started.", "model")
         self._oldest = gauge(
             "queue_oldest_seconds", "Seconds that the oldest waiting request has waited, batches apart.", "model"
@@ -108,11 +114,13 @@ class GatewayMetrics:
             labelled.clear()
         self._queue_up.set(state is not None)
         if state is None:
-            for gauge in (self._memory, self._memory_limit, self._workers):
+            for gauge in (self._memory, self._memory_limit, self._replicas, self._unreplicated, self._workers):
                 gauge.set(math.nan)
             return
         self._memory.set(state.memory_bytes)
         self._memory_limit.set(state.memory_limit_bytes)
+        self._replicas.set(state.replicas)
+        self._unreplicated.set(state.unreplicated_bytes)
         self._workers.set(len(state.workers))
         for status in OPEN:
             self._batches.labels(status).set(state.batches.get(status, 0))

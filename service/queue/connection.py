@@ -5,45 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any, Self
 
-from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import (
-    AuthenticationError,
-    ConnectionError,
-    InvalidResponse,
-    MovedError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    ResponseError,
-    TimeoutError,
-)
-from redis.maint_notifications import MaintNotificationsConfig
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from patchforge.service.errors import QueueRefused, Unavailable
 from patchforge.service.messages.events import Cancelled, Expired, Failed, Queued
 from patchforge.service.messages.schemas import Job, JobError
 from patchforge.service.queue import keys
+from patchforge.service.queue.masters import open_clients
+from patchforge.service.queue.reasons import reason_of
 from patchforge.service.queue.records import job_from
 from patchforge.service.settings import Settings
 
 COMMAND_TIMEOUT = 3.0  # seconds to wait for an answer from Redis
+REPLICAS_TIMEOUT = 1.5  # seconds to wait for replicas
 LONGEST_BLOCK = 5.0  # longest blocking read, in seconds
 EVENTS_KEPT = 512  # most events kept for one job
 DEAD_LETTERS_KEPT = 1000
 MAX_OPEN_BATCHES = 100  # of one API key
 ADMITTING = frozenset({"submit", "feed_line", "create_batch", "add_file"})  # refused when Redis is full
+PROMISED = ADMITTING - {"feed_line"}  # on replicas before the caller hears of it; a lost line of a batch is fed again
 SCRIPTS = ("queue.lua", "batches.lua", "dispatch.lua")
 SKIPS = 1000  # stale entries that one claim may skip in each stream; takes Redis about 10 ms
-
-# What Redis answers while it cannot serve: no memory, no disk, a failover in progress.
-_PASSING_ERRORS = ("OOM ", "MISCONF ", "NOREPLICAS ", "CLUSTERDOWN ", "MASTERDOWN ", "TRYAGAIN ", "UNBLOCKED ")
 
 
 class QueueConnection:
@@ -60,12 +47,17 @@ class QueueConnection:
         # When Redis is full, new jobs are refused, but accepted jobs may still finish.
         self._admit = redis.register_script("#!lua\n" + script)
         self._advance = redis.register_script("#!lua flags=allow-oom\n" + script)
+        self._wait_replicas = settings.redis_wait_replicas
         self.on_ended: Callable[[Job], None] = lambda job: None
 
     @classmethod
     def connect(cls, url: str, settings: Settings) -> Self:
-        """Returns a queue on the server at a `redis://` or `rediss://` URL. It connects on first use."""
-        return cls(*_clients(url), settings)
+        """Returns a queue on the server that a URL names, or its Sentinels. It connects on first use.
+
+        Raises:
+            InvalidRequest: a certificate or key in the settings cannot be used.
+        """
+        return cls(*open_clients(url, settings, timeout=COMMAND_TIMEOUT, longest_block=LONGEST_BLOCK), settings)
 
     async def close(self) -> None:
         await self._blocking.aclose()
@@ -102,6 +94,14 @@ class QueueConnection:
         except Unavailable:
             pass
 
+    async def replication(self) -> tuple[int, int]:
+        """Returns the number of replicas that follow the queue server, and the bytes that the nearest one lacks."""
+        info = await self._do("INFO", "replication")
+        replicas = [each for name, each in info.items() if name.startswith("slave") and isinstance(each, dict)]
+        offsets = [int(each["offset"]) for each in replicas if each["state"] == "online"]
+        own = int(info["master_repl_offset"])
+        return len(offsets), own - max(offsets, default=own)
+
     async def memory(self) -> tuple[int, int]:
         """Returns the bytes that the queue server uses, and the bytes it may use; 0 = no limit."""
         info = await self._do("INFO", "memory")
@@ -114,51 +114,33 @@ class QueueConnection:
 
     async def _run(self, command: str, *args: Any, streams: Sequence[str] = (keys.WAITING,)) -> Any:
         """Runs one command of `queue.lua` or `batches.lua`, and reports the jobs that ended as a side effect."""
+        replicas = missing = self._wait_replicas if command in PROMISED else 0
         script = self._admit if command in ADMITTING else self._advance
         with redis_call():
-            result, ended = await script(keys=streams, args=[command, *args])
+            if replicas:
+                async with self._redis.client() as connection:  # WAIT is about what its own connection wrote
+                    result, ended = await script(keys=streams, args=[command, *args], client=connection)
+                    have = await connection.execute_command("WAIT", replicas, round(1000 * REPLICAS_TIMEOUT))
+                    missing = max(0, replicas - have)
+            else:
+                result, ended = await script(keys=streams, args=[command, *args])
         for record in ended:
             self.on_ended(job_from(record))
+        if missing:
+            raise Unavailable(f"{missing} of {replicas} replicas have not confirmed this, so a failover may lose it")
         return result
 
 
 @contextlib.contextmanager
 def redis_call() -> Iterator[None]:
-    """Turns connection errors, timeouts and temporary Redis errors into Unavailable."""
+    """Turns connection errors, timeouts and what Redis refuses into Unavailable, which says why."""
     try:
         with unlost_cancellation():
             yield
-    except AuthenticationError as error:
-        raise QueueRefused("the queue server refuses the user or password in REDIS_URL") from error
-    except InvalidResponse as error:
-        raise QueueRefused("what answers at REDIS_URL is no Redis server, or expects TLS: rediss://") from error
-    except (ConnectionError, TimeoutError, OSError) as error:
-        raise Unavailable("the queue server cannot be reached") from error
-    except (OutOfMemoryError, ReadOnlyError) as error:
-        raise Unavailable("the queue server accepts no writes at the moment") from error
-    except ResponseError as error:
-        if str(error).startswith(_PASSING_ERRORS):
-            raise Unavailable("the queue server cannot serve requests at the moment") from error
-        if (reason := _explain_refusal(error)) is not None:
-            raise QueueRefused(reason) from error
-        raise
-
-
-def _explain_refusal(error: ResponseError) -> str | None:
-    """What to do about an answer that stays the same until someone changes a setting; None for any other error."""
-    text = str(error)
-    named = re.search(r"'([\w|]+)'", text)
-    command = named[1].upper() if named else ""
-    if isinstance(error, NoPermissionError) or "ACL failure in script" in text or "executing the script can't" in text:
-        what = f"run {command}" if command else "use keys and channels that begin with {patchforge}"
-        return f"the queue server's user may not {what}: allow it with ACL SETUSER"
-    if "unknown command" in text:
-        return f"the queue server has no command {command}: it must be Redis 7 or Valkey, with its usual commands"
-    if "DB index is out of range" in text:
-        return "the queue server has no database with the number in REDIS_URL"
-    if isinstance(error, MovedError):
-        return "the queue server is a cluster that keeps the queue on another node: name that one in REDIS_URL"
-    return None
+    except (RedisError, OSError) as error:
+        if (reason := reason_of(error)) is None:
+            raise
+        raise reason from error
 
 
 @contextlib.contextmanager
@@ -173,27 +155,6 @@ def unlost_cancellation() -> Iterator[None]:
     yield
     if task and task.cancelling() > before:
         raise asyncio.CancelledError
-
-
-def _clients(url: str) -> tuple[Redis, Redis]:
-    """Returns a client for commands and one for blocking reads, both with time limits. They connect on first use.
-
-    Neither of them retries: a write that timed out may have happened, and only the caller knows whether to repeat it.
-    Maintenance notifications are off. With them, redis-py does not check whether the server closed a pooled
-    connection, so each connection would fail once more after a restart.
-    """
-    common: dict[str, Any] = {
-        "socket_connect_timeout": COMMAND_TIMEOUT,
-        "retry": Retry(NoBackoff(), 0),
-        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
-    }
-    commands: BlockingConnectionPool = BlockingConnectionPool.from_url(
-        url, max_connections=32, timeout=COMMAND_TIMEOUT, socket_timeout=COMMAND_TIMEOUT, **common
-    )
-    blocking: ConnectionPool = ConnectionPool.from_url(
-        url, max_connections=8, socket_timeout=LONGEST_BLOCK + COMMAND_TIMEOUT, **common
-    )
-    return Redis.from_pool(commands), Redis.from_pool(blocking)
 
 
 def _script(settings: Settings) -> str:

@@ -3,7 +3,7 @@
 A Redis Cluster runs a script only if all its keys are in one slot, and computes the slot from the part in braces. To
 accept, claim and finish a job each changes the job, its queue and the shared list of waiting jobs, so the whole queue
 must be in one slot. That limits it to one Redis node, which handles a few thousand jobs per second: far more than the
-GPUs behind it. Our client does not follow a Cluster's redirections; the tag helps with a proxy that does.
+GPUs behind it.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import yaml
 from opentelemetry import environment_variables as api_variables
 from opentelemetry.sdk import environment_variables as sdk_variables
 
+from patchforge.service.redis_url import RedisUrl
 from patchforge.service.settings import Settings
 from patchforge.service.tracing import exporters_wanted
 from tests.processes import run
@@ -180,6 +181,21 @@ def test_compose_with_tls_mounts_it_and_probes_by_https(monkeypatch: pytest.Monk
         assert path is not None
         assert str(path.parent) == mount["target"]
     assert f"https://127.0.0.1:{settings.http_port}/healthz" in gateway["healthcheck"]["test"][-1]
+
+
+def test_a_replicated_queue_server_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = composed("-f", "docker-compose.yml", "-f", "deploy/compose.sentinel.yml")
+    sentinels = sorted(name for name in together if name.startswith("sentinel-"))
+    for name in ("gateway", "worker"):
+        url = settings_of(together[name]["environment"], monkeypatch).redis_url
+        target = RedisUrl.parse(url or "")
+        assert [host for host, _ in target.addresses] == sentinels
+        for sentinel in sentinels:
+            assert f"sentinel monitor {target.service} queue 6379 2" in together[sentinel]["command"][-1]
+    for server in ("queue", "replica-1", "replica-2"):
+        command = " ".join(together[server]["command"])
+        assert "--maxmemory-policy noeviction --min-replicas-to-write 1 --min-replicas-max-lag 4" in command
+        assert f"--replica-announce-ip {server}" in command
 
 
 def test_every_image_can_export_traces() -> None:

@@ -52,8 +52,16 @@ def a_gateway() -> GatewayMetrics:
 
 
 def a_queue(*workers: list[str], **waiting: int) -> QueueState:
-    batches = {"in_progress": 2}
-    return QueueState(waiting, dict.fromkeys(waiting, 12.5), workers, batches, memory_bytes=10, memory_limit_bytes=100)
+    return QueueState(
+        waiting,
+        dict.fromkeys(waiting, 12.5),
+        workers,
+        batches={"in_progress": 2},
+        memory_bytes=10,
+        memory_limit_bytes=100,
+        replicas=2,
+        unreplicated_bytes=5,
+    )
 
 
 OF_REQUEST = '{model="emoji",sampler="dual_loop"}'

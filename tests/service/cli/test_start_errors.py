@@ -18,6 +18,7 @@ from tests.patience import PATIENCE
 from tests.processes import PATCHFORGE, environment, run
 
 AWAY = "redis://127.0.0.1:1/0"
+WRONG_PASSWORD = "the queue server refuses the user or password in REDIS_URL or PATCHFORGE_REDIS_PASSWORD_FILE"
 FREE = {"PATCHFORGE_HTTP_PORT": "0", "PATCHFORGE_GRPC_PORT": "0"}
 
 
@@ -92,8 +93,8 @@ def guarded(tmp_path: Path) -> Iterator[EmbeddedServer]:
     ("role", "user", "number", "expected"),
     [
         ("gateway", "guest:open@", 0, "the queue server's user may not run INFO: allow it with ACL SETUSER"),
-        ("gateway", "guest:wr0ng@", 0, "the queue server refuses the user or password in REDIS_URL"),
-        ("worker", "guest:wr0ng@", 0, "the queue server refuses the user or password in REDIS_URL"),
+        ("gateway", "guest:wr0ng@", 0, WRONG_PASSWORD),
+        ("worker", "guest:wr0ng@", 0, WRONG_PASSWORD),
         ("gateway", "", 7, "the queue server has no database with the number in REDIS_URL"),
     ],
 )
