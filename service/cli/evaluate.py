@@ -187,7 +187,9 @@ def _record(bundle: Path, figures: dict[str, Any]) -> None:
     from patchforge.model.storage.bundle import read_manifest, write_manifest
 
     folder = bundle_folder(bundle)
-    write_manifest(folder, read_manifest(folder).model_copy(update={"evaluation": figures}))
+    manifest = read_manifest(folder)
+    kept = {name: each for name, each in manifest.evaluation.items() if name == "budgets"}  # of `bench budget`
+    write_manifest(folder, manifest.model_copy(update={"evaluation": figures | kept}))
 
 
 def grid(
