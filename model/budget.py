@@ -14,6 +14,8 @@ SURVIVAL = 0.9
 LENIENCE = 0.4
 """A tolerance that is 1.5 times as high costs 1.5^−0.4 as much; measured on emoji-text."""
 ROUNDING = 1e-9
+FEWEST_GUIDED = 3
+"""Two guided steps are worse than three without guidance, for as much; one is worse than one without, for half."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,10 @@ def fit(trajectory: Trajectory, left: float, unfinished: int) -> bool:
 
     `unfinished` is the number of patches that still move. Call it before the first evaluation, and after each one once
     the next plan is known. If it changed the path, call `plan_next` again. It never takes more steps than the sampler
-    would by itself, and before the first evaluation it leaves out guidance rather than the picture. Uniform samplers
-    keep their steps and land when the next one is too much.
+    would by itself. Uniform samplers keep their steps and land when the next one is too much.
+
+    The path chosen before the first evaluation fits even if no patch finishes early, and so none has to: its tolerance
+    is 0. It leaves out guidance rather than take fewer than `FEWEST_GUIDED` steps.
 
     Raises:
         ParameterError: `left` is not enough for the first evaluation.
@@ -73,11 +77,14 @@ def fit(trajectory: Trajectory, left: float, unfinished: int) -> bool:
     ahead = sampler.costs_ahead(state, unfinished)
     if not ahead or _forecast(ahead) <= left:
         return False
-    ways = [(steps, True) for steps in range(len(ahead) - 1, 0, -1)]
-    for steps, guided in ways if state.evaluations else [*ways, (1, False)]:
+    for steps, guided in _shorter_ways(trajectory, len(ahead)):
         shorter = (sampler if guided else replace(sampler, guidance=1.0)).shorten(state, steps)
-        if shorter is not None and _forecast(shorter[0].costs_ahead(shorter[1], unfinished)) <= left:
-            trajectory.change(Change(state.evaluations, steps, guided))
+        if shorter is None:
+            break
+        costs = shorter[0].costs_ahead(shorter[1], unfinished)
+        if (_forecast(costs) if state.evaluations else sum(costs)) <= left:
+            tolerance = None if state.evaluations or not isinstance(sampler, Adaptive) else 0.0
+            trajectory.change(Change(state.evaluations, steps, guided, tolerance))
             return True
     only_lands = sampler.shorten(state, 1) is None
     if only_lands and ahead[0] <= left:
@@ -108,6 +115,14 @@ def replay(trajectory: Trajectory, changes: Sequence[Change]) -> bool:
         return False
     trajectory.change(changes[made])
     return True
+
+
+def _shorter_ways(trajectory: Trajectory, steps: int) -> list[tuple[int, bool]]:
+    """List the ways to go on in at most `steps` steps, as (steps, guided), the best first."""
+    if trajectory.state.evaluations or trajectory.sampler.guidance == 1:
+        return [(fewer, True) for fewer in range(steps - 1, 0, -1)]
+    guided = [(fewer, True) for fewer in range(steps - 1, FEWEST_GUIDED - 1, -1)]
+    return guided + [(fewer, False) for fewer in range(steps, 0, -1)]
 
 
 def _forecast(ahead: list[int]) -> float:

@@ -120,11 +120,25 @@ def test_one_look_at_every_patch_is_the_least(pipelines: dict[str, Pipeline]) ->
     patches = pipeline.grid.patches
     sampler = pipeline.sampler("adaptive", steps=5, guidance=3.0)
     held = made(pipeline, sampler, patches)
-    assert held.changes == [Change(0, 1, guided=False)]
+    assert held.changes == [Change(0, 1, guided=False, tolerance=0.0)]
     assert held.patch_evaluations == patches
     with pytest.raises(ParameterError, match=f"at least {patches} patch evaluations") as refused:
         made(pipeline, sampler, patches - 1)
     assert refused.value.field == "budget"
+
+
+@pytest.mark.parametrize(
+    ("looks", "steps", "guided"), [(9, 4, True), (6, 3, True), (5, 5, False), (2, 2, False), (1, 1, False)]
+)
+def test_a_budget_costs_steps_then_guidance_and_no_patch_is_cut_short(
+    pipelines: dict[str, Pipeline], looks: int, steps: int, guided: bool
+) -> None:
+    pipeline = pipelines["tiny-text"]
+    patches = pipeline.grid.patches
+    sampler = pipeline.sampler("adaptive", steps=6, guidance=3.0, tolerance=0.3, skip_tolerance=0.0)
+    held = made(pipeline, sampler, looks * patches)
+    assert held.changes == [Change(0, steps, guided, tolerance=0.0)]
+    assert held.patch_evaluations == steps * patches * (2 if guided else 1)
 
 
 def test_the_high_level_call_takes_a_budget(pipelines: dict[str, Pipeline]) -> None:
