@@ -62,6 +62,16 @@ CLOSED = [
     ("GET", "/v2/models/tiny-text/config"),
     ("GET", "/v2/models/tiny-text/versions/1/config"),
     ("POST", "/v2/repository/index"),
+    ("GET", "/v1/files"),
+    ("POST", "/v1/files"),
+    ("GET", "/v1/files/file-1"),
+    ("DELETE", "/v1/files/file-1"),
+    ("GET", "/v1/files/file-1/content"),
+    ("GET", "/v1/batches"),
+    ("POST", "/v1/batches"),
+    ("GET", "/v1/batches/batch-1"),
+    ("DELETE", "/v1/batches/batch-1"),
+    ("POST", "/v1/batches/batch-1/cancel"),
     ("GET", "/v2/health"),
     ("GET", "/v2/health/live/"),
     ("GET", "/docs"),
@@ -71,7 +81,7 @@ CLOSED = [
     ("GET", "/healthz/"),
     ("GET", "/playground"),
 ]
-UPLOADS = ("/v1/jobs", "/v1/images/edits", "/v2/models/tiny-text/infer")
+UPLOADS = ("/v1/jobs", "/v1/images/edits", "/v2/models/tiny-text/infer", "/v1/files", "/v1/batches")
 TWISTED = ["//healthz", "/playground/../v1/models", "/playground%2f..%2fv1%2fmodels", "/healthz%00", "/%68ealthz/../v1"]
 
 
@@ -122,7 +132,7 @@ def test_row_27_no_way_in_over_rest(locked: Locked) -> None:
             answer = http.request(method, path, headers=headers | JSON, content=b'{"prompt": "x", "stream": true}')
             assert answer.status_code == 401, (method, path, headers)
             assert answer.headers["WWW-Authenticate"] == 'Bearer realm="patchforge"'
-            if path.startswith(("/v1/images", "/v1/models")):
+            if path.startswith(("/v1/images", "/v1/models", "/v1/files", "/v1/batches")):
                 assert set(answer.json()) == {"error"}
                 assert answer.json()["error"]["code"] == "unauthenticated"
             elif path.startswith("/v2/"):
@@ -146,6 +156,7 @@ def test_row_27_every_path_there_is_was_tried(locked: Locked) -> None:
     with locked.http(locked.alice) as alice:
         known = alice.get("/openapi.json").json()["paths"]
     places = {"{job_id}": NO_JOB, "{name}": "tiny-text", "{version}": "1", "{kind}": "finish"}
+    places |= {"{file_id}": "file-1", "{batch_id}": "batch-1"}
     for template, operations in known.items():
         path = template
         for place, value in places.items():
@@ -156,7 +167,7 @@ def test_row_27_every_path_there_is_was_tried(locked: Locked) -> None:
 
 @pytest.mark.parametrize("path", UPLOADS)
 def test_row_27_a_body_without_a_key_is_not_taken(locked: Locked, path: str) -> None:
-    headers = {"Content-Type": "multipart/form-data; boundary=x"} if path.endswith("edits") else JSON
+    headers = {"Content-Type": "multipart/form-data; boundary=x"} if path.endswith(("edits", "files")) else JSON
     with flat_memory(locked.gateway, 16):
         answer = locked.gateway.http.post(path, content=b" " * (60 << 20), headers=headers)
     assert answer.status_code in (401, 413), "which of the two limits is first does not matter"
