@@ -46,11 +46,9 @@ async def scrape(
 
 
 async def _read_queue_state(queue: JobQueue) -> QueueState:
-    waiting, oldest, workers, (memory, limit) = await asyncio.gather(
-        queue.waiting(), queue.oldest_waiting(), queue.workers(), queue.memory()
-    )
+    backlog, workers, (memory, limit) = await asyncio.gather(queue.backlog(), queue.workers(), queue.memory())
     served = [[card.name for card in each.cards] for each in workers.values()]
-    return QueueState(waiting, oldest, served, memory, limit)
+    return QueueState(backlog.jobs, backlog.oldest, served, memory, limit)
 
 
 class MetricsMiddleware:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from importlib.resources import files
 from typing import Any, Self
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
@@ -31,12 +29,17 @@ from patchforge.service.messages.events import Cancelled, Expired, Failed, Queue
 from patchforge.service.messages.schemas import Job, JobError
 from patchforge.service.queue import keys
 from patchforge.service.queue.records import job_from
+from patchforge.service.queue.scripts import build_scripts
 from patchforge.service.settings import Settings
 
 COMMAND_TIMEOUT = 3.0  # seconds to wait for an answer from Redis
 LONGEST_BLOCK = 5.0  # longest blocking read, in seconds
 EVENTS_KEPT = 512  # most events kept for one job
 DEAD_LETTERS_KEPT = 1000
+LOOK_SECONDS = 1.0  # between two looks for jobs of silent workers, over all workers
+RINGS = 64  # most workers that find a bell rung without having waited at it
+BELL_MS = 5000  # how long a bell stays rung
+CHANGES_KEPT = 5000  # workers whose last change is known
 SKIPS = 1000  # stale entries that one claim may skip in each stream; takes Redis about 10 ms
 
 # What Redis answers while it cannot serve: no memory, no disk, a failover in progress.
@@ -53,10 +56,11 @@ class QueueConnection:
     def __init__(self, redis: Redis, blocking: Redis, settings: Settings) -> None:
         self._redis = redis
         self._blocking = blocking
-        script = _script(settings)
-        # When Redis is full, new jobs are refused, but accepted jobs may still finish.
-        self._admit = redis.register_script("#!lua\n" + script)
-        self._advance = redis.register_script("#!lua flags=allow-oom\n" + script)
+        self._scripts = {
+            # When Redis is full, new jobs are refused, but accepted jobs may still finish.
+            command: redis.register_script(f"#!lua{'' if command == 'submit' else ' flags=allow-oom'}\n{text}")
+            for command, text in build_scripts(_constants(settings)).items()
+        }
         self.on_ended: Callable[[Job], None] = lambda job: None
 
     @classmethod
@@ -83,7 +87,7 @@ class QueueConnection:
             Unavailable: the server is older than Redis 7, which cannot run the queue's script; or it is configured to
                 evict keys when it is full, which would lose accepted jobs without a sign.
         """
-        info = await self._do("INFO")
+        info = await self._do("INFO", "server", "memory")
         version, policy = str(info.get("redis_version")), info.get("maxmemory_policy")
         if int(version.partition(".")[0]) < 7:
             raise Unavailable(f"the queue server must be Valkey, or Redis 7 or newer, not Redis {version}")
@@ -111,9 +115,8 @@ class QueueConnection:
 
     async def _run(self, command: str, *args: Any, streams: Sequence[str] = (keys.WAITING,)) -> Any:
         """Runs one command of `queue.lua`, and reports the jobs that ended as a side effect."""
-        script = self._admit if command == "submit" else self._advance
         with redis_call():
-            result, ended = await script(keys=streams, args=[command, *args])
+            result, ended = await self._scripts[command](keys=streams, args=[command, *args])
         for record in ended:
             self.on_ended(job_from(record))
         return result
@@ -193,13 +196,13 @@ def _clients(url: str) -> tuple[Redis, Redis]:
     return Redis.from_pool(commands), Redis.from_pool(blocking)
 
 
-def _script(settings: Settings) -> str:
-    """Returns the text of `queue.lua`, with a first line that defines the key names and limits."""
+def _constants(settings: Settings) -> dict[str, str | int | float]:
+    """Returns the key names and limits that `queue.lua` uses."""
     error = JobError(
         code="dead_letter",
         message=f"given up after {settings.max_attempts} attempts: each time, its worker stopped responding",
     )
-    constants: dict[str, str | int] = {
+    return {
         **{name: value for name, value in vars(keys).items() if name.isupper()},
         "MAX_WAITING": settings.max_waiting,
         "MAX_ATTEMPTS": settings.max_attempts,
@@ -211,11 +214,13 @@ def _script(settings: Settings) -> str:
         "IDEMPOTENCY_TTL": settings.idempotency_ttl_seconds,
         "DEAD_LETTERS_KEPT": DEAD_LETTERS_KEPT,
         "SKIPS": SKIPS,
+        "LOOK_SECONDS": LOOK_SECONDS,
+        "RINGS": RINGS,
+        "BELL_MS": BELL_MS,
+        "CHANGES_KEPT": CHANGES_KEPT,
         "QUEUED": Queued().model_dump_json(),
         "CANCELLED": Cancelled().model_dump_json(),
         "EXPIRED": Expired().model_dump_json(),
         "DEAD_LETTER": Failed(error=error).model_dump_json(),
         "DEAD_LETTER_ERROR": error.model_dump_json(),
     }
-    header = " ".join(f"local {name} = {json.dumps(value)}" for name, value in constants.items())
-    return f"{header}\n{files(__package__).joinpath('queue.lua').read_text('utf-8')}"

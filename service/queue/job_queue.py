@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from hashlib import sha256
 from typing import Any
 
@@ -34,54 +33,49 @@ from patchforge.service.errors import (
     Unavailable,
 )
 from patchforge.service.messages.endings import terminal_event
-from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Completed, Event, Expired, Failed, ImageReady
+from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Completed, Event, Expired, Failed
 from patchforge.service.messages.protocol import CAPABILITIES, FIRST, PROTOCOL, Announcement, needs_of, split_card
 from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard, Priority
 from patchforge.service.messages.source import Source
 from patchforge.service.queue import keys
-from patchforge.service.queue.connection import EVENTS_KEPT, LONGEST_BLOCK, QueueConnection, redis_call
-from patchforge.service.queue.event_hub import EventHub
-from patchforge.service.queue.records import (
-    Served,
-    event_from,
-    fields_of,
-    job_from,
-    served_from,
+from patchforge.service.queue.claims import (
+    Claim,
+    Delivery,
+    Heartbeat,
+    claim_arguments,
+    finished,
+    published,
+    stored,
 )
+from patchforge.service.queue.connection import LONGEST_BLOCK, QueueConnection, redis_call
+from patchforge.service.queue.event_hub import EventHub
+from patchforge.service.queue.records import Served, event_from, fields_of, job_from, served_from
+from patchforge.service.queue.roster import Roster
 from patchforge.service.settings import Settings
 
 ANNOUNCED = 15  # seconds until a worker's announcement expires
 BATCH = 64  # events a watcher reads at once; if there are as many, it has fallen behind,
+FEW = 16  # events that a watcher reads without asking whether it has fallen behind
 BATCH_BYTES = 512 << 10  # and so it has if they are larger than this: slow readers must not use up memory
-EVENT_BYTES = 1 << 20  # approximate limit for all events of one job
 POLL = 2.0  # seconds after which a watcher reads without a bell, in case the bell was lost
+LOOK = 1.0  # seconds after which a worker that waits for jobs looks without a bell
 RETRY_AFTER = 5  # seconds that a client should wait if the queue is full or its API key has too many jobs
 
 _JOB_ID = re.compile(r"[0-9A-Z]{26}")
 _EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?")
 
 
-class Heartbeat(StrEnum):
-    """What a worker learns about its claim: continue; stop, because the job was cancelled; or drop a lost claim."""
-
-    OK = "ok"
-    CANCELLED = "cancelled"
-    LOST = "lost"
-
-
 @dataclass(frozen=True)
-class Claim:
-    """A worker's right to run a job. It ends with the job, on release, or after `claim_idle_seconds` of silence.
+class Backlog:
+    """What waits at one moment, by model."""
 
-    If `job.unreadable` is set, the job cannot be drawn: finish it as `Failed`, with `unsupported`.
-    """
-
-    job: Job
-    worker_id: str
-    attempt: int
-    stream: str
-    entry_id: str
+    workers: int
+    """Live workers."""
+    jobs: Mapping[str, int]
+    """Numbers of waiting jobs, for models that have any."""
+    oldest: Mapping[str, float]
+    """Seconds that the oldest of them has waited, by the queue server's clock."""
 
 
 class JobQueue(QueueConnection):
@@ -93,6 +87,7 @@ class JobQueue(QueueConnection):
         self._hub = EventHub(blocking)
         self.capabilities = CAPABILITIES
         """What the workers of this process can do. They claim no job that needs more."""
+        self._roster = Roster(self)
         self._unanswered: dict[str, str] = {}
         """Worker id → token of its last call for a job, if that call got no answer."""
 
@@ -179,11 +174,12 @@ class JobQueue(QueueConnection):
             NotFound: there is no such job or index.
             NotReady: the picture is not finished, or never will be.
         """
-        job = await self.get(job_id)
-        if not 0 <= index < job.request.n:
-            raise NotFound(f"job {job_id} has no picture {index}")
+        _check_job_id(job_id)
         picture: bytes | None = await self._do("HGET", keys.images(job_id), index)
         if picture is None:
+            job = await self.get(job_id)
+            if not 0 <= index < job.request.n:
+                raise NotFound(f"job {job_id} has no picture {index}")
             raise NotReady(f"the job is {job.status.value} and has no picture {index}")
         return picture
 
@@ -221,14 +217,38 @@ class JobQueue(QueueConnection):
             raise InvalidEventId("is not an event id", field="Last-Event-ID")
         return self._watch(job_id, after if "-" in after else f"{after}-0")
 
-    async def _watch(self, job_id: str, after: str) -> AsyncGenerator[tuple[str, Event], None]:
+    async def wait_for_end(self, job_id: str) -> Event:
+        """Returns the job's terminal event, as soon as there is one. Costs less than to watch all events.
+
+        Raises:
+            NotFound: there is no such job.
+        """
         _check_job_id(job_id)
         with self._hub.listen(job_id) as bell:
             while True:
                 bell.clear()
-                status, last_id, entries = await self._run("news", job_id, after, BATCH, BATCH_BYTES)
-                if status is None:
+                known, ended = await self._do("HMGET", keys.job(job_id), "id", "last_event")
+                if known is None:
                     raise NotFound(f"no job {job_id}")
+                if ended is not None:
+                    return terminal_event(await self.get(job_id))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(POLL):
+                        await bell.wait()
+
+    async def _watch(self, job_id: str, after: str) -> AsyncGenerator[tuple[str, Event], None]:
+        _check_job_id(job_id)
+        rung = False
+        with self._hub.listen(job_id) as bell:
+            while True:
+                bell.clear()
+                last_id, more = None, False
+                # Who waited at the bell has seen all before it: a plain read is cheaper, and enough unless it fails.
+                entries = await self._read_few_events(job_id, after) if rung else []
+                if not entries:
+                    status, last_id, entries, more = await self._run("news", job_id, after, BATCH, BATCH_BYTES)
+                    if status is None:
+                        raise NotFound(f"no job {job_id}")
                 for entry_id, fields in entries:
                     after, event = entry_id.decode(), event_from(fields)
                     if event is None and entry_id == last_id:
@@ -238,57 +258,88 @@ class JobQueue(QueueConnection):
                     yield after, event
                     if isinstance(event, TERMINAL_EVENTS):
                         return
-                if entries:
-                    continue
-                if last_id is None:
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(POLL):
-                            await bell.wait()
-                else:  # The job has ended, and its last event was seen before or is gone.
+                if not entries and last_id is not None:
+                    # The job has ended, and its last event was seen before or is gone.
                     if last_id.decode() != after:
                         yield last_id.decode(), terminal_event(await self.get(job_id))
                     return
+                rung = not more and await self._hear(bell)
 
-    async def waiting(self) -> dict[str, int]:
+    async def _hear(self, bell: asyncio.Event) -> bool:
+        """Waits for the bell. Returns False after `POLL` seconds, or if the bell has rung meanwhile."""
+        if bell.is_set():
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(POLL):
+                await bell.wait()
+                return True
+        return False
+
+    async def _read_few_events(self, job_id: str, after: str) -> list[tuple[bytes, list[bytes]]]:
+        """Returns the events after an id, or nothing if there are many, or one cannot be read: then run `news`."""
+        found = await self._do("XRANGE", keys.events(job_id), f"({after}", "+", "COUNT", FEW)
+        entries = [(entry_id, [part for pair in fields.items() for part in pair]) for entry_id, fields in found]
+        legible = all(event_from(fields) is not None for _, fields in entries)
+        return entries if legible and len(entries) < FEW else []
+
+    async def backlog(self) -> Backlog:
+        """Returns what waits now."""
+        workers, lines = await self._run("backlog")
+        jobs: Counter[str] = Counter()
+        oldest: dict[str, float] = {}
+        for model, count, age in lines:
+            name = model.decode(errors="replace")
+            jobs[name] += count
+            if age:  # otherwise someone deleted the job by hand
+                oldest[name] = max(float(age), oldest.get(name, 0.0))
+        return Backlog(workers, dict(jobs), oldest)
+
+    async def waiting(self) -> Mapping[str, int]:
         """Returns model → number of its waiting jobs, for models that have any."""
-        members = await self._run("waiting")
-        return dict(Counter(member.decode(errors="replace").partition(":")[2] for member in members))
+        return (await self.backlog()).jobs
 
-    async def oldest_waiting(self) -> dict[str, float]:
+    async def oldest_waiting(self) -> Mapping[str, float]:
         """Returns model → seconds that its oldest waiting job has waited, by the queue server's clock."""
-        return {model.decode(errors="replace"): float(age) for model, age in await self._run("oldest")}
-
-    async def count_workers(self) -> int:
-        """Returns the number of live workers."""
-        return int(await self._do("ZCARD", keys.WORKERS))
+        return (await self.backlog()).oldest
 
     # For workers: announce models and metrics. For gateways: read them.
 
-    async def announce(self, worker_id: str, cards: Sequence[ModelCard]) -> None:
-        """Shows a worker's models to gateways for `ANNOUNCED` seconds. Repeat it well before they are over."""
+    async def announce(self, worker_id: str, cards: Sequence[ModelCard], metrics: bytes | None = None) -> None:
+        """Shows a worker's models to gateways for `ANNOUNCED` seconds. Repeat it well before they are over.
+
+        `metrics`: its Prometheus exposition, if that is to be shown too.
+        """
         split = {card.name: split_card(card) for card in cards}
         details = {name: rest for name, (_, rest) in split.items()}
         about = Announcement(protocol=PROTOCOL, capabilities=sorted(self.capabilities), details=details)
         # Under a key of its own: processes of protocol 0 read the cards, and exit at a field that they do not know.
-        texts = [keys.announcement(worker_id), written(about)]
+        texts: list[str | bytes] = [keys.announcement(worker_id), written(about)]
         plain = ",".join(written(card) for card, _ in split.values())
         texts += [keys.worker_models(worker_id), f"[{plain}]"]
-        await self._run("announce", worker_id, ANNOUNCED, *texts)
+        if metrics is not None:
+            texts += [keys.worker_metrics(worker_id), metrics]
+        await self._run("announce", worker_id, ANNOUNCED, 2, *texts)
 
     async def announce_metrics(self, worker_id: str, text: bytes) -> None:
         """Shows a worker's Prometheus exposition to gateways for `ANNOUNCED` seconds."""
-        await self._run("announce", worker_id, ANNOUNCED, keys.worker_metrics(worker_id), text)
+        await self._run("announce", worker_id, ANNOUNCED, 0, keys.worker_metrics(worker_id), text)
 
     async def retire(self, worker_id: str) -> None:
         """Removes a worker's announcements."""
-        named = (keys.worker_models, keys.announcement, keys.worker_metrics)
-        await self._do("DEL", *(name(worker_id) for name in named))
-        await self._do("ZREM", keys.WORKERS, worker_id)
+        await self._run("retire", worker_id)
 
     async def workers(self) -> dict[str, Served]:
         """Returns worker id → what the worker announced, for all live workers."""
         found = await self._read_announcements(keys.WORKER_MODELS, keys.ANNOUNCEMENT)
         return {worker: served_from(cards, about) for worker, cards, about in found}
+
+    async def known_workers(self) -> Mapping[str, Served]:
+        """Returns the same as `workers`, at a cost that does not grow with their number.
+
+        What was read before is kept, and only what changed is read. Workers that died without a word may be in it for
+        `roster.READ_AGAIN` seconds more.
+        """
+        return await self._roster.read()
 
     async def models(self) -> list[ModelCard]:
         """Returns the models that the live workers serve, sorted by name."""
@@ -306,22 +357,39 @@ class JobQueue(QueueConnection):
 
     # For workers: claim a job, keep it, end it.
 
-    async def claim(self, worker_id: str, models: Sequence[str], *, block_seconds: float) -> Claim | None:
+    async def claim(
+        self, worker_id: str, models: Sequence[str], *, block_seconds: float, take_over: bool = False
+    ) -> Claim | None:
         """Claims the most urgent waiting job of these models that needs nothing beyond `capabilities`.
 
-        Waits up to `block_seconds` for one, then returns None.
+        Waits up to `block_seconds` for one, then returns None. With `take_over`, also takes over the job of a worker
+        that stopped responding; it looks for one only if no other worker did so in the last second.
         """
-        streams = self._list_streams(models)
+        streams, bells = self._list_streams(models), self._list_bells(models)
         give_up = time.monotonic() + block_seconds
         while True:
-            claim, seen = await self._take_or_return("claim", worker_id, streams)
+            claim, how = await self._take_or_return("claim", worker_id, streams, "1" if take_over else "0", *bells)
             left = give_up - time.monotonic()
             if claim or left <= 0 or not streams:
                 return claim
-            # Wait for news without claiming anything: a worker that is cancelled or killed here holds no job.
-            block = max(1, round(1000 * min(left, LONGEST_BLOCK)))
-            with redis_call():
-                await self._blocking.xread(dict(zip(streams, seen, strict=True)), count=1, block=block)
+            if how != b"more":
+                await self._wait_for_bell(bells, min(left, LOOK))
+
+    async def wait_for_job(self, models: Sequence[str], seconds: float) -> bool:
+        """Waits until a job of these models may wait for a worker. One job wakes one worker.
+
+        Returns False if the time was up. A worker should also look without it: what rang may be lost with a worker.
+        """
+        return await self._wait_for_bell(self._list_bells(models), seconds)
+
+    async def wait_for_call(self, worker_id: str, seconds: float) -> bool:
+        """Waits until someone cancels a job that this worker holds. Returns False if the time was up."""
+        return await self._wait_for_bell([keys.call(worker_id)], seconds)
+
+    async def _wait_for_bell(self, bells: Sequence[str], seconds: float) -> bool:
+        # Nothing is claimed meanwhile: a worker that is cancelled or killed here holds no job.
+        with redis_call():
+            return await self._blocking.blpop(list(bells), timeout=max(0.001, min(seconds, LONGEST_BLOCK))) is not None
 
     async def reclaim(self, worker_id: str, models: Sequence[str]) -> Claim | None:
         """Takes over a job whose worker stopped responding. Ends such jobs if cancelled or out of attempts."""
@@ -330,39 +398,40 @@ class JobQueue(QueueConnection):
 
     async def heartbeat(self, claim: Claim) -> Heartbeat:
         """Keeps a claim for another `claim_idle_seconds`, and tells its state."""
-        return Heartbeat((await self._run("heartbeat", *_claim_arguments(claim))).decode())
+        return (await self.keep([claim]))[0]
+
+    async def keep(self, claims: Sequence[Claim]) -> list[Heartbeat]:
+        """Does the same for several claims of one worker, in one call."""
+        if not claims:
+            return []
+        texts = [text for each in claims for text in (each.job.id, each.attempt, each.stream, each.entry_id)]
+        return [Heartbeat(verdict.decode()) for verdict in await self._run("keep", claims[0].worker_id, *texts)]
 
     async def publish(self, claim: Claim, event: Event) -> bool:
         """Adds an event to the job's stream. Returns False if the claim is lost. Terminal events go to `finish`."""
-        if isinstance(event, TERMINAL_EVENTS):
-            raise TypeError(f"{event.type} ends a job: use finish")
-        text = written(event)
-        kept = max(16, min(EVENTS_KEPT, EVENT_BYTES // len(text)))
-        return bool(await self._run("publish", *_claim_arguments(claim), text, kept))
+        return (await self.deliver([published(claim, event)]))[0]
 
     async def store_image(self, claim: Claim, index: int, data: bytes) -> bool:
         """Stores an encoded picture and publishes ImageReady. Returns False if the claim is lost."""
-        return bool(
-            await self._run(
-                "store_image", *_claim_arguments(claim), index, data, ImageReady(index=index).model_dump_json()
-            )
-        )
+        return (await self.deliver([stored(claim, index, data)]))[0]
 
     async def finish(self, claim: Claim, event: Completed | Failed | Cancelled | Expired) -> bool:
         """Ends the job with its only terminal event. Returns False if the claim is lost or the job has ended."""
-        outcome: tuple[str, ...] = ()
-        if isinstance(event, Completed):
-            outcome = ("report", written(event.report))
-        elif isinstance(event, Failed):
-            outcome = ("error", written(event.error))
-        return bool(await self._run("finish", *_claim_arguments(claim), event.type, written(event), *outcome))
+        return (await self.deliver([finished(claim, event)]))[0]
+
+    async def deliver(self, deliveries: Sequence[Delivery]) -> list[bool]:
+        """Does what `publish`, `store_image` and `finish` do, for several of them, in order and in one call."""
+        if len(deliveries) == 1:
+            return [bool(await self._run(*deliveries[0]))]
+        words = [word for each in deliveries for word in (len(each), *each)]
+        return [bool(each) for each in await self._run("deliver", *words)]
 
     async def release(self, claim: Claim) -> bool:
         """Gives the job back: it is next in line, and the attempt does not count. Returns False if the claim is lost.
 
         If someone asked to cancel the job, it ends instead.
         """
-        return bool(await self._run("release", *_claim_arguments(claim)))
+        return bool(await self._run("release", *claim_arguments(claim)))
 
     @property
     def _special(self) -> frozenset[str]:
@@ -376,6 +445,10 @@ class JobQueue(QueueConnection):
         levels = (keys.RETURNED, *Priority)
         return [keys.queue(name, level, special=kind) for level in levels for kind in kinds for name in shuffled]
 
+    def _list_bells(self, models: Sequence[str]) -> list[str]:
+        kinds = (False, True) if self._special else (False,)
+        return [keys.bell(name, special=kind) for kind in kinds for name in models]
+
     async def _run_on_job(self, command: str, job_id: str) -> Job:
         _check_job_id(job_id)
         record = await self._run(command, job_id)
@@ -384,40 +457,37 @@ class JobQueue(QueueConnection):
         return job_from(record)
 
     async def _take_or_return(
-        self, command: str, worker_id: str, streams: Sequence[str]
-    ) -> tuple[Claim | None, list[bytes]]:
+        self, command: str, worker_id: str, streams: Sequence[str], *options: str
+    ) -> tuple[Claim | None, bytes]:
         """Runs claim or reclaim. If the caller is cancelled meanwhile, gives the job back: nobody would run it."""
         if not streams:
-            return None, []
-        running = asyncio.ensure_future(self._run_with_token(command, worker_id, streams))
+            return None, b"none"
+        running = asyncio.ensure_future(self._run_with_token(command, worker_id, streams, *options))
         try:
-            record, seen = await asyncio.shield(running)
+            record, how = await asyncio.shield(running)
         except asyncio.CancelledError:
             with contextlib.suppress(Unavailable):
-                record, _ = await running
+                record, how = await running
                 if record:
-                    await self.release(_claim_from(worker_id, record))
+                    await self.release(_claim_from(worker_id, record, how))
             raise
-        return _claim_from(worker_id, record) if record else None, seen
+        return _claim_from(worker_id, record, how) if record else None, how
 
-    async def _run_with_token(self, command: str, worker_id: str, streams: Sequence[str]) -> Any:
+    async def _run_with_token(self, command: str, worker_id: str, streams: Sequence[str], *options: str) -> Any:
         """Runs claim or reclaim. If a call got no answer, the next one returns the job that it may have started."""
         token = self._unanswered.pop(worker_id, None) or str(ULID())
+        can = " ".join(sorted(self._special))
         try:
-            return await self._run(command, worker_id, token, " ".join(sorted(self._special)), streams=streams)
+            return await self._run(command, worker_id, token, can, *options, streams=streams)
         except Unavailable:
             self._unanswered[worker_id] = token
             raise
 
 
-def _claim_from(worker_id: str, record: Sequence[bytes]) -> Claim:
+def _claim_from(worker_id: str, record: Sequence[bytes], how: bytes) -> Claim:
     job, fields = job_from(record), fields_of(record)
-    return Claim(job, worker_id, job.attempt, fields["stream"].decode(), fields["entry"].decode())
-
-
-def _claim_arguments(claim: Claim) -> tuple[str, str, int, str, str]:
-    """Returns what scripts check a claim by. The entry distinguishes claims of a job that was released between."""
-    return claim.job.id, claim.worker_id, claim.attempt, claim.stream, claim.entry_id
+    stream, entry = fields["stream"].decode(), fields["entry"].decode()
+    return Claim(job, worker_id, job.attempt, stream, entry, taken_over=how == b"again", last=how == b"last")
 
 
 def _source_fields(source: Source | None) -> list[str | bytes]:

@@ -91,8 +91,8 @@ class Rig:
 
         async def carried_out(*args: Any, **kwargs: Any) -> Any:
             nonlocal taken
-            record, _ = await carry_out(*args, **kwargs)
-            taken = _claim_from(worker, record) if record else None
+            record, how = await carry_out(*args, **kwargs)
+            taken = _claim_from(worker, record, how) if record else None
             raise Unavailable("no answer")
 
         queue._run = carried_out  # type: ignore[method-assign]
