@@ -62,7 +62,8 @@ def finished(claim: Claim, event: Completed | Failed | Cancelled | Expired) -> D
         outcome = ("report", written(event.report))
     elif isinstance(event, Failed):
         outcome = ("error", written(event.error))
-    return "finish", *claim_arguments(claim), event.type, written(event), *outcome
+    words: tuple[str | int | bytes, ...] = (*claim_arguments(claim), event.type, written(event), *outcome)
+    return "finish", *words
 
 
 def claim_arguments(claim: Claim) -> tuple[str, str, int, str, str]:
