@@ -245,14 +245,13 @@ def _with_frozen_encoder(folder: Path, recipe: AutoencoderRecipe) -> Autoencoder
     blocks = tuple(config["num_decoder_blocks"])
     if len(blocks) != len(recipe.decoder_blocks):
         raise DataError(f"{folder} has {len(blocks)} levels, not {len(recipe.decoder_blocks)}")
+    settings = {name: value for name, value in config.items() if name != "_name_or_path"}  # a path of this machine
     network = network.float()
-    if blocks != recipe.decoder_blocks:
-        other = AutoencoderTiny.from_config({**config, "num_decoder_blocks": recipe.decoder_blocks})
-        other.encoder.load_state_dict(network.encoder.state_dict())
-        _copy_decoder(network, other)
-        network = other
-    network.encoder.requires_grad_(False)
-    return network
+    further = AutoencoderTiny.from_config({**settings, "num_decoder_blocks": recipe.decoder_blocks})
+    further.encoder.load_state_dict(network.encoder.state_dict())
+    further.encoder.requires_grad_(False)
+    _copy_decoder(network, further)
+    return further
 
 
 def _copy_decoder(source: AutoencoderTiny, target: AutoencoderTiny) -> None:

@@ -142,6 +142,7 @@ def test_a_decoder_is_trained_further_and_the_latents_stay(pictures: Pictures, t
     assert all(name.startswith("decoder.") for name in changed)
     figures = [json.loads((folder / "latents.json").read_text()) for folder in (before, after)]
     assert figures[0]["mean"] == figures[1]["mean"]
+    assert str(tmp_path) not in (after / "config.json").read_text(), "a folder of this machine"
 
 
 def test_a_decoder_with_more_blocks_begins_with_the_weights_that_both_have(pictures: Pictures, tmp_path: Path) -> None:
