@@ -277,7 +277,7 @@ class Engine:
     def _change_path(self, chosen: Chosen, allowed: Allowance | None) -> bool:
         """Change a picture's path once, if it must; tell whether it did."""
         live, picture, _ = chosen
-        if self.pacer is not None and allowed is not None and picture.keep_time(self.pacer.floors[live.model], allowed):
+        if self.pacer is not None and allowed is not None and picture.keep_time(self.pacer.floor, allowed):
             live.lowered = True
             return True
         return picture.change_path()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
-from patchforge.model.budget import Floor, expected_costs, lower
+from patchforge.model.budget import expected_cost, expected_costs, lower
 from patchforge.model.pipeline import Pipeline
 from patchforge.model.trajectory import Trajectory
-from patchforge.service.messages.samplers import Quality, preset
-from patchforge.service.worker.cards import model_card
 from patchforge.service.worker.live import LiveJob, LivePicture
 from patchforge.service.worker.pace import DECAY, Allowance, Backlog, Speed, Work, shares
 
@@ -27,16 +25,16 @@ class Pacer:
         self,
         pipelines: Mapping[str, Pipeline],
         budgets: Mapping[str, int],
-        floor: Quality = Quality.DRAFT,
+        floor: float,
         target: float | None = None,
     ) -> None:
-        """`budgets`: most patches per evaluation of each model. `floor`: the preset below which load lowers no picture.
-        `target`: how many times as long as alone a request may take before load lowers its quality; None: load never
-        does.
+        """`budgets`: most patches per evaluation of each model. `floor`: the share of its usual patch evaluations that
+        load leaves a picture. `target`: how many times as long as alone a request may take before load lowers its
+        quality; None: load never does.
         """
         self.target = target
         self.speeds = {name: Speed() for name in pipelines}
-        self.floors = {name: _floor(pipeline, floor) for name, pipeline in pipelines.items()}
+        self.floor = floor
         self.limits = dict(budgets)
         """Most patches of the next evaluation. While time is short, evaluations are smaller, and pictures finish one
         after another rather than all late."""
@@ -44,7 +42,7 @@ class Pacer:
         """By model; empty while this worker has room for more jobs."""
         self._budgets = budgets
         self._usual = {name: _usual_costs(pipeline) for name, pipeline in pipelines.items()}
-        self._least = {name: _usual_costs(each, self.floors[name]) for name, each in pipelines.items()}
+        self._least = {name: _usual_costs(each, floor) for name, each in pipelines.items()}
         self._measured = dict.fromkeys(pipelines, -math.inf)
         """When the speed of each model was last measured."""
         self._alone = dict.fromkeys(pipelines, 0.0)
@@ -136,21 +134,14 @@ class Pacer:
         return by is not None and first <= patches and speed.run([first] if first else []) < by
 
 
-def _floor(pipeline: Pipeline, quality: Quality) -> Floor:
-    card = model_card(pipeline.manifest)
-    sampler, steps = preset(quality, card.sampler, card.steps)
-    return Floor(steps, sampler.tolerance)
-
-
-def _usual_costs(pipeline: Pipeline, floor: Floor | None = None) -> list[float]:
+def _usual_costs(pipeline: Pipeline, floor: float = 1.0) -> list[float]:
     """The patch evaluations that the model's own choice is expected to make in each step, or those at the floor."""
     defaults = pipeline.manifest.defaults
     options = defaults.sampler.model_dump()
     sampler = pipeline.sampler(options.pop("name"), defaults.steps, defaults.guidance, **options)
     trajectory = Trajectory.begin(sampler, {}, pipeline.noise(0))
     patches = pipeline.grid.patches
-    if floor is not None:
-        lower(trajectory, floor, 0.0, patches)
+    lower(trajectory, floor * expected_cost(trajectory, patches), patches)
     return expected_costs(trajectory, patches)
 
 
