@@ -2,8 +2,9 @@
 
 Every picture has a time at which it is due: what its request says (`finish_within_seconds`), or else a multiple of the
 time that it would take alone. From the measured speed follows how much work fits before each of these times. Pictures
-whose quality may be lowered share it: all that are due before the tightest time get the same share of their usual work.
-If everything fits, all shares are 1, and nothing changes. Counts seconds and patches, touches no tensor.
+whose quality may be lowered share it: all that are due before the tightest time get a share of their usual work, the
+larger the more they gain by it. If everything fits, all shares are 1, and nothing changes. Counts seconds and patches,
+touches no tensor.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ class Work:
     """Seconds from now; negative: it is late."""
     flexible: bool
     """Whether its quality may be lowered. Other work is done too, but nothing is lowered for its sake."""
+    gain: float = 1.0
+    """What more work brings, relative to other works: where time is short, shares are proportional to it."""
 
 
 def shares(works: Sequence[Work]) -> list[float]:
     """Return for each work which share of it can be done in time, 0 to 1; 1 for work that is not flexible.
 
-    The tightest time limits all flexible work that is due by then to the same share. Later work shares what is left.
+    The tightest time limits all flexible work that is due by then to the same share on average; its works share in
+    proportion to their gains. Later work shares what is left.
     """
     order = sorted(range(len(works)), key=lambda index: works[index].due)
     found = [1.0] * len(works)
@@ -55,11 +59,30 @@ def shares(works: Sequence[Work]) -> list[float]:
             share = max(0.0, HEADROOM * work.due - fixed) / flexible if flexible else 1.0
             if share < tightest:
                 tightest, until = share, place + 1
-        for index in order[start:until]:
-            found[index] = tightest if works[index].flexible else 1.0
-            taken += found[index] * works[index].seconds
+        some = [index for index in order[start:until] if works[index].flexible]
+        for index, share in zip(some, _spread([works[index] for index in some], tightest), strict=True):
+            found[index] = share
+        taken += sum(found[index] * works[index].seconds for index in order[start:until])
         start = until
     return found
+
+
+def _spread(works: Sequence[Work], average: float) -> list[float]:
+    """Return shares of at most 1 in proportion to the gains, which take `average` of all seconds together."""
+    left = average * sum(work.seconds for work in works)
+    shares = [1.0] * len(works)
+    going = set(range(len(works))) if average < 1 else set()
+    while going:
+        gains = sum(works[index].gain * works[index].seconds for index in going)
+        level = left / gains if gains else 0.0
+        full = {index for index in going if level * works[index].gain >= 1}
+        if not full:
+            for index in going:
+                shares[index] = level * works[index].gain
+            break
+        left = max(0.0, left - sum(works[index].seconds for index in full))
+        going -= full
+    return shares
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from patchforge.model.budget import expected_cost, expected_costs, lower
 from patchforge.model.pipeline import Pipeline
@@ -73,9 +73,10 @@ class Pacer:
         for (live, _), cost in zip(going, costs, strict=True):
             packs[live.model] += sum(cost[:1])
         rates = {name: self._rate(name, pack) for name, pack in packs.items()}
+        gains = _gains([picture for _, picture in going])
         works = [
-            self._work(live, picture, sum(cost), rates[live.model])
-            for (live, picture), cost in zip(going, costs, strict=True)
+            self._work(live, picture, sum(cost), rates[live.model], gain)
+            for (live, picture), cost, gain in zip(going, costs, gains, strict=True)
         ]
         found = shares([*works, *self._waiting(rates)])
         self._limit(rates if min(found, default=1.0) < 1 else ())
@@ -110,10 +111,10 @@ class Pacer:
         speed = self.speeds[model]
         return speed.per_patch(min(pack, self.limits[model])) if speed.known and pack else 0.0
 
-    def _work(self, live: LiveJob, picture: LivePicture, patches: float, rate: float) -> Work:
+    def _work(self, live: LiveJob, picture: LivePicture, patches: float, rate: float, gain: float) -> Work:
         seconds = picture.within_budget(patches) * rate + (self.speeds[live.model].decode or 0.0)
         due = live.due(self.target)
-        return Work(seconds, due, rate > 0 and live.may_be_lowered and not picture.path)
+        return Work(seconds, due, rate > 0 and live.may_be_lowered and not picture.path, gain)
 
     def _waiting(self, rates: Mapping[str, float]) -> list[Work]:
         """The jobs that wait for a worker, as work."""
@@ -132,6 +133,22 @@ class Pacer:
         first = 0.0 if picture.trajectory.state.evaluations else float(picture.trajectory.sampler.grid.patches)
         by = live.finish_in
         return by is not None and first <= patches and speed.run([first] if first else []) < by
+
+
+def _gains(pictures: Sequence[LivePicture]) -> list[float]:
+    """What more work brings each picture, 1 on average: the square root of the mean squared error of landing now.
+
+    A picture that has not begun counts as average. Where errors shrink with the steps, this spends steps best.
+    """
+    errors = [
+        float(((1 - each.times).square() * each.difficulty).mean().sqrt())
+        if each.trajectory.state.evaluations
+        else None
+        for each in pictures
+    ]
+    known = [error for error in errors if error is not None and math.isfinite(error)]
+    mean = sum(known) / len(known) if known else 0.0
+    return [error / mean if mean and error is not None and math.isfinite(error) else 1.0 for error in errors]
 
 
 def _usual_costs(pipeline: Pipeline, floor: float = 1.0) -> list[float]:

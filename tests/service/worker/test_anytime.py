@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from patchforge.model.pipeline import Pipeline
 from patchforge.service.messages.schemas import Job, SavingsReport
@@ -146,6 +147,20 @@ def test_under_load_pictures_that_may_be_are_lowered_together_and_no_other(pipel
     path = reports[jobs[3].id].images[0].path
     again, _ = busy.draw(same := wish(seed=3, path=[each.model_dump() for each in path]))
     assert np.array_equal(pixels(again, same.id), pixels(outcomes, jobs[3].id))
+
+
+def test_under_load_more_work_goes_to_pictures_that_are_further_from_their_end(pipelines: dict[str, Pipeline]) -> None:
+    busy = Busy(pipelines, target=5.0)
+    for seed in range(16):
+        busy.engine.admit(wish(degradable=True, sampler=DENSE, seed=seed))
+    busy.engine.step()
+    begun = [picture for live in busy.engine.jobs.values() for picture in live.pictures]
+    assert {picture.trajectory.state.evaluations for picture in begun} == {1}
+    for picture, deviation in zip(begun, 8 * [1.0, 2.0], strict=True):
+        picture.difficulty = torch.full_like(picture.difficulty, deviation**2)
+    busy.pacer.target = 2.0
+    easy, hard, *_ = [each.patches for each in busy.pacer.allowances(busy.engine.jobs.values()).values()]
+    assert hard == pytest.approx(2 * easy)
 
 
 def test_load_lowers_nothing_below_the_floor(pipelines: dict[str, Pipeline]) -> None:
