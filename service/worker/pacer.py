@@ -48,18 +48,19 @@ class Pacer:
         self._alone = dict.fromkeys(pipelines, 0.0)
         """Seconds that recent jobs of each model would have taken alone."""
 
-    def admit(self, live: LiveJob) -> None:
-        """Note what a new job would take alone, if the speed is known."""
+    def admit(self, live: LiveJob, seconds: float) -> None:
+        """Note how long a new job took to begin, and what it would take alone, if the speed is known."""
         speed = self.speeds[live.model]
+        speed.began(seconds)
         if speed.known and not live.done:
             costs = [expected_costs(picture.trajectory, picture.unfinished) for picture in live.pictures]
             live.alone = speed.run([sum(step) for step in zip(*costs, strict=True)], len(costs))
             before = self._alone[live.model] or live.alone
             self._alone[live.model] = DECAY * before + (1 - DECAY) * live.alone
 
-    def evaluated(self, model: str, patches: int, seconds: float, now: float) -> None:
+    def evaluated(self, model: str, patches: int, seconds: float, others: float, now: float) -> None:
         """Record an evaluation that ended at `now`; see `Speed.evaluated`."""
-        self.speeds[model].evaluated(patches, seconds)
+        self.speeds[model].evaluated(patches, seconds, others)
         self._measured[model] = now
 
     def allowances(self, jobs: Collection[LiveJob]) -> dict[Key, Allowance]:
@@ -109,7 +110,7 @@ class Pacer:
     def _rate(self, model: str, pack: float) -> float:
         """Seconds per patch, if evaluations are as full as they can be with so many patches in all."""
         speed = self.speeds[model]
-        return speed.per_patch(min(pack, self.limits[model])) if speed.known and pack else 0.0
+        return speed.drag * speed.per_patch(min(pack, self.limits[model])) if speed.known and pack else 0.0
 
     def _work(self, live: LiveJob, picture: LivePicture, patches: float, rate: float, gain: float) -> Work:
         seconds = picture.within_budget(patches) * rate + (self.speeds[live.model].decode or 0.0)

@@ -66,6 +66,20 @@ def test_the_speed_is_a_line_through_the_newest_measurements() -> None:
     assert speed.run([100, 300], 2) == pytest.approx(0.3 + 0.5 + 0.04, rel=0.01)
 
 
+def test_what_a_picture_takes_alone_is_not_forgotten_under_load() -> None:
+    speed = Speed()
+    speed.decoded(1, 0.1)
+    for _ in range(5):
+        speed.evaluated(64, 0.02)
+    alone = speed.run([64, 64])
+    for _ in range(500):
+        speed.evaluated(1000, 0.2, others=0.05)
+    assert speed.run([64, 64]) == pytest.approx(alone)
+    assert speed.drag == pytest.approx(1.25)
+    speed.began(0.03)
+    assert speed.run([64, 64]) == pytest.approx(alone + 0.03)
+
+
 def test_a_pause_does_not_look_like_a_slow_device() -> None:
     speed = Speed()
     speed.decoded(1, 0.1)
