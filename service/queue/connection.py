@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from patchforge.service.errors import QueueRefused, Unavailable
 from patchforge.service.messages.events import Cancelled, Expired, Failed, Queued
+from patchforge.service.messages.room import PREVIEWS_BYTES
 from patchforge.service.messages.schemas import Job, JobError
 from patchforge.service.queue import keys
 from patchforge.service.queue.masters import open_clients
@@ -24,12 +25,15 @@ from patchforge.service.settings import Settings
 COMMAND_TIMEOUT = 3.0  # seconds to wait for an answer from Redis
 REPLICAS_TIMEOUT = 1.5  # seconds to wait for replicas
 LONGEST_BLOCK = 5.0  # longest blocking read, in seconds
-EVENTS_KEPT = 512  # most events kept for one job
+EVENTS_KEPT = 512  # most events kept for one job, unless more of them are no previews
 DEAD_LETTERS_KEPT = 1000
 MAX_OPEN_BATCHES = 100  # of one API key
-ADMITTING = frozenset({"submit", "feed_line", "create_batch", "add_file"})  # refused when Redis is full
-PROMISED = ADMITTING - {"feed_line"}  # on replicas before the caller hears of it; a lost line of a batch is fed again
-SCRIPTS = ("queue.lua", "batches.lua", "dispatch.lua")
+BATCH_LINE_BYTES = 512  # for each line of a batch: its outcome and custom id, until the batch ends
+REVIEW_SECONDS = 60  # between looks whether a reservation's job has ended unnoticed
+REVIEWED = 100  # reservations that one call looks at
+ADMITTING = frozenset({"submit", "feed_line", "create_batch", "admit_file", "add_file"})  # refused when Redis is full
+PROMISED = ADMITTING - {"feed_line", "admit_file"}  # on replicas before the caller hears; others are simply repeated
+SCRIPTS = ("queue.lua", "reservations.lua", "batches.lua", "dispatch.lua")
 SKIPS = 1000  # stale entries that one claim may skip in each stream; takes Redis about 10 ms
 
 
@@ -49,6 +53,8 @@ class QueueConnection:
         self._advance = redis.register_script("#!lua flags=allow-oom\n" + script)
         self._wait_replicas = settings.redis_wait_replicas
         self.on_ended: Callable[[Job], None] = lambda job: None
+        self.on_no_room: Callable[[], None] = lambda: None
+        """Called with each submit, file and batch that is refused for lack of memory."""
 
     @classmethod
     def connect(cls, url: str, settings: Settings) -> Self:
@@ -107,13 +113,21 @@ class QueueConnection:
         info = await self._do("INFO", "memory")
         return int(info["used_memory"]), int(info["maxmemory"])
 
+    async def reserved(self) -> tuple[int, int]:
+        """Returns the bytes that accepted jobs may still come to hold, and the limit for these and all that is held.
+
+        The limit is the share of the queue server's memory that may be in use when a job is accepted; 0 = no limit.
+        """
+        reserved, limit = await self._run("reserved")
+        return int(reserved), int(limit)
+
     async def _do(self, *command: str | bytes | int) -> Any:
         client: Any = self._redis  # its execute_command has no types
         with redis_call():
             return await client.execute_command(*command)
 
     async def _run(self, command: str, *args: Any, streams: Sequence[str] = (keys.WAITING,)) -> Any:
-        """Runs one command of `queue.lua` or `batches.lua`, and reports the jobs that ended as a side effect."""
+        """Runs one command of `queue.lua` and the files beside it, and reports the jobs that ended as a side effect."""
         replicas = missing = self._wait_replicas if command in PROMISED else 0
         script = self._admit if command in ADMITTING else self._advance
         with redis_call():
@@ -178,6 +192,12 @@ def _script(settings: Settings) -> str:
         "MAX_OPEN_BATCHES": MAX_OPEN_BATCHES,
         "DEAD_LETTERS_KEPT": DEAD_LETTERS_KEPT,
         "SKIPS": SKIPS,
+        "EVENTS_KEPT": EVENTS_KEPT,
+        "PREVIEWS_BYTES": PREVIEWS_BYTES,
+        "MEMORY_BYTES": settings.redis_memory_bytes,
+        "BATCH_LINE_BYTES": BATCH_LINE_BYTES,
+        "REVIEW_SECONDS": REVIEW_SECONDS,
+        "REVIEWED": REVIEWED,
         "QUEUED": Queued().model_dump_json(),
         "CANCELLED": Cancelled().model_dump_json(),
         "EXPIRED": Expired().model_dump_json(),
