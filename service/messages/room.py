@@ -54,7 +54,7 @@ def _evaluations(request: GenerationRequest) -> int:
         case Heun() | LookAhead():
             each = 2
         case DualLoop(inner_steps=inner):
-            each = inner + 1
+            each = inner
         case _:
             each = 1
     return each * (request.steps or 1) + 1

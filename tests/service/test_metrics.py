@@ -59,6 +59,8 @@ def a_queue(*workers: list[str], **waiting: int) -> QueueState:
         batches={"in_progress": 2},
         memory_bytes=10,
         memory_limit_bytes=100,
+        reserved_bytes=20,
+        admission_limit_bytes=90,
         replicas=2,
         unreplicated_bytes=5,
     )
