@@ -14,6 +14,7 @@ from patchforge.service.logs import DROPPED
 from patchforge.service.messages.batches import ENDINGS, LINE_OUTCOMES, OPEN
 from patchforge.service.messages.schemas import Job
 from patchforge.service.metrics import BY_REQUEST, OTHER, SECONDS, request_labels
+from patchforge.service.queue.connection import Memory
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -30,13 +31,7 @@ class QueueState:
     """For each live worker, the models it serves."""
     batches: Mapping[str, int]
     """Batches that have not ended, by status; statuses without any are left out."""
-    memory_bytes: int
-    memory_limit_bytes: int
-    """0 if the queue server has no limit."""
-    reserved_bytes: int
-    """What accepted jobs may still come to hold."""
-    admission_limit_bytes: int
-    """What may be used and reserved together when a job is accepted; 0 = no limit."""
+    memory: Memory
     replicas: int
     """Replicas that follow the queue server."""
     unreplicated_bytes: int
@@ -140,10 +135,10 @@ class GatewayMetrics:
             for gauge in self._of_queue_server:
                 gauge.set(math.nan)
             return
-        self._memory.set(state.memory_bytes)
-        self._memory_limit.set(state.memory_limit_bytes)
-        self._reserved.set(state.reserved_bytes)
-        self._admission_limit.set(state.admission_limit_bytes)
+        self._memory.set(state.memory.used)
+        self._memory_limit.set(state.memory.limit)
+        self._reserved.set(state.memory.reserved)
+        self._admission_limit.set(state.memory.admission_limit)
         self._replicas.set(state.replicas)
         self._unreplicated.set(state.unreplicated_bytes)
         self._workers.set(len(state.workers))

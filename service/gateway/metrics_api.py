@@ -46,17 +46,16 @@ async def scrape(
 
 
 async def _read_queue_state(queue: JobQueue) -> QueueState:
-    waiting, oldest, workers, batches, (memory, limit), room, (replicas, behind) = await asyncio.gather(
+    waiting, oldest, workers, batches, memory, (replicas, behind) = await asyncio.gather(
         queue.waiting(),
         queue.oldest_waiting(),
         queue.workers(),
         queue.count_batches(),
         queue.memory(),
-        queue.reserved(),
         queue.replication(),
     )
     served = [[card.name for card in each.cards] for each in workers.values()]
-    return QueueState(waiting, oldest, served, batches, memory, limit, *room, replicas, behind)
+    return QueueState(waiting, oldest, served, batches, memory, replicas, behind)
 
 
 class MetricsMiddleware:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Self
 
@@ -35,6 +36,19 @@ ADMITTING = frozenset({"submit", "feed_line", "create_batch", "admit_file", "add
 PROMISED = ADMITTING - {"feed_line", "admit_file"}  # on replicas before the caller hears; others are simply repeated
 SCRIPTS = ("queue.lua", "reservations.lua", "batches.lua", "dispatch.lua")
 SKIPS = 1000  # stale entries that one claim may skip in each stream; takes Redis about 10 ms
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of the queue server, in bytes; for limits, 0 = none."""
+
+    used: int
+    limit: int
+    """Its own `maxmemory`."""
+    reserved: int
+    """What accepted jobs may still come to hold."""
+    admission_limit: int
+    """What may be used and reserved together when a job is accepted."""
 
 
 class QueueConnection:
@@ -108,18 +122,9 @@ class QueueConnection:
         own = int(info["master_repl_offset"])
         return len(offsets), own - max(offsets, default=own)
 
-    async def memory(self) -> tuple[int, int]:
-        """Returns the bytes that the queue server uses, and the bytes it may use; 0 = no limit."""
-        info = await self._do("INFO", "memory")
-        return int(info["used_memory"]), int(info["maxmemory"])
-
-    async def reserved(self) -> tuple[int, int]:
-        """Returns the bytes that accepted jobs may still come to hold, and the limit for these and all that is held.
-
-        The limit is the share of the queue server's memory that may be in use when a job is accepted; 0 = no limit.
-        """
-        reserved, limit = await self._run("reserved")
-        return int(reserved), int(limit)
+    async def memory(self) -> Memory:
+        """Returns how much memory the queue server uses, and may use."""
+        return Memory(*await self._run("memory"))
 
     async def _do(self, *command: str | bytes | int) -> Any:
         client: Any = self._redis  # its execute_command has no types

@@ -5,17 +5,17 @@
 -- as what it takes, until it expires. RESERVED_UNTIL has the time to look whether that end was missed: an older version
 -- ended the job, or someone deleted it by hand.
 
--- Bytes that the server uses, and the most that it may use; 0 = no limit.
+-- Bytes that the server uses, its own limit for them, and the smaller of that and ours; 0 = no limit.
 local function memory()
   local info = call('INFO', 'memory')
   local function read(name)
     return tonumber(string.match(info, '\n' .. name .. ':(%d+)') or 0)
   end
-  local limit = read('maxmemory')
-  if MEMORY_BYTES > 0 and (limit == 0 or MEMORY_BYTES < limit) then
-    limit = MEMORY_BYTES
+  local own, limit = read('maxmemory'), MEMORY_BYTES
+  if limit == 0 or own > 0 and own < limit then
+    limit = own
   end
-  return read('used_memory') - read('mem_not_counted_for_evict'), limit
+  return read('used_memory') - read('mem_not_counted_for_evict'), own, limit
 end
 
 local function reserved()
@@ -55,7 +55,7 @@ end
 -- A refusal if `bytes` more do not fit into a share of the memory: {'crowded', bytes, free, most}. Otherwise nil.
 refuse_without_room = function(bytes, share)
   review_reservations()
-  local used, limit = memory()
+  local used, _, limit = memory()
   local most = share * limit
   local free = most - used - reserved()
   if limit > 0 and bytes > free then
@@ -63,9 +63,9 @@ refuse_without_room = function(bytes, share)
   end
 end
 
--- {reserved bytes, bytes that the server may use when a job is accepted; 0 = no limit}.
-function commands.reserved()
+-- {used, the server's limit, reserved, limit of both together when a job is accepted}, in bytes.
+function commands.memory()
   review_reservations()
-  local _, limit = memory()
-  return { reserved(), WHOLE.memory * limit }
+  local used, own, limit = memory()
+  return { used, own, reserved(), WHOLE.memory * limit }
 end

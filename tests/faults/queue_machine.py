@@ -120,7 +120,14 @@ class QueueMachine(RuleBasedStateMachine):
         self.submit_one(**request)
 
     def submit_one(
-        self, model: str, priority: Priority, deadline: bool, key: str | None, fingerprint: str, special: bool, room: int
+        self,
+        model: str,
+        priority: Priority,
+        deadline: bool,
+        key: str | None,
+        fingerprint: str,
+        special: bool,
+        room: int,
     ) -> None:
         request = a_request(model=model, priority=priority, deadline_seconds=3600.0 if deadline else None)
         needs = {"special"} if special else None

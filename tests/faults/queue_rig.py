@@ -73,7 +73,9 @@ class Rig:
         return self.runner.run(call)
 
     def snapshot(self, jobs: Sequence[str]) -> Any:
-        return json.loads(self._snapshot([keys.WAITING, *PREFIXES, keys.GROUP, keys.RESERVED, keys.RESERVED_UNTIL], list(jobs)))
+        return json.loads(
+            self._snapshot([keys.WAITING, *PREFIXES, keys.GROUP, keys.RESERVED, keys.RESERVED_UNTIL], list(jobs))
+        )
 
     def age(self, claim: Claim) -> None:
         """Makes the claim look as if its worker had been silent for too long."""

@@ -37,7 +37,7 @@ async def settings(queue_server: EmbeddedServer, redis_client: Redis) -> AsyncIt
 
 
 async def reserved(queue: JobQueue) -> int:
-    return (await queue.reserved())[0]
+    return (await queue.memory()).reserved
 
 
 async def test_a_job_that_might_not_fit_is_refused_until_another_ends(queue: JobQueue) -> None:
