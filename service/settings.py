@@ -95,6 +95,12 @@ class QueueSettings(BaseSettings):
     redis_wait_replicas: int = Field(
         0, ge=0, description="Replicas that must have a job before it is accepted, else 503; 0 = none."
     )
+    redis_memory_bytes: int = Field(
+        0,
+        ge=0,
+        description="Most memory of the queue server for all that it holds: a job that might need more is refused with "
+        "503. 0 = only the server's own `maxmemory` counts; otherwise the smaller one.",
+    )
     data_dir: Path = Field(Path(".patchforge"), description="Data folder of the embedded queue server.")
     max_waiting: int = Field(256, ge=1, description="Waiting jobs; beyond that, new jobs are refused with 503.")
     max_attempts: int = Field(3, ge=1, description="Starts of a job before it is dead-lettered.")

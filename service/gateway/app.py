@@ -146,7 +146,7 @@ class Gateway:
             metrics.count_request_ended_in_queue(job)
             tracing.ended_in_queue(job)
 
-        queue.on_ended = record_end
+        queue.on_ended, queue.on_no_room = record_end, metrics.count_refusal_for_memory
         keys = ApiKeys(settings.api_keys)
         certificate = load_certificate(settings)
         self.app = create_app(settings, self.service, metrics, keys)

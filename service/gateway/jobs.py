@@ -20,6 +20,7 @@ from patchforge.service.gateway.source_pictures import SourcePictures
 from patchforge.service.gateway.statistics import InferenceStatistics
 from patchforge.service.messages.events import TERMINAL_EVENTS, Event
 from patchforge.service.messages.protocol import needs_of
+from patchforge.service.messages.room import room_for
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
 from patchforge.service.messages.source import Source
 from patchforge.service.queue import JobQueue
@@ -43,6 +44,8 @@ class Prepared:
     needs: frozenset[str]
     degradable: bool
     card: ModelCard
+    room: int
+    """Bytes that the queue server may come to hold of the job."""
 
 
 class JobService:
@@ -87,7 +90,7 @@ class JobService:
             NotFound: no worker serves the model.
             IdempotencyConflict: the key was used with another request.
             RateLimited: the API key has reached a limit.
-            QueueFull: too many jobs are waiting.
+            QueueFull: too many jobs are waiting, or the queue server might run out of memory.
             TooLittleTime: no worker could finish the pictures within `finish_within_seconds`.
             Unavailable: the server is shutting down, or the queue server or all workers are away.
         """
@@ -102,6 +105,7 @@ class JobService:
             source=ready.source,
             trace=tracing.carrier(),
             needs=ready.needs,
+            room=ready.room,
             degradable=ready.degradable,
         )
         trace.get_current_span().set_attribute("patchforge.job", job.id)
@@ -126,7 +130,7 @@ class JobService:
         needs = needs_of(filled)
         fleet.check_capabilities(card.name, needs)
         fleet.check_time(filled)
-        return Prepared(filled, source, sent, needs, is_degradable(request), card)
+        return Prepared(filled, source, sent, needs, is_degradable(request), card, room_for(filled, card, source))
 
     async def run(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Run:
         """Queues a job that belongs to its caller. Use the result in `async with`: leaving it early cancels the job.

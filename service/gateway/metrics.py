@@ -14,6 +14,7 @@ from patchforge.service.logs import DROPPED
 from patchforge.service.messages.batches import ENDINGS, LINE_OUTCOMES, OPEN
 from patchforge.service.messages.schemas import Job
 from patchforge.service.metrics import BY_REQUEST, OTHER, SECONDS, request_labels
+from patchforge.service.queue.connection import Memory
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -30,9 +31,7 @@ class QueueState:
     """For each live worker, the models it serves."""
     batches: Mapping[str, int]
     """Batches that have not ended, by status; statuses without any are left out."""
-    memory_bytes: int
-    memory_limit_bytes: int
-    """0 if the queue server has no limit."""
+    memory: Memory
     replicas: int
     """Replicas that follow the queue server."""
     unreplicated_bytes: int
@@ -55,6 +54,11 @@ class GatewayMetrics:
         gauge("queue_capacity", "Number of waiting requests at which new ones are refused.").set(max_waiting)
         self._memory = gauge("queue_memory_bytes", "Memory that the queue server uses.")
         self._memory_limit = gauge("queue_memory_limit_bytes", "Memory that the queue server may use; 0 = no limit.")
+        self._reserved = gauge("queue_reserved_bytes", "Memory that accepted requests may still come to need.")
+        self._admission_limit = gauge(
+            "queue_admission_limit_bytes",
+            "Used and reserved memory beyond which requests are refused; 0 = no limit.",
+        )
         self._replicas = gauge("queue_replicas", "Replicas that follow the queue server.")
         self._unreplicated = gauge("queue_unreplicated_bytes", "What its nearest replica has not confirmed.")
         self._waiting = gauge("requests_waiting", "Accepted requests that no worker has started.", "model")
@@ -62,6 +66,15 @@ class GatewayMetrics:
             "queue_oldest_seconds", "Seconds that the oldest waiting request has waited, batches apart.", "model"
         )
         self._workers = gauge("workers", "Live workers.")
+        self._of_queue_server = (
+            self._memory,
+            self._memory_limit,
+            self._reserved,
+            self._admission_limit,
+            self._replicas,
+            self._unreplicated,
+            self._workers,
+        )
         self._model_workers = gauge("model_workers", "Live workers that serve a model.", "model")
         self._batches = gauge("batches_open", "Batches that have not ended, by status.", "status")
         self._batches_ended = Counter(
@@ -74,6 +87,11 @@ class GatewayMetrics:
             self._batches_ended.labels(status)
         for outcome in LINE_OUTCOMES:
             self._batch_lines.labels(outcome)
+        self._no_room = Counter(
+            "patchforge_memory_refusals",
+            "Requests, files and batches refused because the queue server might run out of memory.",
+            registry=registry,
+        )
         self._ended = Counter(
             "patchforge_requests", "Ended requests, by final status.", (*BY_REQUEST, "status"), registry=registry
         )
@@ -114,11 +132,13 @@ class GatewayMetrics:
             labelled.clear()
         self._queue_up.set(state is not None)
         if state is None:
-            for gauge in (self._memory, self._memory_limit, self._replicas, self._unreplicated, self._workers):
+            for gauge in self._of_queue_server:
                 gauge.set(math.nan)
             return
-        self._memory.set(state.memory_bytes)
-        self._memory_limit.set(state.memory_limit_bytes)
+        self._memory.set(state.memory.used)
+        self._memory_limit.set(state.memory.limit)
+        self._reserved.set(state.memory.reserved)
+        self._admission_limit.set(state.memory.admission_limit)
         self._replicas.set(state.replicas)
         self._unreplicated.set(state.unreplicated_bytes)
         self._workers.set(len(state.workers))
@@ -133,6 +153,10 @@ class GatewayMetrics:
     def count_request_ended_in_queue(self, job: Job) -> None:
         """Counts a request that ended while no worker held it: see `JobQueue.on_ended`."""
         self._ended.labels(*request_labels(job), job.status.value).inc()
+
+    def count_refusal_for_memory(self) -> None:
+        """Counts a request, file or batch that was refused: see `JobQueue.on_no_room`."""
+        self._no_room.inc()
 
     def count_batch_line(self, outcome: str) -> None:
         """Counts a request of a batch that has `completed`, `failed`, or was `cancelled` or `refused`."""

@@ -46,7 +46,7 @@ async def scrape(
 
 
 async def _read_queue_state(queue: JobQueue) -> QueueState:
-    waiting, oldest, workers, batches, (memory, limit), (replicas, behind) = await asyncio.gather(
+    waiting, oldest, workers, batches, memory, (replicas, behind) = await asyncio.gather(
         queue.waiting(),
         queue.oldest_waiting(),
         queue.workers(),
@@ -55,7 +55,7 @@ async def _read_queue_state(queue: JobQueue) -> QueueState:
         queue.replication(),
     )
     served = [[card.name for card in each.cards] for each in workers.values()]
-    return QueueState(waiting, oldest, served, batches, memory, limit, replicas, behind)
+    return QueueState(waiting, oldest, served, batches, memory, replicas, behind)
 
 
 class MetricsMiddleware:

@@ -46,12 +46,22 @@ function commands.list_owned(index, prefix, after, count)
   return { found, more and 1 or 0 }
 end
 
+-- Reserves room for a file that is about to be sent, until `add_file`. Returns a refusal, or {'ok'}.
+function commands.admit_file(id, bytes, seconds)
+  local refused = refuse_without_room(tonumber(bytes), HALF.memory)
+  if not refused then
+    reserve(FILE .. id, tonumber(bytes), seconds)
+  end
+  return refused or { 'ok' }
+end
+
 -- Shows a file whose lines are all there; `...` are fields and values in turn.
 function commands.add_file(id, tenant, ttl, ...)
   call('HSET', FILE .. id, 'id', id, 'tenant', tenant, 'created_at', now, 'expires_at', now + ttl, ...)
   call('EXPIRE', FILE .. id, ttl)
   call('EXPIRE', FILE_LINES .. id, ttl)
   call('ZADD', FILES_OF .. tenant, now, id)
+  unreserve(FILE .. id) -- its lines are stored
   return call('HGETALL', FILE .. id)
 end
 
@@ -66,13 +76,20 @@ function commands.create_batch(id, file, tenant, window, idempotency_key, finger
       return { 'ok', batch_record(first) }
     end
   end
-  local its_tenant, length, requests = unpack(call('HMGET', FILE .. file, 'tenant', 'length', 'requests'))
+  local its_tenant, length, requests, bytes =
+    unpack(call('HMGET', FILE .. file, 'tenant', 'length', 'requests', 'bytes'))
   if its_tenant ~= tenant or not length then
     return { 'missing' }
   end
   if call('SCARD', BATCHES_OPEN_OF .. tenant) >= MAX_OPEN_BATCHES then
     return { 'busy' }
   end
+  local results = BATCH_LINE_BYTES * length
+  local refused = refuse_without_room(bytes + results, HALF.memory)
+  if refused then
+    return refused
+  end
+  reserve(BATCH .. id, results, REVIEW_SECONDS)
   call('COPY', FILE_LINES .. file, BATCH_INPUT .. id)
   call('PERSIST', BATCH_INPUT .. id)
   call('HSET', BATCH .. id, 'id', id, 'tenant', tenant, 'input_file', file, 'created_at', now, 'expires_at',
@@ -226,6 +243,7 @@ local function end_batch(id, ending)
   end
   call('ZREM', BATCHES_OPEN, id)
   call('SREM', BATCHES_OPEN_OF .. tenant, id)
+  unreserve(BATCH .. id)
 end
 
 -- Lets all results of a batch expire together, a part at each call: there may be fifty thousand.

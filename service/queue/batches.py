@@ -18,11 +18,10 @@ from patchforge.service.queue import keys
 from patchforge.service.queue.connection import MAX_OPEN_BATCHES, QueueConnection
 from patchforge.service.queue.records import fields_of
 
-ROOM = 0.75
-"""Share of the queue server's memory beyond which batches add nothing: the rest is for everyone else's jobs."""
 PUSHED = 1000  # lines of a file in one command
 UPLOAD_SECONDS = 600  # lifetime of the lines of a file that never became complete
 LINES_READ = 100  # lines of a batch in one command
+LINE_BYTES = 16  # that Redis needs for a line of a file, besides the line
 LEAD_MS = 5000  # a gateway that was not heard for so long feeds no batches; another one does
 WAIT_SECONDS = 60  # that a client should wait for room
 
@@ -76,34 +75,29 @@ class SettledLine:
 class BatchStore(QueueConnection):
     """Batches and files of all tenants. Any method may raise `Unavailable`: Redis is full or silent."""
 
-    async def check_room(self) -> None:
-        """Checks that batches may use more of the queue server's memory.
-
-        Raises:
-            QueueFull: they may not.
-        """
-        used, limit = await self.memory()
-        if limit and used > ROOM * limit:
-            message = "the server has no room for batches: delete results that you have, or wait until some expire"
-            raise QueueFull(message, retry_after=WAIT_SECONDS)
-
     async def add_file(self, lines: Sequence[bytes], filename: str, tenant: str | None, ttl: int) -> BatchFile:
         """Stores a file of requests for `ttl` seconds. `lines` are what is between its line feeds.
 
         Raises:
-            QueueFull: batches use too much memory.
+            QueueFull: the queue server has no room for it.
         """
-        await self.check_room()
         number = str(ULID())
+        size = sum(map(len, lines)) + len(lines) - 1
+        outcome, *record = await self._run("admit_file", number, size + LINE_BYTES * len(lines), UPLOAD_SECONDS)
+        self._refuse_without_room(outcome, record)
         for start in range(0, len(lines), PUSHED):
             await self._do("RPUSH", keys.FILE_LINES + number, *lines[start : start + PUSHED])
             if start == 0:
                 await self._do("EXPIRE", keys.FILE_LINES + number, UPLOAD_SECONDS)
-        size = sum(map(len, lines)) + len(lines) - 1
         fields = {"purpose": "batch", "kind": "input", "filename": filename, "bytes": size, "length": len(lines)}
         fields["requests"] = sum(1 for line in lines if line.strip())
         pairs = [part for pair in fields.items() for part in pair]
         return _file_from(await self._run("add_file", number, tenant or "", ttl, *pairs)).file
+
+    def _refuse_without_room(self, outcome: bytes, record: Sequence[int]) -> None:
+        if outcome == b"crowded":
+            self.on_no_room()
+            raise no_room(*record)
 
     async def file(self, file_id: str, tenant: str | None) -> StoredFile:
         """Returns a file.
@@ -158,9 +152,8 @@ class BatchStore(QueueConnection):
             NotFound: there is no such file of requests.
             TooManyJobs: the tenant has too many batches that have not ended.
             IdempotencyConflict: the key was used with another fingerprint.
-            QueueFull: batches use too much memory.
+            QueueFull: the queue server has no room for it and its results.
         """
-        await self.check_room()
         key = "" if idempotency_key is None else keys.idempotency(f"batch\0{idempotency_key}", tenant)
         fields = {"window": window, "metadata": "" if metadata is None else json.dumps(dict(metadata))}
         fields["endpoint"] = endpoint or ""
@@ -174,6 +167,7 @@ class BatchStore(QueueConnection):
             sha256(fingerprint.encode()).hexdigest(),
             *(part for pair in fields.items() for part in pair),
         )
+        self._refuse_without_room(outcome, record)
         if outcome == b"missing":
             raise NotFound(f"no file {file_id} with requests", field="input_file_id")
         if outcome == b"busy":
@@ -306,6 +300,19 @@ class BatchStore(QueueConnection):
             for line in lines:
                 yield line
             start += len(lines)
+
+
+def no_room(needed: int, free: int, most: int) -> QueueFull:
+    """Returns the refusal of what may need so many bytes of the queue server, which has `free` of `most` left."""
+    return QueueFull(
+        f"the queue server has no room: this may need {megabytes(needed)}, and {megabytes(free)} of {megabytes(most)} "
+        "are free; delete results that you have, or wait until some expire",
+        retry_after=WAIT_SECONDS,
+    )
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
 
 
 def _number_of(pattern: re.Pattern[str], name: str, what: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from redis.exceptions import RedisError
 
 from patchforge.service.errors import QueueRefused, Unavailable
 from patchforge.service.messages.events import Cancelled, Expired, Failed, Queued
+from patchforge.service.messages.room import PREVIEWS_BYTES
 from patchforge.service.messages.schemas import Job, JobError
 from patchforge.service.queue import keys
 from patchforge.service.queue.masters import open_clients
@@ -24,13 +26,29 @@ from patchforge.service.settings import Settings
 COMMAND_TIMEOUT = 3.0  # seconds to wait for an answer from Redis
 REPLICAS_TIMEOUT = 1.5  # seconds to wait for replicas
 LONGEST_BLOCK = 5.0  # longest blocking read, in seconds
-EVENTS_KEPT = 512  # most events kept for one job
+EVENTS_KEPT = 512  # most events kept for one job, unless more of them are no previews
 DEAD_LETTERS_KEPT = 1000
 MAX_OPEN_BATCHES = 100  # of one API key
-ADMITTING = frozenset({"submit", "feed_line", "create_batch", "add_file"})  # refused when Redis is full
-PROMISED = ADMITTING - {"feed_line"}  # on replicas before the caller hears of it; a lost line of a batch is fed again
-SCRIPTS = ("queue.lua", "batches.lua", "dispatch.lua")
+BATCH_LINE_BYTES = 512  # for each line of a batch: its outcome and custom id, until the batch ends
+REVIEW_SECONDS = 60  # between looks whether a reservation's job has ended unnoticed
+REVIEWED = 100  # reservations that one call looks at
+ADMITTING = frozenset({"submit", "feed_line", "create_batch", "admit_file", "add_file"})  # refused when Redis is full
+PROMISED = ADMITTING - {"feed_line", "admit_file"}  # on replicas before the caller hears; others are simply repeated
+SCRIPTS = ("queue.lua", "reservations.lua", "batches.lua", "dispatch.lua")
 SKIPS = 1000  # stale entries that one claim may skip in each stream; takes Redis about 10 ms
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of the queue server, in bytes; for limits, 0 = none."""
+
+    used: int
+    limit: int
+    """Its own `maxmemory`."""
+    reserved: int
+    """What accepted jobs may still come to hold."""
+    admission_limit: int
+    """What may be used and reserved together when a job is accepted."""
 
 
 class QueueConnection:
@@ -49,6 +67,8 @@ class QueueConnection:
         self._advance = redis.register_script("#!lua flags=allow-oom\n" + script)
         self._wait_replicas = settings.redis_wait_replicas
         self.on_ended: Callable[[Job], None] = lambda job: None
+        self.on_no_room: Callable[[], None] = lambda: None
+        """Called with each submit, file and batch that is refused for lack of memory."""
 
     @classmethod
     def connect(cls, url: str, settings: Settings) -> Self:
@@ -102,10 +122,9 @@ class QueueConnection:
         own = int(info["master_repl_offset"])
         return len(offsets), own - max(offsets, default=own)
 
-    async def memory(self) -> tuple[int, int]:
-        """Returns the bytes that the queue server uses, and the bytes it may use; 0 = no limit."""
-        info = await self._do("INFO", "memory")
-        return int(info["used_memory"]), int(info["maxmemory"])
+    async def memory(self) -> Memory:
+        """Returns how much memory the queue server uses, and may use."""
+        return Memory(*await self._run("memory"))
 
     async def _do(self, *command: str | bytes | int) -> Any:
         client: Any = self._redis  # its execute_command has no types
@@ -113,7 +132,7 @@ class QueueConnection:
             return await client.execute_command(*command)
 
     async def _run(self, command: str, *args: Any, streams: Sequence[str] = (keys.WAITING,)) -> Any:
-        """Runs one command of `queue.lua` or `batches.lua`, and reports the jobs that ended as a side effect."""
+        """Runs one command of `queue.lua` and the files beside it, and reports the jobs that ended as a side effect."""
         replicas = missing = self._wait_replicas if command in PROMISED else 0
         script = self._admit if command in ADMITTING else self._advance
         with redis_call():
@@ -178,6 +197,12 @@ def _script(settings: Settings) -> str:
         "MAX_OPEN_BATCHES": MAX_OPEN_BATCHES,
         "DEAD_LETTERS_KEPT": DEAD_LETTERS_KEPT,
         "SKIPS": SKIPS,
+        "EVENTS_KEPT": EVENTS_KEPT,
+        "PREVIEWS_BYTES": PREVIEWS_BYTES,
+        "MEMORY_BYTES": settings.redis_memory_bytes,
+        "BATCH_LINE_BYTES": BATCH_LINE_BYTES,
+        "REVIEW_SECONDS": REVIEW_SECONDS,
+        "REVIEWED": REVIEWED,
         "QUEUED": Queued().model_dump_json(),
         "CANCELLED": Cancelled().model_dump_json(),
         "EXPIRED": Expired().model_dump_json(),

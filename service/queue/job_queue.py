@@ -40,8 +40,8 @@ from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard, Priority
 from patchforge.service.messages.source import Source
 from patchforge.service.queue import keys
-from patchforge.service.queue.batches import BatchStore, StoredBatch
-from patchforge.service.queue.connection import EVENTS_KEPT, LONGEST_BLOCK, redis_call
+from patchforge.service.queue.batches import BatchStore, StoredBatch, megabytes, no_room
+from patchforge.service.queue.connection import LONGEST_BLOCK, redis_call
 from patchforge.service.queue.event_hub import EventHub
 from patchforge.service.queue.records import (
     Served,
@@ -55,7 +55,6 @@ from patchforge.service.settings import Settings
 ANNOUNCED = 15  # seconds until a worker's announcement expires
 BATCH = 64  # events a watcher reads at once; if there are as many, it has fallen behind,
 BATCH_BYTES = 512 << 10  # and so it has if they are larger than this: slow readers must not use up memory
-EVENT_BYTES = 1 << 20  # approximate limit for all events of one job
 POLL = 2.0  # seconds after which a watcher reads without a bell, in case the bell was lost
 RETRY_AFTER = 5  # seconds that a client should wait if the queue is full or its API key has too many jobs
 
@@ -125,6 +124,7 @@ class JobQueue(BatchStore):
         source: Source | None = None,
         trace: Mapping[str, str] | None = None,
         needs: Collection[str] | None = None,
+        room: int = 0,
         degradable: bool = False,
     ) -> Job:
         """Accepts a request whose defaults are filled in, or returns the job that its key was first used for.
@@ -137,18 +137,22 @@ class JobQueue(BatchStore):
             source: the picture to edit.
             trace: the caller's trace context, from `patchforge.service.tracing.carrier`.
             needs: capabilities that the job's worker must have; default: those that the request needs.
+            room: bytes that the queue server may come to hold of the job: see `room_for`.
             degradable: load may lower its quality.
 
         Raises:
-            QueueFull: too many jobs are waiting.
+            QueueFull: too many jobs are waiting, or the queue server might run out of memory.
+            InvalidRequest: it would, even if it held nothing else.
             RateLimited: the tenant requested too many pictures per minute.
             TooManyJobs: the tenant has reached its concurrent-job limit.
             IdempotencyConflict: the key was used with another fingerprint.
             Unavailable: the job may or may not have been accepted. Repeating the call is safe only with a key.
         """
         needed = needs_of(request) if needs is None else needs
-        sent = _submit_arguments(request, idempotency_key, fingerprint, tenant, trace, needed)
+        sent = _submit_arguments(request, idempotency_key, fingerprint, tenant, trace, needed, room)
         outcome, *record = await self._run("submit", *sent, "1" if degradable else "", *_source_fields(source))
+        if outcome == b"crowded":
+            self.on_no_room()
         _raise_if_refused(outcome, record)
         return job_from(record[0])
 
@@ -161,6 +165,7 @@ class JobQueue(BatchStore):
         *,
         source: Source | None,
         needs: Collection[str],
+        room: int = 0,
     ) -> FeedOutcome:
         """Queues the job of a batch's next line. Filled in as for `submit`. Load never lowers its quality.
 
@@ -172,10 +177,11 @@ class JobQueue(BatchStore):
             details: what its results need beside the job.
 
         Raises:
-            QueueFull, RateLimited, TooManyJobs: batches have used up their half of the limit.
+            QueueFull, RateLimited, TooManyJobs: batches have used up their part of the limit.
+            InvalidRequest: the queue server's memory would never suffice.
             Unavailable: the line may or may not have been queued. Read the batch again.
         """
-        sent = _submit_arguments(request, None, None, batch.tenant, None, needs)
+        sent = _submit_arguments(request, None, None, batch.tenant, None, needs, room)
         result = f"flying {json.dumps({'job': sent[0], **details})}"
         outcome, *record = await self._run(
             "feed_line",
@@ -364,9 +370,7 @@ class JobQueue(BatchStore):
         """Adds an event to the job's stream. Returns False if the claim is lost. Terminal events go to `finish`."""
         if isinstance(event, TERMINAL_EVENTS):
             raise TypeError(f"{event.type} ends a job: use finish")
-        text = written(event)
-        kept = max(16, min(EVENTS_KEPT, EVENT_BYTES // len(text)))
-        return bool(await self._run("publish", *_claim_arguments(claim), text, kept))
+        return bool(await self._run("publish", *_claim_arguments(claim), written(event)))
 
     async def store_image(self, claim: Claim, index: int, data: bytes) -> bool:
         """Stores an encoded picture and publishes ImageReady. Returns False if the claim is lost."""
@@ -455,8 +459,9 @@ def _submit_arguments(
     tenant: str | None,
     trace: Mapping[str, str] | None,
     needs: Collection[str],
+    room: int,
 ) -> list[str | int | float]:
-    """Returns what `submit` takes in `queue.lua`, from the job's new id to its needs."""
+    """Returns what `submit` takes in `queue.lua`, from the job's new id to its room."""
     if request.model is None:
         raise InvalidRequest("no model was chosen", field="model")
     return [
@@ -472,6 +477,7 @@ def _submit_arguments(
         json.dumps(dict(trace)) if trace else "",
         PROTOCOL,
         " ".join(sorted({*needs} - FIRST)),
+        room,
     ]
 
 
@@ -483,8 +489,18 @@ def _raise_if_refused(outcome: bytes, record: Sequence[Any]) -> None:
         raise TooManyJobs("this API key has reached its concurrent-job limit", retry_after=RETRY_AFTER)
     if outcome == b"limited":
         raise RateLimited("this API key has reached its limit of pictures per minute", retry_after=int(record[0]))
+    if outcome == b"crowded":
+        raise no_room(*record) if record[0] <= record[2] else _never_room(*record)
     if outcome == b"conflict":
         raise IdempotencyConflict("this Idempotency-Key was used with a different request")
+
+
+def _never_room(needed: int, free: int, most: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"too many or too large pictures: they may need {megabytes(needed)} of the queue server's memory, and it has "
+        f"{megabytes(most)} for all jobs",
+        field="n",
+    )
 
 
 def _source_fields(source: Source | None) -> list[str | bytes]:

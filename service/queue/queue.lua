@@ -1,5 +1,5 @@
--- Every atomic step of the queue. service/queue/connection.py prepends the constants, and appends batches.lua and
--- dispatch.lua, which calls `commands[ARGV[1]]`.
+-- Every atomic step of the queue. service/queue/connection.py prepends the constants, and appends reservations.lua,
+-- batches.lua and dispatch.lua, which calls `commands[ARGV[1]]`.
 --
 -- A job is a hash with a status. WAITING lists exactly the jobs whose status is waiting. An entry of a queue stream is
 -- pending in the consumer group exactly while its job runs. Each command keeps these three consistent and uses Redis's
@@ -9,6 +9,7 @@ local call = redis.call
 local time = call('TIME')
 local now = string.format('%d.%06d', time[1], time[2])
 local ended = {}
+local reserve, unreserve, refuse_without_room -- in reservations.lua
 
 local function record(id)
   return call('HGETALL', JOB .. id)
@@ -29,21 +30,24 @@ local function emit(id, event)
 end
 
 -- The index of the picture that an event previews, or nil for other events. Fields of messages have a fixed order.
-local function previewed(entry)
-  return string.match(entry[2][2], '^{"type":"preview","index":(%d+),')
+local function previewed(event)
+  return string.match(event, '^{"type":"preview","index":(%d+),')
 end
 
--- Limits a job's events to `cap` by deleting its oldest previews. Other events are few, and no watcher may miss them.
-local function shed_previews(id, cap, newest)
-  local stream, from = EVENTS .. id, fields(id, 'shed') or '-'
-  local excess = call('XLEN', stream) - cap
-  while excess > 0 do
+-- Deletes a job's oldest previews, but not its newest event, until its events are at most EVENTS_KEPT and all previews
+-- together at most PREVIEWS_BYTES. Other events are few, and no watcher may miss them.
+local function shed_previews(id, newest)
+  local stream, from, bytes = EVENTS .. id, fields(id, 'shed', 'preview_bytes')
+  local excess = call('XLEN', stream) - EVENTS_KEPT
+  bytes, from = tonumber(bytes or 0), from or '-'
+  while excess > 0 or bytes > PREVIEWS_BYTES do
     local oldest = call('XRANGE', stream, from, '+', 'COUNT', 1)[1]
     if oldest[1] == newest then
       break
-    elseif previewed(oldest) then
+    elseif previewed(oldest[2][2]) then
       call('XDEL', stream, oldest[1])
       excess = excess - 1
+      bytes = call('HINCRBY', JOB .. id, 'preview_bytes', -#oldest[2][2])
     end
     from = '(' .. oldest[1]
     call('HSET', JOB .. id, 'shed', from)
@@ -53,7 +57,7 @@ end
 local function without_stale_previews(entries)
   local seen, kept = {}, {}
   for index = #entries, 1, -1 do
-    local picture = previewed(entries[index])
+    local picture = previewed(entries[index][2][2])
     if not picture or not seen[picture] then
       table.insert(kept, 1, entries[index])
     end
@@ -135,6 +139,7 @@ local function finish(id, status, event, ...)
     call('EXPIRE', key, kept)
   end
   call('SREM', IN_FLIGHT .. (fields(id, 'tenant') or ''), id)
+  unreserve(JOB .. id)
 end
 
 local function finish_as_side_effect(id, ...)
@@ -236,14 +241,16 @@ end
 
 local commands = {}
 
--- What a submit may use of each limit: everything, or for batches half, so that other callers always find room.
-local WHOLE = { waiting = MAX_WAITING, in_flight = MAX_IN_FLIGHT, reserve = 0 }
+-- What a submit may use of each limit: everything, or for batches half, so that other callers always find room. The
+-- limit for memory is a share of the server's, which needs some for itself.
+local WHOLE = { waiting = MAX_WAITING, in_flight = MAX_IN_FLIGHT, reserve = 0, memory = 0.9 }
 local HALF = {
-  waiting = math.ceil(MAX_WAITING / 2), in_flight = math.ceil(MAX_IN_FLIGHT / 2), reserve = math.floor(RATE_BURST / 2)
+  waiting = math.ceil(MAX_WAITING / 2), in_flight = math.ceil(MAX_IN_FLIGHT / 2), reserve = math.floor(RATE_BURST / 2),
+  memory = 0.75
 }
 
 local function submit(limits, id, model, priority, request, deadline_seconds, idempotency_key, fingerprint, tenant,
-                      pictures, trace, protocol, needs, degradable, ...)
+                      pictures, trace, protocol, needs, room, degradable, ...)
   if idempotency_key ~= '' then
     local first, its_fingerprint = unpack(call('HMGET', idempotency_key, 'job', 'fingerprint'))
     if first and its_fingerprint ~= fingerprint then
@@ -262,10 +269,15 @@ local function submit(limits, id, model, priority, request, deadline_seconds, id
   if not may_start(tenant, limits.in_flight) then
     return { 'busy' }
   end
+  local refused = refuse_without_room(tonumber(room), limits.memory)
+  if refused then
+    return refused
+  end
   local wait = seconds_to_wait(tenant, tonumber(pictures), limits.reserve)
   if wait > 0 then
     return { 'limited', wait }
   end
+  reserve(JOB .. id, tonumber(room), REVIEW_SECONDS)
   call('HSET', JOB .. id, 'id', id, 'model', model, 'request', request, 'created_at', now, 'attempt', 0,
     'protocol', protocol)
   if needs ~= '' then
@@ -451,11 +463,18 @@ function commands.heartbeat(id, worker, attempt, stream, entry)
   return cancel and 'cancelled' or 'ok'
 end
 
-function commands.publish(id, worker, attempt, stream, entry, event, cap)
+-- Adds an event. A preview that is larger than all of them together may be is left out.
+function commands.publish(id, worker, attempt, stream, entry, event)
   if not owned(id, worker, attempt, stream, entry) then
     return 0
   end
-  shed_previews(id, tonumber(cap), emit(id, event))
+  local preview = previewed(event)
+  if preview and #event > PREVIEWS_BYTES then
+    return 1
+  elseif preview then
+    call('HINCRBY', JOB .. id, 'preview_bytes', #event)
+  end
+  shed_previews(id, emit(id, event))
   return 1
 end
 

@@ -17,8 +17,8 @@ from patchforge.service.threads import in_thread
 
 SCAN_SECONDS = 1.0
 TIMEOUT = 2.0
-LASTING = (keys.QUEUE, keys.WORKERS, keys.WAITING, keys.DEAD_LETTERS)
-"""Keys that may lack an expiry: one stream per model and class, and three lists of bounded length."""
+LASTING = (keys.QUEUE, keys.WORKERS, keys.WAITING, keys.RESERVED, keys.DEAD_LETTERS)
+"""Keys that may lack an expiry: one stream per model and class, and lists of bounded length."""
 
 
 class Audit:
@@ -65,7 +65,7 @@ class Audit:
         return True
 
     def lasting_keys(self) -> Counter[str]:
-        """Number of keys without an expiry, by kind, and of entries in queue streams."""
+        """Number of keys without an expiry, by kind, of entries in queue streams, and of reserved bytes."""
         counted: Counter[str] = Counter()
         for raw in self._redis.scan_iter("*", count=1000):
             key = raw.decode()
@@ -76,6 +76,7 @@ class Audit:
                     self.ledger.broken.append(f"{key} never expires")
             if kind == "queue":
                 counted["queue entries"] += int(self._redis.xlen(raw))
+        counted["reserved bytes"] = int(self._redis.hget(keys.RESERVED, "total") or 0)
         return counted
 
     def used_memory(self) -> int:

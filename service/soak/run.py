@@ -113,6 +113,8 @@ class Soak:
             broken.append(f"{tally['lost']} accepted jobs never ended: {', '.join(lost[:10])}")
         if lasting["queue entries"]:
             broken.append(f"{lasting['queue entries']} entries remain in the queues")
+        if lasting["reserved bytes"]:
+            broken.append(f"{lasting['reserved bytes']} bytes are reserved, but no job is left")
         broken += [f"the memory of {name} has grown" for name in self.memory.grown()]
         return Verdict(
             tally | {"dead letters": self.audit.dead_letters},

@@ -17,6 +17,7 @@ from patchforge.model.types import Grid, Plan, Prediction
 from patchforge.service.errors import InvalidRequest
 from patchforge.service.messages.events import Preview
 from patchforge.service.messages.fit import Size, nearest_native
+from patchforge.service.messages.room import preview_limit
 from patchforge.service.messages.schemas import GenerationRequest, Job
 from patchforge.service.messages.source import Source
 from patchforge.service.worker.caches import CacheBudget
@@ -352,7 +353,7 @@ class Engine:
             return PictureMade(live.job.id, picture.index, data)
         picture.previewed = self.clock()
         live.record_preview()
-        return PreviewMade(live.job.id, _build_preview(picture, encode_preview(pixels)))
+        return PreviewMade(live.job.id, _build_preview(picture, encode_preview(pixels, preview_limit(request.n))))
 
     def _report_finished(self) -> list[Outcome]:
         """Report the jobs whose pictures are all finished."""

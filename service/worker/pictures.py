@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from io import BytesIO
+from math import sqrt
 from typing import Any
 
 from PIL import Image
@@ -14,6 +15,8 @@ from patchforge.service.messages.fit import Fit, Size, place, size_of
 from patchforge.service.messages.schemas import GenerationRequest, OutputFormat
 from patchforge.service.worker.source_images import SourceImage
 
+DENSEST = 2
+"""Pixels of a preview for each byte that it may have, at first: trying more would take long, and rarely fit."""
 SETTINGS = {
     "model",
     "prompt",
@@ -31,9 +34,17 @@ SETTINGS = {
 """Fields of a request that decide what is drawn; of `image` and `mask` a job holds only the SHA-256."""
 
 
-def encode_preview(pixels: Tensor) -> bytes:
-    """Encode `(height, width, 3)` uint8 as PNG, in the size in which it is drawn."""
-    return _encode(Image.fromarray(pixels.numpy()), OutputFormat.PNG, 0, {})
+def encode_preview(pixels: Tensor, most: int) -> bytes:
+    """Encode `(height, width, 3)` uint8 as a PNG of at most `most` bytes, smaller than it is drawn if it has to be."""
+    drawn = Image.fromarray(pixels.numpy())
+    scale = min(1.0, sqrt(DENSEST * most / (drawn.width * drawn.height)))
+    while True:
+        size = max(1, int(scale * drawn.width)), max(1, int(scale * drawn.height))
+        picture = drawn if size == drawn.size else drawn.resize(size, Image.Resampling.BOX)
+        data = _encode(picture, OutputFormat.PNG, 0, {})
+        if len(data) <= most:
+            return data
+        scale *= 0.95 * sqrt(most / len(data))
 
 
 def picture_settings(request: GenerationRequest, seed: int, weights_sha256: str) -> dict[str, Any]:

@@ -85,6 +85,11 @@ CASES = [
         {"patchforge_queue_memory_bytes": "90x20", "patchforge_queue_memory_limit_bytes": "0x20"},
         False,
     ),
+    *both(
+        "PatchforgeMemoryRefusals",
+        {"patchforge_memory_refusals_total": "5x20"},
+        {"patchforge_memory_refusals_total": "0+1x20"},
+    ),
     *both("PatchforgeNoWorkers", {"patchforge_workers": "1x20"}, {"patchforge_workers": "0x20"}),
     Case("PatchforgeNoWorkers", {"patchforge_workers": " ".join(["NaN"] * 20)}, False),
     *both(

@@ -27,7 +27,7 @@ from patchforge.service.queue import keys
 from patchforge.service.queue.job_queue import Claim, Heartbeat, _claim_arguments
 from patchforge.service.queue.records import EVENT
 from tests.faults.queue_model import Job, Model, require
-from tests.faults.queue_rig import CAP, MAX_ATTEMPTS, Rig
+from tests.faults.queue_rig import CAP, MAX_ATTEMPTS, MEMORY, Rig
 from tests.service.queue.kit import DONE, a_request, watched
 
 T = TypeVar("T")
@@ -43,6 +43,7 @@ REQUEST = st.fixed_dictionaries(
         "key": st.sampled_from([None, None, None, "k1", "k2"]),
         "fingerprint": st.sampled_from(["one", "one", "two"]),
         "special": st.sampled_from([False, False, True]),
+        "room": st.sampled_from([0, 0, 0, 0, MEMORY // 4, MEMORY // 2]),
     }
 )
 ABLE = st.booleans()  # can this worker run special jobs?
@@ -59,7 +60,7 @@ class QueueMachine(RuleBasedStateMachine):
     def __init__(self, rig: Rig) -> None:
         super().__init__()
         self.rig = rig
-        self.model = Model(CAP, MAX_ATTEMPTS)
+        self.model = Model(CAP, MAX_ATTEMPTS, 0.9 * MEMORY)
         self.jobs: list[str] = []  # the ids of all jobs, and in `claims` all claims
         self.claims: list[Claim] = []
         self.ended: list[RealJob] = []
@@ -119,21 +120,29 @@ class QueueMachine(RuleBasedStateMachine):
         self.submit_one(**request)
 
     def submit_one(
-        self, model: str, priority: Priority, deadline: bool, key: str | None, fingerprint: str, special: bool
+        self,
+        model: str,
+        priority: Priority,
+        deadline: bool,
+        key: str | None,
+        fingerprint: str,
+        special: bool,
+        room: int,
     ) -> None:
         request = a_request(model=model, priority=priority, deadline_seconds=3600.0 if deadline else None)
         needs = {"special"} if special else None
-        answer = self.ask(self.rig.gateway.submit(request, idempotency_key=key, fingerprint=fingerprint, needs=needs))
+        known = {"idempotency_key": key, "fingerprint": fingerprint}
+        answer = self.ask(self.rig.gateway.submit(request, needs=needs, room=room, **known))
         self.check_ended()
-        expected, first = self.model.submit_outcome(key, fingerprint)
+        expected, first = self.model.submit_outcome(key, fingerprint, room)
         self.rig.tally[f"submit: {expected}"] += 1
-        refusal = {"full": QueueFull, "conflict": IdempotencyConflict}.get(expected)
+        refusal = {"full": QueueFull, "crowded": QueueFull, "conflict": IdempotencyConflict}.get(expected)
         if refusal or not isinstance(answer, RealJob):
             require(answer is refusal, f"submit answered {answer}, expected {expected}")
         elif expected == "same":
             require(answer.id == first, "a repeated key returns its first job")
         else:
-            self.model.accept(Job(answer.id, model, priority.value, deadline, special), key, fingerprint)
+            self.model.accept(Job(answer.id, model, priority.value, deadline, special, room), key, fingerprint)
             self.jobs.append(answer.id)
 
     @once_submitted
@@ -327,6 +336,7 @@ class QueueMachine(RuleBasedStateMachine):
         model = self.model
         real = self.rig.snapshot(list(model.jobs))
         require(sorted(real["waiting"]) == sorted(f"{job.id}:{job.model}" for job in model.lines), "who waits")
+        self.check_reserved(list(real["reserved"]), list(real["reviewed"]))  # an empty list comes as {}
         for job_id, job in model.jobs.items():
             (status, attempt, stream, entry, cancel), events, ttls, pictures = real["jobs"][job_id]
             require((status, int(attempt)) == (job.status, job.attempt), f"{status} at {attempt}, expected {job}")
@@ -343,3 +353,11 @@ class QueueMachine(RuleBasedStateMachine):
         running = {(job.holder.stream, job.holder.entry_id) for job in model.jobs.values() if job.holder}
         special = {tuple(real["jobs"][job.id][0][2:4]) for job in model.lines if job.special}
         require(pending - special == running, "an entry is pending exactly while its job runs, or may wait for long")
+
+    def check_reserved(self, found: list[str], reviewed: list[str]) -> None:
+        rooms = {name: int(size) for name, size in zip(found[::2], found[1::2], strict=True)}
+        total = rooms.pop("total", 0)
+        require(total == sum(rooms.values()), "the total is the sum")
+        require(sorted(rooms) == sorted(reviewed), "no reservation is without an end")
+        expected = {keys.job(job_id): room for job_id, room in self.model.reserved().items()}
+        require(rooms == expected, f"reserved for {rooms}, expected {expected}")

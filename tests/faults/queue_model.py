@@ -31,6 +31,8 @@ class Job:
     deadline: bool
     special: bool = False
     """Only some workers can run it."""
+    room: int = 0
+    """Bytes that are reserved for it until it ends."""
     status: str = "waiting"
     attempt: int = 0
     holder: Claim | None = None
@@ -48,8 +50,9 @@ class Job:
 class Model:
     """All jobs, in queue order. Each method is one atomic step of the queue."""
 
-    def __init__(self, cap: int, max_attempts: int) -> None:
-        self.cap, self.max_attempts = cap, max_attempts
+    def __init__(self, cap: int, max_attempts: int, memory: float) -> None:
+        """`memory`: bytes that may be reserved for all jobs."""
+        self.cap, self.max_attempts, self.memory = cap, max_attempts, memory
         self.jobs: dict[str, Job] = {}
         self.lines: list[Job] = []  # waiting jobs, oldest first
         self.keys: dict[str, tuple[str, str]] = {}  # idempotency key: fingerprint, job id
@@ -61,14 +64,20 @@ class Model:
         for job in [job for job in self.lines if job.overdue]:
             self._end_unasked(job, "expired")
 
-    def submit_outcome(self, key: str | None, fingerprint: str) -> tuple[str, str | None]:
-        """Returns what a submit must answer: conflict, same (with the job's id), full or new."""
+    def submit_outcome(self, key: str | None, fingerprint: str, room: int) -> tuple[str, str | None]:
+        """Returns what a submit must answer: conflict, same (with the job's id), full, crowded or new."""
         known, first = self.keys.get(key, (fingerprint, None)) if key else (fingerprint, None)
         if known != fingerprint:
             return "conflict", None
         if first in self.jobs:
             return "same", first
-        return ("full" if len(self.lines) >= self.cap else "new"), None
+        if len(self.lines) >= self.cap:
+            return "full", None
+        return ("crowded" if sum(self.reserved().values()) + room > self.memory else "new"), None
+
+    def reserved(self) -> dict[str, int]:
+        """Returns the id of each job that has not ended → its room, if it has any."""
+        return {job.id: job.room for job in self.jobs.values() if job.room and not job.ended}
 
     def accept(self, job: Job, key: str | None, fingerprint: str) -> None:
         require(job.id not in self.jobs, "a new job has a new id")

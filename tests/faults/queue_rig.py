@@ -23,6 +23,8 @@ from tests.patience import PATIENCE
 T = TypeVar("T")
 
 CAP, MAX_ATTEMPTS, IDLE_MS = 4, 3, 3_600_000
+MEMORY = 1 << 40
+"""That the queue server may hold: next to it, what it does hold is nothing."""
 PREFIXES = (keys.JOB, keys.EVENTS, keys.IMAGES, keys.QUEUE)
 
 # Everything about the given jobs, the waiting list and the queues, in one atomic call.
@@ -43,7 +45,8 @@ for _, stream in ipairs(redis.call('KEYS', KEYS[5] .. '*')) do
   for _, entry in ipairs(reply.err and {} or reply) do pending[entry[1]] = true end
   queues[stream] = { entries, pending }
 end
-return cjson.encode({ jobs = jobs, queues = queues, waiting = redis.call('ZRANGE', KEYS[1], 0, -1) })
+return cjson.encode({ jobs = jobs, queues = queues, waiting = redis.call('ZRANGE', KEYS[1], 0, -1),
+  reserved = redis.call('HGETALL', KEYS[7]), reviewed = redis.call('ZRANGE', KEYS[8], 0, -1) })
 """
 
 
@@ -51,12 +54,17 @@ class Rig:
     """One server for all runs, and two connections to its queue: a gateway's and a worker's."""
 
     def __init__(self, folder: Path) -> None:
-        self.server = EmbeddedServer(folder)
+        self.server = EmbeddedServer(folder, maxmemory="0")
         self.server.start()
         self.runner = asyncio.Runner()
         self.tally: Counter[str] = Counter()
         """Counts what happened, so that a test can check that it tested something."""
-        limits = Settings(max_waiting=CAP, max_attempts=MAX_ATTEMPTS, claim_idle_seconds=IDLE_MS / 1000)
+        limits = Settings(
+            max_waiting=CAP,
+            max_attempts=MAX_ATTEMPTS,
+            claim_idle_seconds=IDLE_MS / 1000,
+            redis_memory_bytes=MEMORY,
+        )
         self.gateway, self.worker = (JobQueue.connect(self.server.url, limits) for _ in range(2))
         self.client = redis.Redis.from_url(self.server.url)
         self._snapshot = self.client.register_script(SNAPSHOT)
@@ -65,7 +73,9 @@ class Rig:
         return self.runner.run(call)
 
     def snapshot(self, jobs: Sequence[str]) -> Any:
-        return json.loads(self._snapshot([keys.WAITING, *PREFIXES, keys.GROUP], list(jobs)))
+        return json.loads(
+            self._snapshot([keys.WAITING, *PREFIXES, keys.GROUP, keys.RESERVED, keys.RESERVED_UNTIL], list(jobs))
+        )
 
     def age(self, claim: Claim) -> None:
         """Makes the claim look as if its worker had been silent for too long."""

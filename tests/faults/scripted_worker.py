@@ -2,7 +2,8 @@
 
 Jobs are held after their first preview while the key `CURTAIN` is set. A prompt of "flood N BYTES" is answered with
 N previews of so many bytes, as fast as the queue takes them; "flood N BYTES AHEAD" keeps at most AHEAD previews ahead
-of a reader, who pushes onto the list `READ` + job id for each one it has seen.
+of a reader, who pushes onto the list `READ` + job id for each one it has seen. A prompt of "fill BYTES" is answered,
+once the curtain is open, with previews that nothing compresses, and with pictures of so many bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
+from os import urandom
 from typing import Any
 
 import structlog
@@ -24,6 +26,7 @@ from tests.service.gateway.harness import CARDS, ScriptedWorker, png, report
 
 CURTAIN = "curtain"
 READ = "read:"
+LARGEST_PREVIEW = 6100  # a PNG of noise in base64, in the size of the text model
 ANNOUNCE_SECONDS = 2.0
 
 
@@ -61,6 +64,9 @@ class FloodingWorker(ScriptedWorker):
 
     async def _play(self, claim: Claim) -> None:
         words = (claim.job.request.prompt or "").split()
+        if words[:1] == ["fill"]:
+            await self._fill(claim, int(words[1]))
+            return
         if words[:1] != ["flood"]:
             await super()._play(claim)
             return
@@ -69,27 +75,39 @@ class FloodingWorker(ScriptedWorker):
         for evaluation in range(1, count + 1):
             if ahead and evaluation > ahead[0]:
                 await self._another_read(claim)
-            await self.queue.publish(
-                claim,
-                Preview(
-                    index=0,
-                    evaluation=evaluation,
-                    evaluations=count,
-                    times=[0.5],
-                    finished_share=0.0,
-                    patch_evaluations=evaluation,
-                    dense_patch_evaluations=evaluation,
-                    b64_png="A" * (size - size % 4),
-                ),
-            )
+            await self.queue.publish(claim, large_preview(0, evaluation, count, size))
             if evaluation % 100 == 0:
                 await self.queue.heartbeat(claim)
         await self.queue.store_image(claim, 0, png(1))
         await self.queue.finish(claim, Completed(report=report(1, 1)))
 
+    async def _fill(self, claim: Claim, size: int) -> None:
+        pictures = range(claim.job.request.n)
+        if not await self._may_go_on(claim):
+            return
+        for evaluation in range(1, 9):
+            for index in pictures:
+                await self.queue.publish(claim, large_preview(index, evaluation, 8, LARGEST_PREVIEW))
+        for index in pictures:
+            await self.queue.store_image(claim, index, urandom(size))
+        await self.queue.finish(claim, Completed(report=report(1, len(pictures))))
+
     async def _another_read(self, claim: Claim) -> None:
         while not await self.queue._do("BLPOP", READ + claim.job.id, 1):
             await self.queue.heartbeat(claim)
+
+
+def large_preview(index: int, evaluation: int, evaluations: int, size: int) -> Preview:
+    return Preview(
+        index=index,
+        evaluation=evaluation,
+        evaluations=evaluations,
+        times=[0.5],
+        finished_share=0.0,
+        patch_evaluations=evaluation,
+        dense_patch_evaluations=evaluation,
+        b64_png="A" * (size - size % 4),
+    )
 
 
 async def main() -> None:

@@ -48,6 +48,7 @@ def test_random_interleavings(rig: Rig) -> None:
         "expired unasked",
         "cancelled unasked",
         "submit: full",
+        "submit: crowded",
     ):
         assert tally[kind], f"no {kind}: the runs were in vain"
 

@@ -16,6 +16,7 @@ import pytest
 
 from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
 from patchforge.service.queue import keys
+from tests.faults.gateway_kit import APPLE, Stage
 from tests.faults.gateways import LONG, MEDIUM, SHORT, Gateway
 from tests.faults.harness import IDLE, Stack
 from tests.faults.tap import tapped
@@ -237,6 +238,51 @@ def test_row_08_consumer_group_gone(stack: Stack) -> None:
     gateway.await_metric(3, "patchforge_requests_total", status="completed")
     assert len(worker.lines("worker ready")) == 1
     assert not worker.lines("claim lost")
+
+
+def test_row_32_more_jobs_than_memory(tmp_path: Path) -> None:
+    """Forty jobs of ten pictures at a queue server of 50 MB: all together would take about 100."""
+    noise = 196_000  # a PNG of 256 × 256 pixels that nothing compresses
+    job = APPLE | {"prompt": f"fill {noise}", "n": 10, "width": 256, "height": 256, "sampler": "euler"}
+    accepted: list[str] = []
+    refused: list[str] = []
+    with Stage(tmp_path, max_waiting=100) as stage, ThreadPoolExecutor(8) as pool:
+        gateway = stage.gateway
+        stage.redis.config_set("maxmemory", 50_000_000)
+
+        def submit(_: int) -> None:
+            answer = gateway.post(job)
+            if answer.status_code == 202:
+                accepted.append(answer.json()["id"])
+            else:
+                assert answer.status_code == 503, answer.text
+                assert answer.json()["code"] == "queue_full"
+                assert "Retry-After" in answer.headers
+                refused.append(answer.json()["detail"])
+
+        with stage.curtain_down():  # what was accepted holds nothing yet
+            list(pool.map(submit, range(40)))
+            assert 10 <= len(accepted) <= 20
+            assert all("the queue server has no room: this may need" in reason for reason in refused)
+            assert gateway.metric("patchforge_queue_reserved_bytes") > len(accepted) * 10 * noise
+        for done in accepted:
+            assert gateway.ended(done)["status"] == "completed"
+        for number in range(5):  # into the room that reservations were larger than results
+            submit(number)
+        assert len(refused) > 20
+        for done in accepted:
+            assert gateway.ended(done)["status"] == "completed"
+            for index in range(10):
+                answer = gateway.http.get(f"/v1/jobs/{done}/image", params={"index": index})
+                assert len(answer.content) == noise
+        assert stage.redis.info("memory")["used_memory_peak"] < 60_000_000
+        # What an operator sees.
+        assert gateway.metric("patchforge_memory_refusals_total") == len(refused)
+        assert gateway.metric("patchforge_queue_reserved_bytes") == 0
+        assert 0 < gateway.metric("patchforge_queue_admission_limit_bytes") < 50_000_000
+
+        stage.redis.delete(*map(keys.images, accepted), *map(keys.events, accepted))  # results expire
+        assert gateway.ended(gateway.submit(job))["status"] == "completed"
 
 
 def after_a_loss(gateway: Gateway) -> None:

@@ -15,6 +15,7 @@ from patchforge.service.gateway.expositions import merge_expositions
 from patchforge.service.gateway.metrics import GatewayMetrics, QueueState
 from patchforge.service.messages.samplers import DualLoop
 from patchforge.service.messages.schemas import GenerationRequest, Job, JobError, JobStatus
+from patchforge.service.queue.connection import Memory
 from patchforge.service.worker.metrics import FAILURE_CODES, WorkerMetrics
 from tests.service.queue import kit
 
@@ -57,8 +58,7 @@ def a_queue(*workers: list[str], **waiting: int) -> QueueState:
         dict.fromkeys(waiting, 12.5),
         workers,
         batches={"in_progress": 2},
-        memory_bytes=10,
-        memory_limit_bytes=100,
+        memory=Memory(used=10, limit=100, reserved=20, admission_limit=90),
         replicas=2,
         unreplicated_bytes=5,
     )

@@ -96,12 +96,6 @@ class BatchFeeder:
 
     async def _feed(self, feeding: Sequence[StoredBatch]) -> None:
         """Queues a line of each batch in turn, until the limits are reached."""
-        try:
-            await self._queue.check_room()
-        except QueueFull as error:
-            for stored in feeding:
-                await self._queue.note_waiting(stored, error.message)
-            return
         turns = deque(random.sample(feeding, len(feeding)))  # none is always the first
         for _ in range(LINES_OF_A_PASS):
             if not turns or self._stopping.is_set():
@@ -141,7 +135,13 @@ class BatchFeeder:
         ready = await prepare_line(self._service, line)
         made = ready.prepared
         return await self._queue.feed_line(
-            stored, line.custom_id, ready.details, made.request, source=made.source, needs=made.needs
+            stored,
+            line.custom_id,
+            ready.details,
+            made.request,
+            source=made.source,
+            needs=made.needs,
+            room=made.room,
         )
 
     async def _refuse(self, stored: StoredBatch, text: bytes, line: BatchLine | None, error: PatchforgeError) -> bool:

@@ -108,7 +108,7 @@ class TestSubmit:
         body = a_request().model_dump_json()
         for _ in range(2):
             await queue._run(
-                "submit", UNKNOWN, "emoji", Priority.NORMAL.value, body, "", "", "fingerprint", "", 1, "", 1, "", ""
+                "submit", UNKNOWN, "emoji", Priority.NORMAL.value, body, "", "", "fingerprint", "", 1, "", 1, "", 0, ""
             )
         assert await redis_client.xlen(keys.queue("emoji", Priority.NORMAL)) == 1
         assert await redis_client.xlen(keys.events(UNKNOWN)) == 1

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from patchforge.model.pipeline import Pipeline
+from patchforge.service.messages.room import preview_limit
 from patchforge.service.worker.engine import Engine
 from patchforge.service.worker.outcomes import PictureMade
-from patchforge.service.worker.pictures import encode_picture
+from patchforge.service.worker.pictures import encode_picture, encode_preview
 from patchforge.service.worker.previews import PreviewPace
 from patchforge.service.worker.scheduler import Scheduler
 from tests.service.worker.jobs import job, request
@@ -61,3 +62,15 @@ def test_metadata_changes_no_pixel_and_can_be_left_out(output_format: str) -> No
     bare = Image.open(BytesIO(without))
     assert not {"parameters", "patchforge", "exif"} & bare.info.keys()
     assert Image.open(BytesIO(with_it)).tobytes() == bare.tobytes()
+
+
+def test_previews_of_large_pictures_are_smaller() -> None:
+    noise = torch.randint(256, (600, 900, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for pictures in (1, 10):
+        made = encode_preview(noise, preview_limit(pictures))
+        assert 0.6 * preview_limit(pictures) < len(made) <= preview_limit(pictures)
+        with Image.open(BytesIO(made)) as shown:
+            assert shown.width / shown.height == pytest.approx(1.5, rel=0.05)
+    assert Image.open(BytesIO(encode_preview(noise[:64, :64], preview_limit(10)))).size == (64, 64), "it fits"
+    white = torch.full((400, 400, 3), 255, dtype=torch.uint8)
+    assert Image.open(BytesIO(encode_preview(white, preview_limit(1)))).size == (400, 400), "and so does this"

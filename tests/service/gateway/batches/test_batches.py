@@ -12,7 +12,6 @@ from redis.asyncio import Redis
 
 from patchforge.service.gateway.batches import feeder
 from patchforge.service.queue import JobQueue, keys
-from patchforge.service.queue import batches as stored
 from tests.patience import PATIENCE
 from tests.service.gateway.batches.kit import (
     GENERATIONS,
@@ -318,18 +317,20 @@ async def test_a_key_makes_one_batch(http: httpx.AsyncClient, worker: ScriptedWo
 
 
 async def test_a_full_server_takes_no_batches_and_pauses_those_it_has(
-    http: httpx.AsyncClient, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+    http: httpx.AsyncClient, worker: ScriptedWorker, redis_client: Redis
 ) -> None:
     worker.curtain.clear()
     batch = await begin(http, *(drawn(str(i)) for i in range(60)))
     for _ in range(8):
         await worker.next_job()
-    monkeypatch.setattr(stored, "ROOM", 0)
+    limit = (await redis_client.config_get("maxmemory"))["maxmemory"]
+    used = (await redis_client.info("memory"))["used_memory"]
+    await redis_client.config_set("maxmemory", int(used / 0.8))  # more than three quarters are used
     worker.curtain.set()
     reply = await http.post("/v1/batches", content=jsonl(drawn("a")), headers=JSON_LINES)
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "queue_full")
-    await waiting_for(http, batch, "the server has no room for batches")
-    monkeypatch.setattr(stored, "ROOM", 0.75)
+    await waiting_for(http, batch, "the queue server has no room")
+    await redis_client.config_set("maxmemory", limit)
     ended = await until(http, batch)
     assert ended["request_counts"]["completed"] == 60
     assert ended["patchforge"]["waiting_for"] is None
