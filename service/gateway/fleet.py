@@ -16,10 +16,22 @@ class Fleet:
     def __init__(self, workers: Iterable[Served], preferred: Sequence[str] = ()) -> None:
         """Models named in `preferred` come first, in that order; the others follow by name."""
         self._workers = list(workers)
-        cards = {card.name: card for served in self._workers for card in served.cards}
+        self._bundles = {(card.name, card.digest): card for served in self._workers for card in served.cards}
+        # A name may stand for several bundles while one replaces another: the newest describes it.
+        oldest_first = sorted(self._bundles.values(), key=lambda card: (card.created, card.digest or ""))
+        cards = {card.name: card for card in oldest_first}
         places = {name: place for place, name in enumerate(preferred)}
         self.cards = sorted(cards.values(), key=lambda card: (places.get(card.name, len(places)), card.name))
         """One card per model, in that order."""
+
+    @property
+    def bundles(self) -> frozenset[tuple[str, str | None]]:
+        """Name and digest of every bundle that is served. Older workers tell no digest."""
+        return frozenset(self._bundles)
+
+    def digests(self, name: str) -> list[str]:
+        """Returns the digests of the bundles that are served under a name."""
+        return sorted(digest for served, digest in self._bundles if served == name and digest is not None)
 
     def find(self, name: str) -> ModelCard:
         """Returns the model of that name.
@@ -39,16 +51,18 @@ class Fleet:
         raise NotFound("no such model: /v1/models lists those that are served", field="model")
 
     def choose_for(self, request: GenerationRequest, *, prompt_may_be_class: bool = False) -> ModelCard:
-        """Returns the model that a request names, or else the first that fits.
+        """Returns the model that a request names or pins by its digest, or else the first that fits.
 
         A prompt needs a text model. A class label needs a class model, if possible one that has this class. With
         `prompt_may_be_class`, a prompt may also be the name of a class if no text model is served.
 
         Raises:
-            NotFound: no such model is served.
+            NotFound: no such model is served, or not with this digest.
             Unsupported: this gateway cannot read the card of the named model.
             Unavailable: no worker serves any model.
         """
+        if request.model_digest is not None:
+            return self._find_pinned(request.model_digest, request.model)
         if request.model is not None:
             return self.find(request.model)
         cards = self._require_models()
@@ -63,6 +77,17 @@ class Fleet:
             takes = "a class label" if request.prompt is None else "a prompt"
             raise NotFound(f"no worker serves a model that takes {takes}", field="model")
         return fitting[0]
+
+    def _find_pinned(self, digest: str, name: str | None) -> ModelCard:
+        for card in self._bundles.values():
+            if card.digest == digest and name in (None, card.name):
+                return card
+        self._require_models()
+        if name is None:
+            raise NotFound("no worker serves a model with this digest", field="model_digest")
+        self.find(name)
+        there = ", ".join(self.digests(name)) or "none that is known"
+        raise NotFound(f"no worker serves {name} with this digest; served: {there}", field="model_digest")
 
     def check_capabilities(self, model: str, needs: Collection[str]) -> None:
         """Checks that a worker of the model has all capabilities in `needs`.
@@ -82,7 +107,12 @@ class Fleet:
             TooLittleTime: none could, even at the lowest quality.
         """
         within = request.finish_within_seconds
-        cards = [card for served in self._workers for card in served.cards if card.name == request.model]
+        cards = [
+            card
+            for served in self._workers
+            for card in served.cards
+            if card.name == request.model and request.model_digest in (None, card.digest)
+        ]
         times = [request.n * card.least_seconds for card in cards if card.least_seconds is not None]
         if within is not None and len(times) == len(cards) and within < (least := min(times, default=0.0)):
             raise TooLittleTime(f"it would take {least:.2g} seconds", field="finish_within_seconds", retry_after=1)

@@ -59,17 +59,18 @@ class JobService:
         self._watches: set[asyncio.Timeout] = set()
         self._background: set[asyncio.Task[Any]] = set()
 
-    async def ready(self) -> list[ModelCard]:
-        """Returns the models served now, if the gateway is ready for requests.
+    async def ready(self) -> Fleet:
+        """Returns the live workers and their models, if the gateway is ready for requests.
 
         Raises:
             Unavailable: the server is shutting down, or the queue server or all workers are away.
         """
         self.refuse_when_draining()
         await self.queue.check_server()
-        if not (cards := (await self.fleet()).cards):
+        fleet = await self.fleet()
+        if not fleet.cards:
             raise Unavailable("no worker is serving a model", retry_after=5)
-        return cards
+        return fleet
 
     async def fleet(self) -> Fleet:
         """Returns the live workers and their models."""
@@ -84,7 +85,7 @@ class JobService:
 
         Raises:
             InvalidRequest: the request does not fit the model, or a picture cannot be used; `field` says which.
-            NotFound: no worker serves the model.
+            NotFound: no worker serves the model, or the bundle that the request pins.
             IdempotencyConflict: the key was used with another request.
             RateLimited: the API key has reached a limit.
             QueueFull: too many jobs are waiting.

@@ -26,8 +26,8 @@ class QueueState:
     """Waiting requests by model; models without any are left out."""
     oldest_seconds: Mapping[str, float]
     """How long the oldest of them has waited, by model, on the queue server's clock."""
-    workers: Collection[Collection[str]]
-    """For each live worker, the models it serves."""
+    workers: Collection[Collection[tuple[str, str | None]]]
+    """For each live worker, name and digest of the models it serves; older workers tell no digest."""
     batches: Mapping[str, int]
     """Batches that have not ended, by status; statuses without any are left out."""
     memory_bytes: int
@@ -63,6 +63,11 @@ class GatewayMetrics:
         )
         self._workers = gauge("workers", "Live workers.")
         self._model_workers = gauge("model_workers", "Live workers that serve a model.", "model")
+        self._digests = gauge(
+            "model_digests",
+            "Different bundles that live workers serve under a model's name, as far as they tell.",
+            "model",
+        )
         self._batches = gauge("batches_open", "Batches that have not ended, by status.", "status")
         self._batches_ended = Counter(
             "patchforge_batches", "Ended batches, by final status.", ("status",), registry=registry
@@ -110,7 +115,7 @@ class GatewayMetrics:
 
         None means that the queue server does not answer: its gauges become NaN.
         """
-        for labelled in (self._waiting, self._oldest, self._model_workers, self._batches):
+        for labelled in (self._waiting, self._oldest, self._model_workers, self._digests, self._batches):
             labelled.clear()
         self._queue_up.set(state is not None)
         if state is None:
@@ -124,9 +129,12 @@ class GatewayMetrics:
         self._workers.set(len(state.workers))
         for status in OPEN:
             self._batches.labels(status).set(state.batches.get(status, 0))
-        served = Counts(model for models in state.workers for model in models)
+        served = Counts(model for models in state.workers for model, _ in models)
+        bundles = {bundle for models in state.workers for bundle in models}
+        digests = Counts(model for model, digest in bundles if digest is not None)
         for model in served.keys() | state.waiting.keys():
             self._model_workers.labels(model).set(served[model])
+            self._digests.labels(model).set(digests[model])
             self._waiting.labels(model).set(state.waiting.get(model, 0))
             self._oldest.labels(model).set(state.oldest_seconds.get(model, 0))
 

@@ -54,7 +54,7 @@ async def _read_queue_state(queue: JobQueue) -> QueueState:
         queue.memory(),
         queue.replication(),
     )
-    served = [[card.name for card in each.cards] for each in workers.values()]
+    served = [[(card.name, card.digest) for card in each.cards] for each in workers.values()]
     return QueueState(waiting, oldest, served, batches, memory, limit, replicas, behind)
 
 

@@ -49,6 +49,7 @@ from patchforge.service.queue.records import (
     fields_of,
     job_from,
     served_from,
+    with_digest,
 )
 from patchforge.service.settings import Settings
 
@@ -254,7 +255,7 @@ class JobQueue(BatchStore):
         with self._hub.listen(job_id) as bell:
             while True:
                 bell.clear()
-                status, last_id, entries = await self._run("news", job_id, after, BATCH, BATCH_BYTES)
+                status, last_id, digest, entries = await self._run("news", job_id, after, BATCH, BATCH_BYTES)
                 if status is None:
                     raise NotFound(f"no job {job_id}")
                 for entry_id, fields in entries:
@@ -263,6 +264,8 @@ class JobQueue(BatchStore):
                         event = terminal_event(await self.get(job_id))
                     if event is None:
                         continue
+                    if isinstance(event, Completed):
+                        event = Completed(report=with_digest(event.report, digest))
                     yield after, event
                     if isinstance(event, TERMINAL_EVENTS):
                         return
@@ -380,7 +383,10 @@ class JobQueue(BatchStore):
         """Ends the job with its only terminal event. Returns False if the claim is lost or the job has ended."""
         outcome: tuple[str, ...] = ()
         if isinstance(event, Completed):
-            outcome = ("report", written(event.report))
+            # The digest is written apart: readers of protocol 0 exit at a field of a report that they do not know.
+            digest = event.report.model_digest
+            event = Completed(report=event.report.model_copy(update={"model_digest": None}))
+            outcome = ("report", written(event.report), *(() if digest is None else ("digest", digest)))
         elif isinstance(event, Failed):
             outcome = ("error", written(event.error))
         return bool(await self._run("finish", *_claim_arguments(claim), event.type, written(event), *outcome))

@@ -306,7 +306,7 @@ end
 -- Events after an id. A watcher that has more to read than these limits has fallen behind, and gets only the newest
 -- preview of each picture.
 function commands.news(id, after, count, bytes)
-  local status, last_event = fields(id, 'status', 'last_event')
+  local status, last_event, digest = fields(id, 'status', 'last_event', 'digest')
   local entries, size = call('XRANGE', EVENTS .. id, '(' .. after, '+', 'COUNT', count), 0
   for _, entry in ipairs(entries) do
     size = size + #entry[2][2]
@@ -314,7 +314,7 @@ function commands.news(id, after, count, bytes)
   if #entries == tonumber(count) or size > tonumber(bytes) then
     entries = without_stale_previews(entries)
   end
-  return { status, last_event, entries }
+  return { status, last_event, digest, entries }
 end
 
 -- All waiting jobs; with `hurried` without those of batches, for which nobody waits.

@@ -110,6 +110,11 @@ def job_from(record: Sequence[bytes]) -> Job:
     return _Reader(fields_of(record)).job()
 
 
+def with_digest(report: SavingsReport, digest: bytes | None) -> SavingsReport:
+    """Returns a report with the digest that `JobQueue.finish` wrote apart from it."""
+    return report if digest is None else report.model_copy(update={"model_digest": digest.decode(errors="replace")})
+
+
 class _Reader:
     """Reads a record part by part."""
 
@@ -139,7 +144,7 @@ class _Reader:
             finished_at=self.number("finished_at") if "finished_at" in fields else None,
             attempt=int(self.number("attempt")),
             error=self.message(_ERROR, "error"),
-            report=self.message(_REPORT, "report"),
+            report=self.report(),
             tenant=fields["tenant"].decode(errors="replace") if "tenant" in fields else None,
             trace=self.trace(),
             degradable=fields.get("degradable") == b"1",
@@ -167,6 +172,11 @@ class _Reader:
         except Unreadable as error:
             self.trouble.append(str(error))
             return None
+
+    def report(self) -> SavingsReport | None:
+        """Returns None if it is missing or unreadable."""
+        report = self.message(_REPORT, "report")
+        return report and with_digest(report, self.fields.get("digest"))
 
     def trace(self) -> dict[str, str]:
         """Returns {} if the field is missing or unreadable: a job does not need its trace."""

@@ -40,8 +40,8 @@ class Case:
     """Labels of the alert, besides its name, state and severity."""
 
 
-def both(alert: str, good: dict[str, str], bad: dict[str, str], **labels: str) -> list[Case]:
-    return [Case(alert, good, False), Case(alert, bad, True, labels=labels)]
+def both(alert: str, good: dict[str, str], bad: dict[str, str], *, minutes: int = 20, **labels: str) -> list[Case]:
+    return [Case(alert, good, False, minutes), Case(alert, bad, True, minutes, labels)]
 
 
 def failures(code: str) -> str:
@@ -96,6 +96,16 @@ CASES = [
         },
         {'patchforge_requests_waiting{model="m"}': "3x20", 'patchforge_model_workers{model="m"}': "0x20"},
         model="m",
+    ),
+    *both(
+        "PatchforgeModelMixed",
+        {'patchforge_model_digests{model="m"}': "1x10 2x20 1x60"},
+        {
+            'patchforge_model_digests{model="m",instance="a"}': "2x60",
+            'patchforge_model_digests{model="n",instance="a"}': "1x60",
+        },
+        model="m",
+        minutes=60,
     ),
     *both(
         "PatchforgeQueueOld",

@@ -51,11 +51,17 @@ def a_gateway() -> GatewayMetrics:
     return GatewayMetrics(CollectorRegistry(), max_waiting=8)
 
 
+def split_at(text: str) -> tuple[str, str, str]:
+    return text.partition("@")
+
+
 def a_queue(*workers: list[str], **waiting: int) -> QueueState:
+    """Each worker as the models that it serves, as `name` or `name@digest`."""
+    bundles = [[(name, digest or None) for name, _, digest in map(split_at, models)] for models in workers]
     return QueueState(
         waiting,
         dict.fromkeys(waiting, 12.5),
-        workers,
+        bundles,
         batches={"in_progress": 2},
         memory_bytes=10,
         memory_limit_bytes=100,
@@ -171,6 +177,7 @@ def test_models_that_are_gone_are_forgotten() -> None:
         'patchforge_requests_waiting{model="emoji"}': 0,
         'patchforge_queue_oldest_seconds{model="emoji"}': 0,
         'patchforge_model_workers{model="emoji"}': 2,
+        'patchforge_model_digests{model="emoji"}': 0,
     }
     assert seen["patchforge_workers{}"] == 2
 
@@ -227,13 +234,23 @@ def test_the_gateway_shows_its_workers_too() -> None:
     assert b"# TYPE patchforge_request_step_savings_ratio histogram" in text
 
 
+def test_the_bundles_behind_a_name_are_counted_once_each() -> None:
+    gateway = a_gateway()
+    gateway.set_queue_state(a_queue(["emoji@a", "digits@x"], ["emoji@b", "digits@x"], ["emoji@a"], ["old"], mute=1))
+    seen = samples(gateway.exposition())
+    found = {
+        model: seen[f'patchforge_model_digests{{model="{model}"}}'] for model in ("emoji", "digits", "old", "mute")
+    }
+    assert found == {"emoji": 2, "digits": 1, "old": 0, "mute": 0}
+
+
 def test_label_values_keep_their_quotes() -> None:
     gateway = a_gateway()
     gateway.set_queue_state(a_queue(['a"b\\c\n']))
     twice = merge_expositions([gateway.exposition(), gateway.exposition()])
     families = text_string_to_metric_families(twice.decode())
     labels = [sample.labels for family in families for sample in family.samples if "model" in sample.labels]
-    assert labels == [{"model": 'a"b\\c\n'}] * 3
+    assert labels == [{"model": 'a"b\\c\n'}] * 4
 
 
 @pytest.mark.parametrize("garbage", [b"{{{", b"\xff\xfe", b"x{", b'x{a="'])
