@@ -140,7 +140,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, queue: JobQueue) -> None:
         self.settings = settings
-        self.service = JobService(queue, settings.default_models)
+        self.service = JobService(queue, settings.default_models, settings.remember_seconds)
         metrics = GatewayMetrics(CollectorRegistry(), settings.max_waiting)
 
         def record_end(job: Job) -> None:
@@ -196,7 +196,9 @@ class Gateway:
         """Checks readiness, reports it to gRPC's health service, and logs changes."""
         reason = None
         try:
-            self._mixtures.look(await self.service.ready())
+            fleet = await self.service.ready()
+            self._mixtures.look(fleet)
+            await self.service.remembered.note(fleet)
         except Unavailable as error:
             reason = error.message
         if reason != self._reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 from patchforge.class_names import knows_class
 from patchforge.service.errors import NotFound, TooLittleTime, Unavailable, Unsupported
@@ -11,11 +12,22 @@ from patchforge.service.queue.records import Served
 
 
 class Fleet:
-    """The live workers and their models at one moment."""
+    """The live workers and their models at one moment, and models whose workers have gone but may come back."""
 
-    def __init__(self, workers: Iterable[Served], preferred: Sequence[str] = ()) -> None:
-        """Models named in `preferred` come first, in that order; the others follow by name."""
+    def __init__(
+        self, workers: Iterable[Served], preferred: Sequence[str] = (), remembered: Iterable[Served] = ()
+    ) -> None:
+        """Models named in `preferred` come first, in that order; the others follow by name.
+
+        `remembered` has one card in each. It counts only for models that no live worker serves.
+        """
         self._workers = list(workers)
+        named = [[*served.unreadable, *(card.name for card in served.cards)] for served in self._workers]
+        live = frozenset(name for names in named for name in names)
+        asleep = [served for served in map(_asleep, remembered) if live.isdisjoint(card.name for card in served.cards)]
+        self.asleep = frozenset(card.name for served in asleep for card in served.cards)
+        """Names of the models that no live worker serves."""
+        self._workers += asleep
         self._bundles = {(card.name, card.digest): card for served in self._workers for card in served.cards}
         # A name may stand for several bundles while one replaces another: the newest describes it.
         oldest_first = sorted(self._bundles.values(), key=lambda card: (card.created, card.digest or ""))
@@ -23,6 +35,16 @@ class Fleet:
         places = {name: place for place, name in enumerate(preferred)}
         self.cards = sorted(cards.values(), key=lambda card: (places.get(card.name, len(places)), card.name))
         """One card per model, in that order."""
+
+    def served_by(self, card: ModelCard) -> Served:
+        """Returns a card of this fleet, with what a worker that serves this bundle can do: the most able one."""
+        bundle = card.name, card.digest
+        able = [
+            served.capabilities
+            for served in self._workers
+            if bundle in [(other.name, other.digest) for other in served.cards]
+        ]
+        return Served([card], max(able, key=len))
 
     @property
     def bundles(self) -> frozenset[tuple[str, str | None]]:
@@ -121,3 +143,9 @@ class Fleet:
         if not self.cards:
             raise Unavailable("no worker is serving a model", retry_after=5)
         return self.cards
+
+
+def _asleep(remembered: Served) -> Served:
+    """What a worker served, without how long a picture would take: that depends on when a worker is there."""
+    cards = [card.model_copy(update={"least_seconds": None}) for card in remembered.cards]
+    return replace(remembered, cards=cards)

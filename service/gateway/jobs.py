@@ -16,6 +16,7 @@ from patchforge.service import tracing
 from patchforge.service.errors import InvalidRequest, NotFound, PatchforgeError, Unavailable, Unsupported
 from patchforge.service.gateway.defaults import check_budget, check_fits_model, fill_defaults, is_degradable
 from patchforge.service.gateway.fleet import Fleet
+from patchforge.service.gateway.remembered import RememberedModels
 from patchforge.service.gateway.source_pictures import SourcePictures
 from patchforge.service.gateway.statistics import InferenceStatistics
 from patchforge.service.messages.events import TERMINAL_EVENTS, Event
@@ -48,9 +49,13 @@ class Prepared:
 class JobService:
     """The gateway's rules for jobs, the same for every protocol."""
 
-    def __init__(self, queue: JobQueue, default_models: Sequence[str] = ()) -> None:
-        """Requests without a model go to the first of `default_models` that fits, then to the first by name."""
+    def __init__(self, queue: JobQueue, default_models: Sequence[str] = (), remember_seconds: int = 0) -> None:
+        """Requests without a model go to the first of `default_models` that fits, then to the first by name.
+
+        A model whose workers have gone is still accepted for `remember_seconds`.
+        """
         self.queue = queue
+        self.remembered = RememberedModels(queue, remember_seconds)
         self._default_models = default_models
         self.draining = False
         self.statistics = InferenceStatistics()
@@ -73,8 +78,9 @@ class JobService:
         return fleet
 
     async def fleet(self) -> Fleet:
-        """Returns the live workers and their models."""
-        return Fleet((await self.queue.workers()).values(), self._default_models)
+        """Returns the live workers and their models, and the models that are remembered."""
+        workers, remembered = await asyncio.gather(self.queue.workers(), self.remembered.read())
+        return Fleet(workers.values(), self._default_models, remembered)
 
     async def model(self, name: str) -> ModelCard:
         """Returns the model of that name; raises the same errors as `Fleet.find`."""

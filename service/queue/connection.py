@@ -29,7 +29,7 @@ DEAD_LETTERS_KEPT = 1000
 MAX_OPEN_BATCHES = 100  # of one API key
 ADMITTING = frozenset({"submit", "feed_line", "create_batch", "add_file"})  # refused when Redis is full
 PROMISED = ADMITTING - {"feed_line"}  # on replicas before the caller hears of it; a lost line of a batch is fed again
-SCRIPTS = ("queue.lua", "batches.lua", "dispatch.lua")
+SCRIPTS = ("queue.lua", "batches.lua", "scaling.lua", "dispatch.lua")
 SKIPS = 1000  # stale entries that one claim may skip in each stream; takes Redis about 10 ms
 
 
@@ -113,7 +113,7 @@ class QueueConnection:
             return await client.execute_command(*command)
 
     async def _run(self, command: str, *args: Any, streams: Sequence[str] = (keys.WAITING,)) -> Any:
-        """Runs one command of `queue.lua` or `batches.lua`, and reports the jobs that ended as a side effect."""
+        """Runs one command of the scripts, and reports the jobs that ended as a side effect."""
         replicas = missing = self._wait_replicas if command in PROMISED else 0
         script = self._admit if command in ADMITTING else self._advance
         with redis_call():

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
+from itertools import chain
 from typing import Any
 
 from redis.asyncio import Redis
@@ -35,7 +36,7 @@ from patchforge.service.errors import (
 )
 from patchforge.service.messages.endings import terminal_event
 from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Completed, Event, Expired, Failed, ImageReady
-from patchforge.service.messages.protocol import CAPABILITIES, FIRST, PROTOCOL, Announcement, needs_of, split_card
+from patchforge.service.messages.protocol import CAPABILITIES, FIRST, PROTOCOL, needs_of
 from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard, Priority
 from patchforge.service.messages.source import Source
@@ -45,6 +46,7 @@ from patchforge.service.queue.connection import EVENTS_KEPT, LONGEST_BLOCK, redi
 from patchforge.service.queue.event_hub import EventHub
 from patchforge.service.queue.records import (
     Served,
+    announced,
     event_from,
     fields_of,
     job_from,
@@ -289,6 +291,13 @@ class JobQueue(BatchStore):
         """Returns model → seconds that its oldest job, batches apart, has waited, by the queue server's clock."""
         return {model.decode(errors="replace"): float(age) for model, age in await self._run("oldest")}
 
+    async def held(self) -> dict[str, int]:
+        """Returns model → number of its jobs that workers hold, dead or alive, for models that have any."""
+        found: Counter[str] = Counter()
+        for name, jobs in await self._run("held"):
+            found[name.decode(errors="replace")] += jobs
+        return dict(+found)
+
     async def count_workers(self) -> int:
         """Returns the number of live workers."""
         return int(await self._do("ZCARD", keys.WORKERS))
@@ -297,13 +306,9 @@ class JobQueue(BatchStore):
 
     async def announce(self, worker_id: str, cards: Sequence[ModelCard]) -> None:
         """Shows a worker's models to gateways for `ANNOUNCED` seconds. Repeat it well before they are over."""
-        split = {card.name: split_card(card) for card in cards}
-        details = {name: rest for name, (_, rest) in split.items()}
-        about = Announcement(protocol=PROTOCOL, capabilities=sorted(self.capabilities), details=details)
+        plain, about = announced(cards, self.capabilities)
         # Under a key of its own: processes of protocol 0 read the cards, and exit at a field that they do not know.
-        texts = [keys.announcement(worker_id), written(about)]
-        plain = ",".join(written(card) for card, _ in split.values())
-        texts += [keys.worker_models(worker_id), f"[{plain}]"]
+        texts = [keys.announcement(worker_id), about, keys.worker_models(worker_id), plain]
         await self._run("announce", worker_id, ANNOUNCED, *texts)
 
     async def announce_metrics(self, worker_id: str, text: bytes) -> None:
@@ -320,6 +325,16 @@ class JobQueue(BatchStore):
         """Returns worker id → what the worker announced, for all live workers."""
         found = await self._read_announcements(keys.WORKER_MODELS, keys.ANNOUNCEMENT)
         return {worker: served_from(cards, about) for worker, cards, about in found}
+
+    async def remember(self, models: Sequence[Served], seconds: int) -> None:
+        """Keeps for so long what workers announced of some models: one card in each."""
+        texts = [(card.name, *announced([card], each.capabilities)) for each in models for card in each.cards]
+        if texts:
+            await self._run("remember", seconds, *chain(*texts))
+
+    async def remembered(self) -> list[Served]:
+        """Returns what is remembered of models, whether they are served now or not: one card in each."""
+        return [served_from(cards, about) for cards, about in await self._run("remembered")]
 
     async def models(self) -> list[ModelCard]:
         """Returns the models that the live workers serve, sorted by name."""

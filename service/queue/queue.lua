@@ -1,5 +1,5 @@
--- Every atomic step of the queue. service/queue/connection.py prepends the constants, and appends batches.lua and
--- dispatch.lua, which calls `commands[ARGV[1]]`.
+-- Every atomic step of the queue. service/queue/connection.py prepends the constants, and appends batches.lua, scaling.lua
+-- and dispatch.lua, which calls `commands[ARGV[1]]`.
 --
 -- A job is a hash with a status. WAITING lists exactly the jobs whose status is waiting. An entry of a queue stream is
 -- pending in the consumer group exactly while its job runs. Each command keeps these three consistent and uses Redis's
@@ -82,6 +82,7 @@ local function enqueue(id, class, deadline)
   local model, needs = fields(id, 'model', 'needs')
   local stream = QUEUE .. (needs and SPECIAL or '') .. class .. ':' .. model
   local entry = call('XADD', stream, '*', 'job', id)
+  call('SADD', STREAMS, stream)
   call('HSET', JOB .. id, 'status', 'waiting', 'stream', stream, 'entry', entry)
   call('ZADD', WAITING, deadline, member(id))
 end

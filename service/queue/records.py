@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json
 
 from patchforge.service.messages.events import Event
-from patchforge.service.messages.protocol import FIRST, PROTOCOL, Announcement, CardDetails, whole_card
-from patchforge.service.messages.reading import Unreadable, read
+from patchforge.service.messages.protocol import FIRST, PROTOCOL, Announcement, CardDetails, split_card, whole_card
+from patchforge.service.messages.reading import Unreadable, read, written
 from patchforge.service.messages.schemas import (
     GenerationRequest,
     Job,
@@ -46,6 +46,15 @@ class Served:
     capabilities: frozenset[str] = FIRST
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Names of its other models → why their cards cannot be read here."""
+
+
+def announced(cards: Sequence[ModelCard], capabilities: Collection[str]) -> tuple[str, str]:
+    """Returns the two texts that `served_from` reads."""
+    split = {card.name: split_card(card) for card in cards}
+    details = {name: rest for name, (_, rest) in split.items()}
+    about = Announcement(protocol=PROTOCOL, capabilities=sorted(capabilities), details=details)
+    plain = ",".join(written(card) for card, _ in split.values())
+    return f"[{plain}]", written(about)
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ ever given may act at any time. Time passes by ageing entries on the server, so 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -160,6 +161,15 @@ class QueueMachine(RuleBasedStateMachine):
             events = self.call(watched(self.rig.gateway, job_id, ids[seen - 1] if seen else "0"))
             require([event.type for _, event in events] == known.events[seen:], "a watcher sees what follows its place")
             self.rig.tally["watched to the end"] += 1
+
+    @rule()
+    def count_held(self) -> None:
+        """As an autoscaler does: whether the holders are silent does not matter."""
+        held = self.call(self.rig.gateway.held())
+        self.check_ended()
+        running = Counter(job.model for job in self.model.jobs.values() if job.holder)
+        require(held == running, f"{held} are held, expected {running}")
+        self.rig.tally["counts of held jobs"] += held != {}
 
     # Workers.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,10 @@ def a_queue(*workers: list[str], **waiting: int) -> QueueState:
     bundles = [[(name, digest or None) for name, _, digest in map(split_at, models)] for models in workers]
     return QueueState(
         waiting,
+        {},
         dict.fromkeys(waiting, 12.5),
         bundles,
+        asleep=[],
         batches={"in_progress": 2},
         memory_bytes=10,
         memory_limit_bytes=100,
@@ -178,6 +181,8 @@ def test_models_that_are_gone_are_forgotten() -> None:
         'patchforge_queue_oldest_seconds{model="emoji"}': 0,
         'patchforge_model_workers{model="emoji"}': 2,
         'patchforge_model_digests{model="emoji"}': 0,
+        'patchforge_requests_held{model="emoji"}': 0,
+        'patchforge_model_asleep{model="emoji"}': 0,
     }
     assert seen["patchforge_workers{}"] == 2
 
@@ -244,13 +249,24 @@ def test_the_bundles_behind_a_name_are_counted_once_each() -> None:
     assert found == {"emoji": 2, "digits": 1, "old": 0, "mute": 0}
 
 
+def test_models_without_workers_are_shown_while_they_have_jobs_or_are_asleep() -> None:
+    gateway = a_gateway()
+    gateway.set_queue_state(replace(a_queue(), held={"dead": 4}, asleep=["asleep"]))
+    seen = samples(gateway.exposition())
+    for model, held, asleep in (("dead", 4, 0), ("asleep", 0, 1)):
+        assert seen[f'patchforge_requests_held{{model="{model}"}}'] == held
+        assert seen[f'patchforge_model_asleep{{model="{model}"}}'] == asleep
+        assert seen[f'patchforge_requests_waiting{{model="{model}"}}'] == 0
+        assert seen[f'patchforge_model_workers{{model="{model}"}}'] == 0
+
+
 def test_label_values_keep_their_quotes() -> None:
     gateway = a_gateway()
     gateway.set_queue_state(a_queue(['a"b\\c\n']))
     twice = merge_expositions([gateway.exposition(), gateway.exposition()])
     families = text_string_to_metric_families(twice.decode())
     labels = [sample.labels for family in families for sample in family.samples if "model" in sample.labels]
-    assert labels == [{"model": 'a"b\\c\n'}] * 4
+    assert labels == [{"model": 'a"b\\c\n'}] * 6
 
 
 @pytest.mark.parametrize("garbage", [b"{{{", b"\xff\xfe", b"x{", b'x{a="'])

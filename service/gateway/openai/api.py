@@ -137,10 +137,11 @@ async def _respond(request: Request, settings: Settings, drawing: Drawing) -> Re
 def _model(card: ModelCard, fleet: Fleet) -> dict[str, Any]:
     chosen = {quality: preset(quality, card.sampler, card.steps) for quality in Quality}
     presets = {name: {"sampler": sampler.model_dump(), "steps": steps} for name, (sampler, steps) in chosen.items()}
+    of_fleet = {"presets": presets, "digests": fleet.digests(card.name), "asleep": card.name in fleet.asleep}
     return {
         "id": card.name,
         "object": "model",
         "created": card.created,
         "owned_by": "patchforge",
-        "patchforge": card.model_dump(mode="json") | {"presets": presets, "digests": fleet.digests(card.name)},
+        "patchforge": card.model_dump(mode="json") | of_fleet,
     }
