@@ -48,16 +48,13 @@ async def scrape(
 
 async def _read_queue_state(service: JobService) -> QueueState:
     queue = service.queue
-    waiting, held, oldest, workers, remembered, batches, (memory, limit), (replicas, behind) = await asyncio.gather(
-        queue.waiting(),
-        queue.held(),
-        queue.oldest_waiting(),
-        queue.workers(),
-        service.remembered.read(),
-        queue.count_batches(),
-        queue.memory(),
-        queue.replication(),
+    jobs, models, server = await asyncio.gather(
+        asyncio.gather(queue.waiting(), queue.held(), queue.oldest_waiting(), queue.count_batches()),
+        asyncio.gather(queue.workers(), service.remembered.read()),
+        asyncio.gather(queue.memory(), queue.replication()),
     )
+    (waiting, held, oldest, batches), (workers, remembered) = jobs, models
+    (memory, limit), (replicas, behind) = server
     served = [[(card.name, card.digest) for card in each.cards] for each in workers.values()]
     asleep = Fleet(workers.values(), remembered=remembered).asleep
     return QueueState(waiting, held, oldest, served, asleep, batches, memory, limit, replicas, behind)

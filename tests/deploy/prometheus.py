@@ -25,7 +25,7 @@ PROMETHEUS = shutil.which("prometheus")
 def running_prometheus(folder: Path, targets: Mapping[str, Sequence[str]], seconds: int) -> Iterator[httpx.Client]:
     """Yields a client of its API when it has scraped all targets.
 
-    `targets` are addresses by the name of their job; other jobs have none. `seconds` are between scrapes, and limit one.
+    `targets` are addresses by the name of their job; other jobs have none. `seconds`: between scrapes, and for one.
     """
     if PROMETHEUS is None:
         pytest.skip("no prometheus here (Debian: apt install prometheus)")
