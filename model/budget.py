@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from patchforge.model.errors import ParameterError
 from patchforge.model.samplers import Adaptive
@@ -11,31 +11,18 @@ from patchforge.model.trajectory import Change, Trajectory
 
 SURVIVAL = 0.9
 """Share of the unfinished patches expected to be unfinished one step later, to forecast what a path costs."""
-LENIENCE = 0.4
-"""A tolerance that is 1.5 times as high costs 1.5^−0.4 as much; measured on emoji-text."""
 ROUNDING = 1e-9
 FEWEST_GUIDED = 3
 """The outside judge finds two guided steps less like real pictures than three without guidance, for as much, and one
 less than one without, for half. They are sharper all the same (docs/samplers.md)."""
 
 
-@dataclass(frozen=True)
-class Floor:
-    """The quality below which load lowers no picture: that of a whole run with these."""
-
-    steps: int
-    tolerance: float
-
-
 def expected_costs(trajectory: Trajectory, unfinished: int) -> list[float]:
     """Forecast the patch evaluations of each evaluation to come, if `unfinished` patches still move now."""
-    sampler, asked, factor, survival = trajectory.sampler, trajectory.asked, 1.0, 1.0
-    if isinstance(sampler, Adaptive) and sampler.tolerance > 0:
-        survival = SURVIVAL
-        if isinstance(asked, Adaptive) and sampler.tolerance > asked.tolerance > 0:
-            factor = (sampler.tolerance / asked.tolerance) ** -LENIENCE
+    sampler = trajectory.sampler
+    survival = SURVIVAL if isinstance(sampler, Adaptive) and sampler.tolerance > 0 else 1.0
     ahead = sampler.costs_ahead(trajectory.state, unfinished)
-    return [factor * cost * survival**number for number, cost in enumerate(ahead)]
+    return [cost * survival**number for number, cost in enumerate(ahead)]
 
 
 def expected_cost(trajectory: Trajectory, unfinished: int) -> float:
@@ -43,18 +30,21 @@ def expected_cost(trajectory: Trajectory, unfinished: int) -> float:
     return sum(expected_costs(trajectory, unfinished))
 
 
-def lower(trajectory: Trajectory, floor: Floor, most: float, unfinished: int) -> bool:
-    """Change the path of a picture so that the rest costs `most` patch evaluations, or as much as `floor` does.
+def lower(trajectory: Trajectory, most: float, unfinished: int) -> bool:
+    """Change the path of a picture so that the rest is expected to cost at most `most` patch evaluations.
 
-    Tells whether it changed. Call it when `fit` may be called.
+    If no path does, it takes the cheapest; unlike `fit`, it never lands, and costs more than `most` if patches finish
+    later than expected. Tells whether it changed. Call it when `fit` may be called.
     """
     if expected_cost(trajectory, unfinished) <= most + ROUNDING:
         return False
     sampler, state, chosen = trajectory.sampler, trajectory.state, None
-    for steps, tolerance in sampler.lower_ways(state, floor.steps, floor.tolerance):
-        chosen = Change(state.evaluations, steps, tolerance=tolerance)
-        way = sampler.shorten(state, steps, tolerance)
-        if way is not None and expected_cost(replace(trajectory, sampler=way[0], state=way[1]), unfinished) <= most:
+    for steps, guided in _shorter_ways(trajectory, len(sampler.costs_ahead(state, unfinished))):
+        way = (sampler if guided else replace(sampler, guidance=1.0)).shorten(state, steps)
+        if way is None:
+            break
+        chosen = Change(state.evaluations, steps, guided)
+        if expected_cost(replace(trajectory, sampler=way[0], state=way[1]), unfinished) <= most:
             break
     if chosen is not None:
         trajectory.change(chosen)

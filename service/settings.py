@@ -131,8 +131,11 @@ class WorkerSettings(BaseSettings):
     degrade: bool = Field(
         True, description="Lower the quality under load, unless a request fixes it, rather than let all wait."
     )
-    min_quality: Literal["draft", "standard", "high"] = Field(
-        "draft", description="The preset below which load lowers no picture; more load makes requests wait."
+    min_quality: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of its usual patch evaluations that load leaves a picture; more load makes requests wait.",
     )
     target_latency: float = Field(
         5.0, gt=0, description="How many times as long as alone a request may take before its quality is lowered."

@@ -202,16 +202,6 @@ class Adaptive(Sampler[AdaptiveState]):
             return sampler, moved
         return sampler, sampler._ask_what_is_due(moved)
 
-    def lower_ways(self, state: AdaptiveState, steps: int, tolerance: float) -> list[tuple[int, float | None]]:
-        """First fewer steps, then a higher tolerance: at equal cost, this order kept more of a picture."""
-        left = self.steps - state.step
-        least = min(left, max(1, math.ceil((1 - self._start_time(state, state.step)) * steps - 1e-6)))
-        ways: list[tuple[int, float | None]] = [(number, None) for number in range(left - 1, least - 1, -1)]
-        if tolerance > self.tolerance:
-            between = [math.sqrt(self.tolerance * tolerance)] if self.tolerance else []
-            ways += [(least, each) for each in (*between, tolerance)]
-        return ways
-
     def _start_time(self, state: AdaptiveState, step: int) -> float:
         return max(state.begin, self.time(step))
 

@@ -146,13 +146,6 @@ class Sampler(Generic[S]):
         """
         return None
 
-    def lower_ways(self, state: S, steps: int, tolerance: float) -> list[tuple[int, float | None]]:
-        """Return cheaper ways to take the rest, as (steps, tolerance or None for the present one), the best first.
-
-        None has longer steps than a run of `steps` steps, or a higher tolerance than `tolerance`.
-        """
-        return []
-
     def time(self, step: int) -> float:
         """The time at which step `step` starts, counted from 0."""
         return step / self.steps

@@ -19,6 +19,8 @@ from patchforge.model.training.data import Pictures, phrasings
 from patchforge.model.training.progress import progress_bar
 
 DROPOUT = 0.1
+PLAIN = 0.15
+"""Share of captions without their style word. Without it a picture of any style is right, which teaches less."""
 
 
 class Conditions(Protocol):
@@ -53,21 +55,17 @@ class TextConditions:
 
     def __init__(self, pictures: Pictures, max_tokens: int, cache: Path) -> None:
         listed = [phrasings(names, style) for names, style in zip(pictures.captions, pictures.styles, strict=True)]
-        phrases = ["", *dict.fromkeys(phrase for each in listed for phrase in each)]
+        phrases = ["", *dict.fromkeys(phrase for each in listed for pair in each for phrase in pair)]
         index = {phrase: i for i, phrase in enumerate(phrases)}
-        self.choices = [[index[phrase] for phrase in each] for each in listed]
+        self.choices = [[(index[styled], index[plain]) for styled, plain in each] for each in listed]
         self.states, self.mask = encode_phrases(phrases, max_tokens, cache)
 
     def predict(self, network: TextPFT, picked: np.ndarray, noisy: Tensor, times: Tensor, drop: float) -> Tensor:
         batch, patches = times.shape
         # From torch's own generator, because its state is saved with the run.
-        draws = torch.rand(batch).tolist()
-        chosen = torch.tensor(
-            [
-                choices[int(u * len(choices))]
-                for u, choices in zip(draws, (self.choices[i] for i in picked), strict=True)
-            ]
-        )
+        draws, plain = torch.rand(batch).tolist(), (torch.rand(batch) < PLAIN).tolist()
+        choices = (self.choices[i] for i in picked)
+        chosen = torch.tensor([each[int(u * len(each))][p] for u, p, each in zip(draws, plain, choices, strict=True)])
         chosen[torch.rand(batch) < drop] = 0
         mask = self.mask[chosen]
         tokens = int(mask.sum(dim=1).max())  # all rows have only padding after this

@@ -137,6 +137,17 @@ class Pictures:
         """Select the pictures to train on as a boolean mask `(n,)`: neither concept nor combination is held out."""
         return ~(self.held_out() | self.held_out_combinations())
 
+    def drawn_more(self, styles: Sequence[str], factor: float = 4.0) -> Pictures:
+        """Draw the pictures of these styles `factor` times as often as the others.
+
+        Raises:
+            DataError: there is no such style.
+        """
+        if unknown := sorted(set(styles) - set(self.styles)):
+            raise DataError(f"no picture has the style {unknown[0]!r}; there are {', '.join(sorted(set(self.styles)))}")
+        more = np.isin(np.array(self.styles), list(styles))
+        return replace(self, weights=np.where(more, factor * self.weights, self.weights).astype(self.weights.dtype))
+
     def resized(self, size: int) -> Pictures:
         """Return the pictures at `size` × `size` pixels; this table itself if they have that size."""
         if self.images.shape[1] == size:
@@ -201,11 +212,9 @@ def folder_pictures(folder: Path, size: int = 64) -> Pictures:
     )
 
 
-def phrasings(names: Sequence[str], style: str) -> list[str]:
+def phrasings(names: Sequence[str], style: str) -> list[tuple[str, str]]:
     """List the prompts that a picture may be trained with: each name, with and without its style word."""
-    if not style:
-        return list(names)
-    return [phrase for name in names for phrase in (f"{name}, {style}", name)]
+    return [(f"{name}, {style}" if style else name, name) for name in names]
 
 
 def _folder_captions(path: Path) -> list[str]:

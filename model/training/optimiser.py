@@ -22,39 +22,50 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Apply one update from the current gradients."""
         for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter.grad)
-                average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                matrix = parameter.grad.lerp(average, group["momentum"]).flatten(1)
-                update = orthogonalise(matrix).view_as(parameter)
-                stretch = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                parameter.add_(update, alpha=-group["lr"] * stretch)
+                if parameter.grad is not None:
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            for parameters in alike.values():
+                self._update(parameters, group["lr"], group["momentum"])
+
+    def _update(self, parameters: list[nn.Parameter], rate: float, momentum: float) -> None:
+        """Update parameters of one shape. Their matrices are small, so all together take less time than each alone."""
+        matrices = []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter.grad)
+            average = state["momentum"].lerp_(parameter.grad, 1 - momentum)
+            matrices.append(parameter.grad.lerp(average, momentum).flatten(1))
+        rows, columns = matrices[0].shape
+        stretch = max(1.0, rows / columns) ** 0.5
+        for parameter, update in zip(parameters, orthogonalise(torch.stack(matrices)), strict=True):
+            parameter.add_(update.view_as(parameter), alpha=-rate * stretch)
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic that drives singular values towards 1 (Jordan et al., 2024)."""
 
 
-def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Approximate the nearest semi-orthogonal matrix: quintic Newton–Schulz."""
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / (wide.norm() + 1e-7)
-    if has_fast_bf16(matrix.device):
-        x = _iterate(x.bfloat16(), iterations).to(matrix.dtype)
-    elif x.shape[1] >= 2 * x.shape[0]:
-        x = _compute_factor(x @ x.T, iterations) @ x
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Approximate the nearest semi-orthogonal matrix of each of `(k, m, n)`: quintic Newton–Schulz."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    wide = matrices.mT if tall else matrices
+    x = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if has_fast_bf16(matrices.device):
+        x = _iterate(x.bfloat16(), iterations).to(matrices.dtype)
+    elif x.shape[-1] >= 2 * x.shape[-2]:
+        x = _compute_factor(x @ x.mT, iterations) @ x
     else:
         x = _iterate(x, iterations)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if tall else x
 
 
 def _iterate(x: Tensor, iterations: int) -> Tensor:
     for _ in range(iterations):
-        x = _apply_polynomial(x @ x.T) @ x
+        x = _apply_polynomial(x @ x.mT) @ x
     return x
 
 
@@ -76,8 +87,8 @@ def _compute_factor(gram: Tensor, iterations: int) -> Tensor:
 
 def _apply_polynomial(gram: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
-    factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-    factor.diagonal().add_(a)
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=-2, dim2=-1).add_(a)
     return factor
 
 

@@ -21,6 +21,7 @@ from patchforge.service.bench.engine_traffic import Arrival, even_traffic
 from patchforge.service.bench.policies import RequestLevel
 from patchforge.service.messages.samplers import Multistep, Quality, preset
 from patchforge.service.messages.schemas import GenerationRequest
+from patchforge.service.settings import WorkerSettings
 from patchforge.service.worker.cards import model_card
 from patchforge.service.worker.engine import Engine
 from patchforge.service.worker.outcomes import JobBroken, JobDone
@@ -120,7 +121,7 @@ class SloBench:
         self.arrivals = even_traffic(pipeline, requests, seed)
         self._clock = clock
         self._budgets = {pipeline.manifest.name: budget}
-        self._pacer = Pacer({pipeline.manifest.name: pipeline}, self._budgets)
+        self._pacer = Pacer({pipeline.manifest.name: pipeline}, self._budgets, WorkerSettings().min_quality)
 
     def run(self, loads: Sequence[float], within: Sequence[float] = WITHIN) -> SloReport:
         """Measure a request alone and the capacity, then every policy at every load.

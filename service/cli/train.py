@@ -143,6 +143,9 @@ def train_model_command(
         typer.Option(help="Folder of a --constant run: copy its state, and lower the rates from there to the end."),
     ] = None,
     decay_minutes: Annotated[float, typer.Option(help="Training time of that end, in minutes.")] = 30,
+    often: Annotated[
+        list[str] | None, typer.Option(help="Style whose pictures are drawn four times as often; repeatable.")
+    ] = None,
     small: Annotated[int | None, typer.Option(help="Train at this smaller size too, in pixels.")] = None,
     small_first: Annotated[int, typer.Option(help="Number of first steps at the smaller size only.")] = 0,
     small_share: Annotated[float, typer.Option(help="Share of the smaller size in all later steps.")] = 0.15,
@@ -176,7 +179,7 @@ def train_model_command(
         if decay_from is not None:
             recipe, cache = falling(decay_from, out, recipe, decay_minutes), decay_from.absolute().parent / "cache"
         base, size = open_bundle(start) if start else None, Size(width, depth)
-        pictures = Pictures.load(data)
+        pictures = Pictures.load(data).drawn_more(often or [])
         if kind == "text" and start is None and trunk is None and not out.exists():
             _advise_start(len(pictures))
         bundle = train_model(kind, pictures, autoencoder, out, recipe, size, licence, base, cache, trunk)

@@ -117,7 +117,7 @@ class Engine:
         )
         self.jobs[job.id] = live
         if self.pacer is not None:
-            self.pacer.admit(live)
+            self.pacer.admit(live, self.clock() - begun)
         if live.done:
             self._given.append(live)
         return live
@@ -158,9 +158,8 @@ class Engine:
         outcomes += self._decode_due(self._skip_dropped(moved)) + self._report_finished()
         if self.pacer is not None:
             patches, model = self.last_evaluation
-            # Since the last step: what else the worker does under load is part of its speed.
             now = self.clock()
-            self.pacer.evaluated(model, patches, now - (since or began) - self._decoding, now)
+            self.pacer.evaluated(model, patches, now - began - self._decoding, began - (since or began), now)
         return outcomes
 
     def _skip_dropped(self, chosen: list[Chosen]) -> list[Chosen]:
@@ -277,7 +276,7 @@ class Engine:
     def _change_path(self, chosen: Chosen, allowed: Allowance | None) -> bool:
         """Change a picture's path once, if it must; tell whether it did."""
         live, picture, _ = chosen
-        if self.pacer is not None and allowed is not None and picture.keep_time(self.pacer.floors[live.model], allowed):
+        if self.pacer is not None and allowed is not None and picture.keep_time(self.pacer.floor, allowed):
             live.lowered = True
             return True
         return picture.change_path()

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from patchforge.model.budget import Floor, expected_cost, fit, lower, replay
+from patchforge.model.budget import expected_cost, fit, lower, replay
 from patchforge.model.denoiser import Memory
 from patchforge.model.trajectory import Change, Trajectory
 from patchforge.model.types import Plan, Prediction
@@ -90,11 +90,15 @@ class LivePicture:
             return False
         return fit(self.trajectory, self.budget - self.trajectory.patch_evaluations, self.unfinished)
 
-    def keep_time(self, floor: Floor, allowed: Allowance) -> bool:
-        """Keep to what time and load allow; tell whether the picture needs a new plan."""
+    def keep_time(self, floor: float, allowed: Allowance) -> bool:
+        """Keep to what time and load allow, but to the share `floor` of the usual work at least.
+
+        Tells whether the picture needs a new plan.
+        """
         if self.path or not self.unfinished:
             return False
-        if lower(self.trajectory, floor, allowed.patches, self.unfinished):
+        most = max(allowed.patches, floor * self.asked - self.trajectory.patch_evaluations)
+        if lower(self.trajectory, most, self.unfinished):
             return True
         return allowed.lands and fit(self.trajectory, allowed.patches, self.unfinished)
 

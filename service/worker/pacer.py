@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
-from patchforge.model.budget import Floor, expected_costs, lower
+from patchforge.model.budget import expected_cost, expected_costs, lower
 from patchforge.model.pipeline import Pipeline
 from patchforge.model.trajectory import Trajectory
-from patchforge.service.messages.samplers import Quality, preset
-from patchforge.service.worker.cards import model_card
 from patchforge.service.worker.live import LiveJob, LivePicture
 from patchforge.service.worker.pace import DECAY, Allowance, Backlog, Speed, Work, shares
 
@@ -27,16 +25,16 @@ class Pacer:
         self,
         pipelines: Mapping[str, Pipeline],
         budgets: Mapping[str, int],
-        floor: Quality = Quality.DRAFT,
+        floor: float,
         target: float | None = None,
     ) -> None:
-        """`budgets`: most patches per evaluation of each model. `floor`: the preset below which load lowers no picture.
-        `target`: how many times as long as alone a request may take before load lowers its quality; None: load never
-        does.
+        """`budgets`: most patches per evaluation of each model. `floor`: the share of its usual patch evaluations that
+        load leaves a picture. `target`: how many times as long as alone a request may take before load lowers its
+        quality; None: load never does.
         """
         self.target = target
         self.speeds = {name: Speed() for name in pipelines}
-        self.floors = {name: _floor(pipeline, floor) for name, pipeline in pipelines.items()}
+        self.floor = floor
         self.limits = dict(budgets)
         """Most patches of the next evaluation. While time is short, evaluations are smaller, and pictures finish one
         after another rather than all late."""
@@ -44,24 +42,25 @@ class Pacer:
         """By model; empty while this worker has room for more jobs."""
         self._budgets = budgets
         self._usual = {name: _usual_costs(pipeline) for name, pipeline in pipelines.items()}
-        self._least = {name: _usual_costs(each, self.floors[name]) for name, each in pipelines.items()}
+        self._least = {name: _usual_costs(each, floor) for name, each in pipelines.items()}
         self._measured = dict.fromkeys(pipelines, -math.inf)
         """When the speed of each model was last measured."""
         self._alone = dict.fromkeys(pipelines, 0.0)
         """Seconds that recent jobs of each model would have taken alone."""
 
-    def admit(self, live: LiveJob) -> None:
-        """Note what a new job would take alone, if the speed is known."""
+    def admit(self, live: LiveJob, seconds: float) -> None:
+        """Note how long a new job took to begin, and what it would take alone, if the speed is known."""
         speed = self.speeds[live.model]
+        speed.began(seconds)
         if speed.known and not live.done:
             costs = [expected_costs(picture.trajectory, picture.unfinished) for picture in live.pictures]
             live.alone = speed.run([sum(step) for step in zip(*costs, strict=True)], len(costs))
             before = self._alone[live.model] or live.alone
             self._alone[live.model] = DECAY * before + (1 - DECAY) * live.alone
 
-    def evaluated(self, model: str, patches: int, seconds: float, now: float) -> None:
+    def evaluated(self, model: str, patches: int, seconds: float, others: float, now: float) -> None:
         """Record an evaluation that ended at `now`; see `Speed.evaluated`."""
-        self.speeds[model].evaluated(patches, seconds)
+        self.speeds[model].evaluated(patches, seconds, others)
         self._measured[model] = now
 
     def allowances(self, jobs: Collection[LiveJob]) -> dict[Key, Allowance]:
@@ -75,9 +74,10 @@ class Pacer:
         for (live, _), cost in zip(going, costs, strict=True):
             packs[live.model] += sum(cost[:1])
         rates = {name: self._rate(name, pack) for name, pack in packs.items()}
+        gains = _gains([picture for _, picture in going])
         works = [
-            self._work(live, picture, sum(cost), rates[live.model])
-            for (live, picture), cost in zip(going, costs, strict=True)
+            self._work(live, picture, sum(cost), rates[live.model], gain)
+            for (live, picture), cost, gain in zip(going, costs, gains, strict=True)
         ]
         found = shares([*works, *self._waiting(rates)])
         self._limit(rates if min(found, default=1.0) < 1 else ())
@@ -110,12 +110,12 @@ class Pacer:
     def _rate(self, model: str, pack: float) -> float:
         """Seconds per patch, if evaluations are as full as they can be with so many patches in all."""
         speed = self.speeds[model]
-        return speed.per_patch(min(pack, self.limits[model])) if speed.known and pack else 0.0
+        return speed.drag * speed.per_patch(min(pack, self.limits[model])) if speed.known and pack else 0.0
 
-    def _work(self, live: LiveJob, picture: LivePicture, patches: float, rate: float) -> Work:
+    def _work(self, live: LiveJob, picture: LivePicture, patches: float, rate: float, gain: float) -> Work:
         seconds = picture.within_budget(patches) * rate + (self.speeds[live.model].decode or 0.0)
         due = live.due(self.target)
-        return Work(seconds, due, rate > 0 and live.may_be_lowered and not picture.path)
+        return Work(seconds, due, rate > 0 and live.may_be_lowered and not picture.path, gain)
 
     def _waiting(self, rates: Mapping[str, float]) -> list[Work]:
         """The jobs that wait for a worker, as work."""
@@ -136,21 +136,30 @@ class Pacer:
         return by is not None and first <= patches and speed.run([first] if first else []) < by
 
 
-def _floor(pipeline: Pipeline, quality: Quality) -> Floor:
-    card = model_card(pipeline.manifest)
-    sampler, steps = preset(quality, card.sampler, card.steps)
-    return Floor(steps, sampler.tolerance)
+def _gains(pictures: Sequence[LivePicture]) -> list[float]:
+    """What more work brings each picture, 1 on average: the square root of the mean squared error of landing now.
+
+    A picture that has not begun counts as average. Where errors shrink with the steps, this spends steps best.
+    """
+    errors = [
+        float(((1 - each.times).square() * each.difficulty).mean().sqrt())
+        if each.trajectory.state.evaluations
+        else None
+        for each in pictures
+    ]
+    known = [error for error in errors if error is not None and math.isfinite(error)]
+    mean = sum(known) / len(known) if known else 0.0
+    return [error / mean if mean and error is not None and math.isfinite(error) else 1.0 for error in errors]
 
 
-def _usual_costs(pipeline: Pipeline, floor: Floor | None = None) -> list[float]:
+def _usual_costs(pipeline: Pipeline, floor: float = 1.0) -> list[float]:
     """The patch evaluations that the model's own choice is expected to make in each step, or those at the floor."""
     defaults = pipeline.manifest.defaults
     options = defaults.sampler.model_dump()
     sampler = pipeline.sampler(options.pop("name"), defaults.steps, defaults.guidance, **options)
     trajectory = Trajectory.begin(sampler, {}, pipeline.noise(0))
     patches = pipeline.grid.patches
-    if floor is not None:
-        lower(trajectory, floor, 0.0, patches)
+    lower(trajectory, floor * expected_cost(trajectory, patches), patches)
     return expected_costs(trajectory, patches)
 
 

@@ -21,7 +21,6 @@ from patchforge.service.errors import InvalidRequest, NotFound
 from patchforge.service.messages.endings import terminal_event, unsupported
 from patchforge.service.messages.events import Cancelled, Completed, Failed, Started
 from patchforge.service.messages.protocol import digest_need
-from patchforge.service.messages.samplers import Quality
 from patchforge.service.messages.schemas import Job, JobError, JobStatus, ModelCard, SavingsReport
 from patchforge.service.queue import Claim, Heartbeat, JobQueue
 from patchforge.service.settings import Settings
@@ -64,7 +63,7 @@ class Worker:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{str(ULID())[-6:]}"
         previews = PreviewPace(settings.preview_interval_seconds, settings.preview_share)
         target = settings.target_latency if settings.degrade else None
-        self.pacer = Pacer(pipelines, patch_budgets, Quality(settings.min_quality), target)
+        self.pacer = Pacer(pipelines, patch_budgets, settings.min_quality, target)
         scheduler = Scheduler(patch_budgets, self.pacer.limits)
         self.engine = Engine(pipelines, scheduler, previews, settings.cache_bytes, self.pacer)
         self.registry = CollectorRegistry()

@@ -106,5 +106,14 @@ def test_pictures_are_resized_and_nothing_else_changes() -> None:
 
 
 def test_prompts_come_with_and_without_the_style_word() -> None:
-    assert phrasings(["red apple", "apple"], "3d") == ["red apple, 3d", "red apple", "apple, 3d", "apple"]
-    assert phrasings(["red apple"], "") == ["red apple"]
+    assert phrasings(["red apple", "apple"], "3d") == [("red apple, 3d", "red apple"), ("apple, 3d", "apple")]
+    assert phrasings(["red apple"], "") == [("red apple", "red apple")]
+
+
+def test_the_pictures_of_some_styles_are_drawn_more_often() -> None:
+    pictures = drawn({"thing": ["3d", "noto"]}, size=4)
+    more = pictures.drawn_more(["noto"])
+    assert dict(zip(more.styles, more.weights.tolist(), strict=True)) == {"3d": 1, "noto": 4}
+    assert pictures.weights.tolist() == [1, 1]
+    with pytest.raises(DataError, match="3d, noto"):
+        pictures.drawn_more(["crayon"])

@@ -93,7 +93,9 @@ async def test_over_grpc_what_would_take_longer_is_refused_with_the_time_it_woul
 ) -> None:
     monkeypatch.setattr(pacer, "RECENT_SECONDS", math.inf)
     await drawn(http)
-    drawer.pacer.speeds["tiny-class"] = Speed(weight=9, patches=900, seconds=9e6, squares=1e5, products=1e9, decode=0.1)
+    drawer.pacer.speeds["tiny-class"] = slow = Speed(decode=0.1)
+    for _ in range(9):
+        slow.evaluated(100, 1e6)
 
     async def announced() -> bool | None:
         models = (await stub.ListModels(pb.ListModelsRequest())).models

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from patchforge.model.pipeline import Pipeline
-from patchforge.service.messages.samplers import Quality, preset
 from patchforge.service.messages.schemas import Job, SavingsReport
-from patchforge.service.worker.cards import model_card
 from patchforge.service.worker.engine import Engine
 from patchforge.service.worker.outcomes import JobDone
 from patchforge.service.worker.pace import Backlog
@@ -32,9 +31,11 @@ USUAL = 8 * 2 * 16 / 1000
 class Busy:
     """An engine, and a clock that its work moves."""
 
-    def __init__(self, pipelines: dict[str, Pipeline], target: float | None = None, step: int = 4096) -> None:
+    def __init__(
+        self, pipelines: dict[str, Pipeline], target: float | None = None, step: int = 4096, floor: float = 0.5
+    ) -> None:
         budgets = dict.fromkeys(pipelines, step)
-        self.pacer = Pacer(pipelines, budgets, target=target)
+        self.pacer = Pacer(pipelines, budgets, floor, target)
         self.engine = Engine(
             pipelines,
             Scheduler(budgets, self.pacer.limits),
@@ -114,12 +115,9 @@ def test_several_with_one_time_are_all_finished_by_then(plain: Busy) -> None:
     assert {report.lowered_by for report in reports.values()} == {"load"}, "alone there would be time enough"
 
 
-def test_what_is_late_already_is_made_at_the_floor(plain: Busy, pipelines: dict[str, Pipeline]) -> None:
-    card = model_card(pipelines["tiny-class"].manifest)
-    standard, usual_steps = preset(Quality.STANDARD, card.sampler, card.steps)
-    draft, steps = preset(Quality.DRAFT, card.sampler, card.steps)
-    late = wish(sampler=standard.model_dump(), steps=usual_steps, finish_within_seconds=1.0, waited=2.0)
-    lowest = wish(sampler=draft.model_dump(), steps=steps)
+def test_what_is_late_already_is_made_at_the_floor(plain: Busy) -> None:
+    late = wish(sampler=DENSE, finish_within_seconds=1.0, waited=2.0)
+    lowest = wish(sampler=DENSE, steps=4)
     outcomes, reports = plain.draw(late, lowest)
     assert np.array_equal(pixels(outcomes, late.id), pixels(outcomes, lowest.id))
     assert reports[late.id].finished_in_time is False
@@ -151,12 +149,27 @@ def test_under_load_pictures_that_may_be_are_lowered_together_and_no_other(pipel
     assert np.array_equal(pixels(again, same.id), pixels(outcomes, jobs[3].id))
 
 
+def test_under_load_more_work_goes_to_pictures_that_are_further_from_their_end(pipelines: dict[str, Pipeline]) -> None:
+    busy = Busy(pipelines, target=5.0)
+    for seed in range(16):
+        busy.engine.admit(wish(degradable=True, sampler=DENSE, seed=seed))
+    busy.engine.step()
+    begun = [picture for live in busy.engine.jobs.values() for picture in live.pictures]
+    assert {picture.trajectory.state.evaluations for picture in begun} == {1}
+    for picture, deviation in zip(begun, 8 * [1.0, 2.0], strict=True):
+        picture.difficulty = torch.full_like(picture.difficulty, deviation**2)
+    busy.pacer.target = 2.0
+    easy, hard, *_ = [each.patches for each in busy.pacer.allowances(busy.engine.jobs.values()).values()]
+    assert hard == pytest.approx(2 * easy)
+
+
 def test_load_lowers_nothing_below_the_floor(pipelines: dict[str, Pipeline]) -> None:
-    busy = Busy(pipelines, target=1e-6)
-    draft = wish(sampler={"name": "adaptive", "tolerance": 0.3}, steps=6, seed=2)
-    outcomes, reports = busy.draw(worst := wish(degradable=True, seed=2), draft)
-    assert np.array_equal(pixels(outcomes, worst.id), pixels(outcomes, draft.id))
-    assert reports[worst.id].lowered_by == "load"
+    for floor, steps, guidance in ((0.5, 4, 2.0), (0.75, 6, 2.0), (0.375, 3, 2.0), (0.3, 4, 1.0)):
+        busy = Busy(pipelines, target=1e-6, floor=floor)
+        lowest = wish(sampler=DENSE, steps=steps, guidance=guidance, seed=2)
+        outcomes, reports = busy.draw(worst := wish(sampler=DENSE, degradable=True, seed=2), lowest)
+        assert np.array_equal(pixels(outcomes, worst.id), pixels(outcomes, lowest.id)), floor
+        assert reports[worst.id].lowered_by == "load"
 
 
 @pytest.mark.parametrize("target", [None, 5.0])

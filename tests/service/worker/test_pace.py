@@ -29,6 +29,19 @@ def test_what_is_late_gets_nothing_and_the_rest_what_is_left() -> None:
     assert of((5, -1), (2, 1), (1, 9)) == pytest.approx([0, 0.5, 1])
 
 
+def test_where_time_is_short_more_of_it_goes_where_it_brings_more() -> None:
+    def of_gains(average: float, *works: tuple[float, float]) -> list[float]:
+        due = average * sum(seconds for seconds, _ in works) / HEADROOM
+        return shares([Work(seconds, due, True, gain) for seconds, gain in works])
+
+    assert of_gains(0.5, (1, 1), (1, 3)) == pytest.approx([0.25, 0.75])
+    assert of_gains(0.6, (1, 1), (1, 9)) == pytest.approx([0.2, 1]), "no work is done twice"
+    assert of_gains(0.5, (2, 1), (4, 1), (2, 2)) == pytest.approx([0.4, 0.4, 0.8])
+    assert of_gains(1.0, (1, 0.1), (1, 9)) == [1, 1]
+    assert of_gains(0.5, (1, 0), (1, 2)) == [0, 1]
+    assert of_gains(0.5, (1, 0), (1, 0)) == [0, 0]
+
+
 def test_fixed_work_takes_time_but_nothing_is_lowered_for_its_sake() -> None:
     late = Work(10, -1, False)
     assert shares([late, Work(1, 2 * 11 / HEADROOM, True)]) == [1, 1]
@@ -51,6 +64,20 @@ def test_the_speed_is_a_line_through_the_newest_measurements() -> None:
     assert speed.evaluation(0) == pytest.approx(0.2, rel=0.01)
     assert speed.per_patch(200) == pytest.approx(0.4 / 200, rel=0.01)
     assert speed.run([100, 300], 2) == pytest.approx(0.3 + 0.5 + 0.04, rel=0.01)
+
+
+def test_what_a_picture_takes_alone_is_not_forgotten_under_load() -> None:
+    speed = Speed()
+    speed.decoded(1, 0.1)
+    for _ in range(5):
+        speed.evaluated(64, 0.02)
+    alone = speed.run([64, 64])
+    for _ in range(500):
+        speed.evaluated(1000, 0.2, others=0.05)
+    assert speed.run([64, 64]) == pytest.approx(alone)
+    assert speed.drag == pytest.approx(1.25)
+    speed.began(0.03)
+    assert speed.run([64, 64]) == pytest.approx(alone + 0.03)
 
 
 def test_a_pause_does_not_look_like_a_slow_device() -> None:
