@@ -54,8 +54,8 @@ def save_options(output_format: str, picture: Image.Image, settings: Mapping[str
     Args:
         output_format: as Pillow names it, in any case.
         picture: what will be saved; its size is written too.
-        settings: by the names of a request's fields: `model`, `weights_sha256`, `prompt` or `class_label`, `seed`,
-            `sampler` (its name and options), `steps`, `guidance`, and others that were used.
+        settings: by the names of a request's fields: `model`, `model_digest`, `weights_sha256`, `prompt` or
+            `class_label`, `seed`, `sampler` (its name and options), `steps`, `guidance`, and others that were used.
     """
     about = describe(settings, picture.size)
     texts = {PARAMETERS: parameters(about), DETAILS: json.dumps(about, ensure_ascii=False)}

@@ -69,7 +69,7 @@ class Pipeline:
         self.device = device or best_device()
         self.folder = bundle.folder
         self.manifest = manifest = bundle.manifest
-        self.weights_sha256 = bundle.weights_sha256
+        self.weights_sha256, self.digest = bundle.weights_sha256, bundle.digest
         weights = load_network_weights(bundle)
         self.network = build_around(manifest.network.config, weights).to(self.device)
         del weights
@@ -313,6 +313,7 @@ class Pipeline:
         named = {"name": sampler} if sampler else defaults.sampler.model_dump()
         return {
             "model": self.manifest.name,
+            "model_digest": self.digest,
             "weights_sha256": self.weights_sha256,
             "sampler": named | options,
             "steps": defaults.steps if steps is None else steps,

@@ -47,6 +47,12 @@ class ModelSettings(BaseSettings):
         [],
         description="Models for requests that name none: the first that is served and fits; others follow by name.",
     )
+    remember_seconds: int = Field(
+        0,
+        ge=0,
+        description="How long a model is still accepted after its last worker has gone, for an autoscaler that starts "
+        "workers when jobs wait; 0 = refused at once.",
+    )
 
 
 class AccessSettings(BaseSettings):

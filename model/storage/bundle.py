@@ -23,6 +23,7 @@ from patchforge.model.storage.encoder_folder import EncoderFolder, read_encoder_
 from patchforge.model.storage.files import (
     explain_error,
     hash_file,
+    hash_hashes,
     mention_pickles,
     read_json,
     require_file,
@@ -73,6 +74,21 @@ class Bundle:
             BundleError: the file cannot be read.
         """
         return hash_file(self.weights)
+
+    @cached_property
+    def digest(self) -> str:
+        """Which bundle this is: the SHA-256 of the names and contents of its files, in hexadecimal.
+
+        A text encoder's files count by the SHA-256 in `bundle.json`, which is checked when they are loaded. MiniLM
+        comes with a package, and does not count.
+
+        Raises:
+            BundleError: a file cannot be read.
+        """
+        names = [MANIFEST, f"{AUTOENCODER}/{AUTOENCODER_CONFIG}", f"{AUTOENCODER}/{AUTOENCODER_WEIGHTS}"]
+        if (self.autoencoder / AUTOENCODER_PREVIEW).is_file():
+            names.append(f"{AUTOENCODER}/{AUTOENCODER_PREVIEW}")
+        return hash_hashes({name: hash_file(self.folder / name) for name in names} | {WEIGHTS: self.weights_sha256})
 
     @property
     def autoencoder(self) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -46,10 +46,13 @@ def hash_files(folder: Path, names: Iterable[str]) -> str:
     Raises:
         BundleError: a file cannot be read.
     """
-    whole = hashlib.sha256()
-    for name in sorted(names):
-        whole.update(f"{name} {hash_file(folder / name)}\n".encode())
-    return whole.hexdigest()
+    return hash_hashes({name: hash_file(folder / name) for name in names})
+
+
+def hash_hashes(hashes: Mapping[str, str]) -> str:
+    """Return the SHA-256 of files, given the SHA-256 of each by its name; all in hexadecimal."""
+    lines = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:

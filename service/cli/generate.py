@@ -70,6 +70,9 @@ def generate(
         float | None,
         typer.Option(min=0.001, help="With --server: finish each picture in so many seconds, as well as that allows."),
     ] = None,
+    model_digest: Annotated[
+        str | None, typer.Option(help="With --server: draw with exactly this bundle, a digest in GET /v1/models.")
+    ] = None,
     negative: Annotated[
         str | None, typer.Option("--negative-prompt", help="Text models: what the pictures should not show.")
     ] = None,
@@ -102,7 +105,7 @@ def generate(
     fields: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance, "budget": budget}
     fields["negative_prompt"] = negative
     served = {"model": model, "quality": quality, "size": size, "image": image, "mask": mask, "strength": strength}
-    served |= {"fit": fit, "finish-within": finish_within}
+    served |= {"fit": fit, "finish-within": finish_within, "model-digest": model_digest}
     how = protocol(os.environ, is_terminal=show and sys.stdout.isatty() and find_spec("PIL") is not None)
     with typed_errors(), needs("worker"):
         if grid and find_spec("PIL") is None:  # rather said before anything is drawn
@@ -175,7 +178,7 @@ def _request_fields(served: dict[str, Any]) -> dict[str, Any]:
     fields = {name: served[name] for name in ("quality", "strength", "fit")}
     if served["size"] is not None:
         fields["width"], fields["height"] = options.read_size(served["size"])
-    fields["finish_within_seconds"] = served["finish-within"]
+    fields |= {"finish_within_seconds": served["finish-within"], "model_digest": served["model-digest"]}
     return fields | {name: served[name].read_bytes() for name in ("image", "mask") if served[name] is not None}
 
 

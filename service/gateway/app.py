@@ -32,6 +32,7 @@ from patchforge.service.gateway.inference import rest as inference_rest
 from patchforge.service.gateway.jobs import JobService
 from patchforge.service.gateway.metrics import GatewayMetrics
 from patchforge.service.gateway.metrics_api import MetricsMiddleware
+from patchforge.service.gateway.mixtures import Mixtures
 from patchforge.service.gateway.openai import api as openai_api
 from patchforge.service.gateway.openapi import Api, add_docs
 from patchforge.service.gateway.prefix import PrefixMiddleware
@@ -139,7 +140,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, queue: JobQueue) -> None:
         self.settings = settings
-        self.service = JobService(queue, settings.default_models)
+        self.service = JobService(queue, settings.default_models, settings.remember_seconds)
         metrics = GatewayMetrics(CollectorRegistry(), settings.max_waiting)
 
         def record_end(job: Job) -> None:
@@ -155,6 +156,7 @@ class Gateway:
         self._feeder = BatchFeeder(self.service, metrics)
         self._feeding: asyncio.Task[None] | None = None
         self.http_port = self.grpc_port = 0
+        self._mixtures = Mixtures()
         self._stopping = asyncio.Event()
         self._reason: str | None = ""  # why the gateway is not ready; None when it is
 
@@ -194,7 +196,9 @@ class Gateway:
         """Checks readiness, reports it to gRPC's health service, and logs changes."""
         reason = None
         try:
-            await self.service.ready()
+            fleet = await self.service.ready()
+            self._mixtures.look(fleet)
+            await self.service.remembered.note(fleet)
         except Unavailable as error:
             reason = error.message
         if reason != self._reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 from patchforge.class_names import knows_class
 from patchforge.service.errors import NotFound, TooLittleTime, Unavailable, Unsupported
@@ -11,15 +12,48 @@ from patchforge.service.queue.records import Served
 
 
 class Fleet:
-    """The live workers and their models at one moment."""
+    """The live workers and their models at one moment, and models whose workers have gone but may come back."""
 
-    def __init__(self, workers: Iterable[Served], preferred: Sequence[str] = ()) -> None:
-        """Models named in `preferred` come first, in that order; the others follow by name."""
+    def __init__(
+        self, workers: Iterable[Served], preferred: Sequence[str] = (), remembered: Iterable[Served] = ()
+    ) -> None:
+        """Models named in `preferred` come first, in that order; the others follow by name.
+
+        `remembered` has one card in each. It counts only for models that no live worker serves.
+        """
         self._workers = list(workers)
-        cards = {card.name: card for served in self._workers for card in served.cards}
+        named = [[*served.unreadable, *(card.name for card in served.cards)] for served in self._workers]
+        live = frozenset(name for names in named for name in names)
+        asleep = [served for served in map(_asleep, remembered) if live.isdisjoint(card.name for card in served.cards)]
+        self.asleep = frozenset(card.name for served in asleep for card in served.cards)
+        """Names of the models that no live worker serves."""
+        self._workers += asleep
+        self._bundles = {(card.name, card.digest): card for served in self._workers for card in served.cards}
+        # A name may stand for several bundles while one replaces another: the newest describes it.
+        oldest_first = sorted(self._bundles.values(), key=lambda card: (card.created, card.digest or ""))
+        cards = {card.name: card for card in oldest_first}
         places = {name: place for place, name in enumerate(preferred)}
         self.cards = sorted(cards.values(), key=lambda card: (places.get(card.name, len(places)), card.name))
         """One card per model, in that order."""
+
+    def served_by(self, card: ModelCard) -> Served:
+        """Returns a card of this fleet, with what a worker that serves this bundle can do: the most able one."""
+        bundle = card.name, card.digest
+        able = [
+            served.capabilities
+            for served in self._workers
+            if bundle in [(other.name, other.digest) for other in served.cards]
+        ]
+        return Served([card], max(able, key=len))
+
+    @property
+    def bundles(self) -> frozenset[tuple[str, str | None]]:
+        """Name and digest of every bundle that is served. Older workers tell no digest."""
+        return frozenset(self._bundles)
+
+    def digests(self, name: str) -> list[str]:
+        """Returns the digests of the bundles that are served under a name."""
+        return sorted(digest for served, digest in self._bundles if served == name and digest is not None)
 
     def find(self, name: str) -> ModelCard:
         """Returns the model of that name.
@@ -39,16 +73,18 @@ class Fleet:
         raise NotFound("no such model: /v1/models lists those that are served", field="model")
 
     def choose_for(self, request: GenerationRequest, *, prompt_may_be_class: bool = False) -> ModelCard:
-        """Returns the model that a request names, or else the first that fits.
+        """Returns the model that a request names or pins by its digest, or else the first that fits.
 
         A prompt needs a text model. A class label needs a class model, if possible one that has this class. With
         `prompt_may_be_class`, a prompt may also be the name of a class if no text model is served.
 
         Raises:
-            NotFound: no such model is served.
+            NotFound: no such model is served, or not with this digest.
             Unsupported: this gateway cannot read the card of the named model.
             Unavailable: no worker serves any model.
         """
+        if request.model_digest is not None:
+            return self._find_pinned(request.model_digest, request.model)
         if request.model is not None:
             return self.find(request.model)
         cards = self._require_models()
@@ -63,6 +99,17 @@ class Fleet:
             takes = "a class label" if request.prompt is None else "a prompt"
             raise NotFound(f"no worker serves a model that takes {takes}", field="model")
         return fitting[0]
+
+    def _find_pinned(self, digest: str, name: str | None) -> ModelCard:
+        for card in self._bundles.values():
+            if card.digest == digest and name in (None, card.name):
+                return card
+        self._require_models()
+        if name is None:
+            raise NotFound("no worker serves a model with this digest", field="model_digest")
+        self.find(name)
+        there = ", ".join(self.digests(name)) or "none that is known"
+        raise NotFound(f"no worker serves {name} with this digest; served: {there}", field="model_digest")
 
     def check_capabilities(self, model: str, needs: Collection[str]) -> None:
         """Checks that a worker of the model has all capabilities in `needs`.
@@ -82,7 +129,12 @@ class Fleet:
             TooLittleTime: none could, even at the lowest quality.
         """
         within = request.finish_within_seconds
-        cards = [card for served in self._workers for card in served.cards if card.name == request.model]
+        cards = [
+            card
+            for served in self._workers
+            for card in served.cards
+            if card.name == request.model and request.model_digest in (None, card.digest)
+        ]
         times = [request.n * card.least_seconds for card in cards if card.least_seconds is not None]
         if within is not None and len(times) == len(cards) and within < (least := min(times, default=0.0)):
             raise TooLittleTime(f"it would take {least:.2g} seconds", field="finish_within_seconds", retry_after=1)
@@ -91,3 +143,9 @@ class Fleet:
         if not self.cards:
             raise Unavailable("no worker is serving a model", retry_after=5)
         return self.cards
+
+
+def _asleep(remembered: Served) -> Served:
+    """What a worker served, without how long a picture would take: that depends on when a worker is there."""
+    cards = [card.model_copy(update={"least_seconds": None}) for card in remembered.cards]
+    return replace(remembered, cards=cards)

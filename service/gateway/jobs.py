@@ -16,6 +16,7 @@ from patchforge.service import tracing
 from patchforge.service.errors import InvalidRequest, NotFound, PatchforgeError, Unavailable, Unsupported
 from patchforge.service.gateway.defaults import check_budget, check_fits_model, fill_defaults, is_degradable
 from patchforge.service.gateway.fleet import Fleet
+from patchforge.service.gateway.remembered import RememberedModels
 from patchforge.service.gateway.source_pictures import SourcePictures
 from patchforge.service.gateway.statistics import InferenceStatistics
 from patchforge.service.messages.events import TERMINAL_EVENTS, Event
@@ -51,9 +52,13 @@ class Prepared:
 class JobService:
     """The gateway's rules for jobs, the same for every protocol."""
 
-    def __init__(self, queue: JobQueue, default_models: Sequence[str] = ()) -> None:
-        """Requests without a model go to the first of `default_models` that fits, then to the first by name."""
+    def __init__(self, queue: JobQueue, default_models: Sequence[str] = (), remember_seconds: int = 0) -> None:
+        """Requests without a model go to the first of `default_models` that fits, then to the first by name.
+
+        A model whose workers have gone is still accepted for `remember_seconds`.
+        """
         self.queue = queue
+        self.remembered = RememberedModels(queue, remember_seconds)
         self._default_models = default_models
         self.draining = False
         self.statistics = InferenceStatistics()
@@ -62,21 +67,23 @@ class JobService:
         self._watches: set[asyncio.Timeout] = set()
         self._background: set[asyncio.Task[Any]] = set()
 
-    async def ready(self) -> list[ModelCard]:
-        """Returns the models served now, if the gateway is ready for requests.
+    async def ready(self) -> Fleet:
+        """Returns the live workers and their models, if the gateway is ready for requests.
 
         Raises:
             Unavailable: the server is shutting down, or the queue server or all workers are away.
         """
         self.refuse_when_draining()
         await self.queue.check_server()
-        if not (cards := (await self.fleet()).cards):
+        fleet = await self.fleet()
+        if not fleet.cards:
             raise Unavailable("no worker is serving a model", retry_after=5)
-        return cards
+        return fleet
 
     async def fleet(self) -> Fleet:
-        """Returns the live workers and their models."""
-        return Fleet((await self.queue.workers()).values(), self._default_models)
+        """Returns the live workers and their models, and the models that are remembered."""
+        workers, remembered = await asyncio.gather(self.queue.workers(), self.remembered.read())
+        return Fleet(workers.values(), self._default_models, remembered)
 
     async def model(self, name: str) -> ModelCard:
         """Returns the model of that name; raises the same errors as `Fleet.find`."""
@@ -87,7 +94,7 @@ class JobService:
 
         Raises:
             InvalidRequest: the request does not fit the model, or a picture cannot be used; `field` says which.
-            NotFound: no worker serves the model.
+            NotFound: no worker serves the model, or the bundle that the request pins.
             IdempotencyConflict: the key was used with another request.
             RateLimited: the API key has reached a limit.
             QueueFull: too many jobs are waiting, or the queue server might run out of memory.

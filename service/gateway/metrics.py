@@ -25,10 +25,14 @@ class QueueState:
 
     waiting: Mapping[str, int]
     """Waiting requests by model; models without any are left out."""
+    held: Mapping[str, int]
+    """Requests that a worker holds, dead or alive, by model; models without any are left out."""
     oldest_seconds: Mapping[str, float]
     """How long the oldest of them has waited, by model, on the queue server's clock."""
-    workers: Collection[Collection[str]]
-    """For each live worker, the models it serves."""
+    workers: Collection[Collection[tuple[str, str | None]]]
+    """For each live worker, name and digest of the models it serves; older workers tell no digest."""
+    asleep: Collection[str]
+    """Models that no live worker serves, but are accepted: see PATCHFORGE_REMEMBER_SECONDS."""
     batches: Mapping[str, int]
     """Batches that have not ended, by status; statuses without any are left out."""
     memory: Memory
@@ -62,6 +66,9 @@ class GatewayMetrics:
         self._replicas = gauge("queue_replicas", "Replicas that follow the queue server.")
         self._unreplicated = gauge("queue_unreplicated_bytes", "What its nearest replica has not confirmed.")
         self._waiting = gauge("requests_waiting", "Accepted requests that no worker has started.", "model")
+        self._held = gauge(
+            "requests_held", "Requests that a worker has started and not ended, whether it still lives or not.", "model"
+        )
         self._oldest = gauge(
             "queue_oldest_seconds", "Seconds that the oldest waiting request has waited, batches apart.", "model"
         )
@@ -76,6 +83,14 @@ class GatewayMetrics:
             self._workers,
         )
         self._model_workers = gauge("model_workers", "Live workers that serve a model.", "model")
+        self._digests = gauge(
+            "model_digests",
+            "Different bundles that live workers serve under a model's name, as far as they tell.",
+            "model",
+        )
+        self._asleep = gauge(
+            "model_asleep", "1 if no worker serves a model, but requests for it are accepted and wait for one.", "model"
+        )
         self._batches = gauge("batches_open", "Batches that have not ended, by status.", "status")
         self._batches_ended = Counter(
             "patchforge_batches", "Ended batches, by final status.", ("status",), registry=registry
@@ -128,7 +143,8 @@ class GatewayMetrics:
 
         None means that the queue server does not answer: its gauges become NaN.
         """
-        for labelled in (self._waiting, self._oldest, self._model_workers, self._batches):
+        by_model = self._waiting, self._held, self._oldest, self._model_workers, self._digests, self._asleep
+        for labelled in (*by_model, self._batches):
             labelled.clear()
         self._queue_up.set(state is not None)
         if state is None:
@@ -144,10 +160,15 @@ class GatewayMetrics:
         self._workers.set(len(state.workers))
         for status in OPEN:
             self._batches.labels(status).set(state.batches.get(status, 0))
-        served = Counts(model for models in state.workers for model in models)
-        for model in served.keys() | state.waiting.keys():
+        served = Counts(model for models in state.workers for model, _ in models)
+        bundles = {bundle for models in state.workers for bundle in models}
+        digests = Counts(model for model, digest in bundles if digest is not None)
+        for model in {*served, *state.waiting, *state.held, *state.asleep}:
             self._model_workers.labels(model).set(served[model])
+            self._digests.labels(model).set(digests[model])
+            self._asleep.labels(model).set(model in state.asleep)
             self._waiting.labels(model).set(state.waiting.get(model, 0))
+            self._held.labels(model).set(state.held.get(model, 0))
             self._oldest.labels(model).set(state.oldest_seconds.get(model, 0))
 
     def count_request_ended_in_queue(self, job: Job) -> None:

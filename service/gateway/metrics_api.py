@@ -13,8 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from patchforge.service.errors import Unavailable
 from patchforge.service.gateway.answers import problems, success
 from patchforge.service.gateway.dependencies import Metrics, Service
+from patchforge.service.gateway.fleet import Fleet
+from patchforge.service.gateway.jobs import JobService
 from patchforge.service.gateway.metrics import GatewayMetrics, QueueState
-from patchforge.service.queue import JobQueue
 from patchforge.service.threads import in_thread
 
 router = APIRouter(tags=["operation"])
@@ -36,7 +37,7 @@ async def scrape(
     """Prometheus metrics of this gateway, of the queue and of every live worker."""
     texts: list[bytes] = []
     try:
-        metrics.set_queue_state(await _read_queue_state(service.queue))
+        metrics.set_queue_state(await _read_queue_state(service))
         if workers:
             texts = [text for _, text in await service.queue.worker_metrics()]
     except Unavailable:
@@ -45,17 +46,18 @@ async def scrape(
     return Response(await in_thread(metrics.exposition, texts), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _read_queue_state(queue: JobQueue) -> QueueState:
-    waiting, oldest, workers, batches, memory, (replicas, behind) = await asyncio.gather(
-        queue.waiting(),
-        queue.oldest_waiting(),
-        queue.workers(),
-        queue.count_batches(),
-        queue.memory(),
-        queue.replication(),
+async def _read_queue_state(service: JobService) -> QueueState:
+    queue = service.queue
+    jobs, models, server = await asyncio.gather(
+        asyncio.gather(queue.waiting(), queue.held(), queue.oldest_waiting(), queue.count_batches()),
+        asyncio.gather(queue.workers(), service.remembered.read()),
+        asyncio.gather(queue.memory(), queue.replication()),
     )
-    served = [[card.name for card in each.cards] for each in workers.values()]
-    return QueueState(waiting, oldest, served, batches, memory, replicas, behind)
+    (waiting, held, oldest, batches), (workers, remembered) = jobs, models
+    memory, (replicas, behind) = server
+    served = [[(card.name, card.digest) for card in each.cards] for each in workers.values()]
+    asleep = Fleet(workers.values(), remembered=remembered).asleep
+    return QueueState(waiting, held, oldest, served, asleep, batches, memory, replicas, behind)
 
 
 class MetricsMiddleware:

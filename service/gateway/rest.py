@@ -129,4 +129,4 @@ async def alive() -> dict[str, str]:
 @router.get("/readyz", tags=["operation"], responses=problems(413, 503))
 async def ready(service: Service) -> dict[str, str | list[str]]:
     """Readiness: the queue server answers and at least one worker serves a model."""
-    return {"status": "ready", "models": [card.name for card in await service.ready()]}
+    return {"status": "ready", "models": [card.name for card in (await service.ready()).cards]}

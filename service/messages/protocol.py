@@ -59,6 +59,7 @@ CAPABILITIES = frozenset(
 class CardDetails(Message):
     """Fields of a `ModelCard` that protocol 0 does not have: its readers end at what they do not know in a card."""
 
+    digest: str | None = Field(None, exclude_if=lambda digest: digest is None)
     weights_sha256: str | None = None
     usual_patch_evaluations: int | None = Field(None, exclude_if=lambda cost: cost is None)
     usual_seconds: float | None = Field(None, exclude_if=lambda seconds: seconds is None)
@@ -88,6 +89,11 @@ def whole_card(card: ModelCard, details: CardDetails | None) -> ModelCard:
     return card if details is None else card.model_copy(update=dict(details))
 
 
+def digest_need(digest: str) -> str:
+    """Returns the capability of a worker that serves the bundle with this digest, which no other worker has."""
+    return f"digest.{digest}"
+
+
 def needs_of(request: GenerationRequest) -> frozenset[str]:
     """Returns the capabilities that a worker needs to run this request, whose defaults are filled in.
 
@@ -98,4 +104,6 @@ def needs_of(request: GenerationRequest) -> frozenset[str]:
         needs.add(f"sampler.{request.sampler.name}")
     if not request.metadata:
         needs.add("metadata")
+    if request.model_digest is not None:
+        needs.add(digest_need(request.model_digest))
     return frozenset(needs | {word for field, word in _BY_FIELD.items() if getattr(request, field)})

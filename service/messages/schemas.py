@@ -39,6 +39,9 @@ class Priority(StrEnum):
     LOW = "low"
 
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 def _is_unset(value: Any) -> bool:
     """Whether a field is left out when it is written, for readers older than the field."""
     return not value
@@ -70,6 +73,11 @@ class GenerationRequest(Request):
         None,
         max_length=100,
         description="A name from GET /v1/models; default: the first model there that fits the prompt or class label.",
+    )
+    model_digest: Digest | None = Field(
+        None,
+        exclude_if=_is_unset,
+        description="Draw with exactly this bundle: a `digest` from GET /v1/models. Default: any of the model's name.",
     )
     prompt: str | None = Field(None, min_length=1, max_length=MAX_PROMPT)
     negative_prompt: str | None = Field(
@@ -246,6 +254,9 @@ class ModelCard(Message):
     licence: str
     created: int = Field(description="When the weights were made, in Unix seconds.")
     description: str = ""
+    digest: str | None = Field(
+        None, exclude_if=_is_unset, description="Of all the bundle's files, in hexadecimal: which bundle this is."
+    )
     weights_sha256: str | None = Field(
         None, exclude_if=lambda digest: digest is None, description="Of the weights file, in hexadecimal."
     )
@@ -352,6 +363,9 @@ class SavingsReport(Message):
         None,
         exclude_if=lambda met: met is None,
         description="Whether `finish_within_seconds` was kept.",
+    )
+    model_digest: str | None = Field(
+        None, exclude_if=_is_unset, description="The `digest` of the bundle that drew the pictures."
     )
     images: list[ImageReport]
 

@@ -34,7 +34,7 @@ REVIEW_SECONDS = 60  # between looks whether a reservation's job has ended unnot
 REVIEWED = 100  # reservations that one call looks at
 ADMITTING = frozenset({"submit", "feed_line", "create_batch", "admit_file", "add_file"})  # refused when Redis is full
 PROMISED = ADMITTING - {"feed_line", "admit_file"}  # on replicas before the caller hears; others are simply repeated
-SCRIPTS = ("queue.lua", "reservations.lua", "batches.lua", "dispatch.lua")
+SCRIPTS = ("queue.lua", "reservations.lua", "batches.lua", "scaling.lua", "dispatch.lua")
 SKIPS = 1000  # stale entries that one claim may skip in each stream; takes Redis about 10 ms
 
 
@@ -132,7 +132,7 @@ class QueueConnection:
             return await client.execute_command(*command)
 
     async def _run(self, command: str, *args: Any, streams: Sequence[str] = (keys.WAITING,)) -> Any:
-        """Runs one command of `queue.lua` and the files beside it, and reports the jobs that ended as a side effect."""
+        """Runs one command of the scripts, and reports the jobs that ended as a side effect."""
         replicas = missing = self._wait_replicas if command in PROMISED else 0
         script = self._admit if command in ADMITTING else self._advance
         with redis_call():

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
+from itertools import chain
 from typing import Any
 
 from redis.asyncio import Redis
@@ -35,7 +36,7 @@ from patchforge.service.errors import (
 )
 from patchforge.service.messages.endings import terminal_event
 from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Completed, Event, Expired, Failed, ImageReady
-from patchforge.service.messages.protocol import CAPABILITIES, FIRST, PROTOCOL, Announcement, needs_of, split_card
+from patchforge.service.messages.protocol import CAPABILITIES, FIRST, PROTOCOL, needs_of
 from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard, Priority
 from patchforge.service.messages.source import Source
@@ -45,10 +46,12 @@ from patchforge.service.queue.connection import LONGEST_BLOCK, redis_call
 from patchforge.service.queue.event_hub import EventHub
 from patchforge.service.queue.records import (
     Served,
+    announced,
     event_from,
     fields_of,
     job_from,
     served_from,
+    with_digest,
 )
 from patchforge.service.settings import Settings
 
@@ -260,7 +263,7 @@ class JobQueue(BatchStore):
         with self._hub.listen(job_id) as bell:
             while True:
                 bell.clear()
-                status, last_id, entries = await self._run("news", job_id, after, BATCH, BATCH_BYTES)
+                status, last_id, digest, entries = await self._run("news", job_id, after, BATCH, BATCH_BYTES)
                 if status is None:
                     raise NotFound(f"no job {job_id}")
                 for entry_id, fields in entries:
@@ -269,6 +272,8 @@ class JobQueue(BatchStore):
                         event = terminal_event(await self.get(job_id))
                     if event is None:
                         continue
+                    if isinstance(event, Completed):
+                        event = Completed(report=with_digest(event.report, digest))
                     yield after, event
                     if isinstance(event, TERMINAL_EVENTS):
                         return
@@ -292,6 +297,13 @@ class JobQueue(BatchStore):
         """Returns model → seconds that its oldest job, batches apart, has waited, by the queue server's clock."""
         return {model.decode(errors="replace"): float(age) for model, age in await self._run("oldest")}
 
+    async def held(self) -> dict[str, int]:
+        """Returns model → number of its jobs that workers hold, dead or alive, for models that have any."""
+        found: Counter[str] = Counter()
+        for name, jobs in await self._run("held"):
+            found[name.decode(errors="replace")] += jobs
+        return dict(+found)
+
     async def count_workers(self) -> int:
         """Returns the number of live workers."""
         return int(await self._do("ZCARD", keys.WORKERS))
@@ -300,13 +312,9 @@ class JobQueue(BatchStore):
 
     async def announce(self, worker_id: str, cards: Sequence[ModelCard]) -> None:
         """Shows a worker's models to gateways for `ANNOUNCED` seconds. Repeat it well before they are over."""
-        split = {card.name: split_card(card) for card in cards}
-        details = {name: rest for name, (_, rest) in split.items()}
-        about = Announcement(protocol=PROTOCOL, capabilities=sorted(self.capabilities), details=details)
+        plain, about = announced(cards, self.capabilities)
         # Under a key of its own: processes of protocol 0 read the cards, and exit at a field that they do not know.
-        texts = [keys.announcement(worker_id), written(about)]
-        plain = ",".join(written(card) for card, _ in split.values())
-        texts += [keys.worker_models(worker_id), f"[{plain}]"]
+        texts = [keys.announcement(worker_id), about, keys.worker_models(worker_id), plain]
         await self._run("announce", worker_id, ANNOUNCED, *texts)
 
     async def announce_metrics(self, worker_id: str, text: bytes) -> None:
@@ -323,6 +331,16 @@ class JobQueue(BatchStore):
         """Returns worker id → what the worker announced, for all live workers."""
         found = await self._read_announcements(keys.WORKER_MODELS, keys.ANNOUNCEMENT)
         return {worker: served_from(cards, about) for worker, cards, about in found}
+
+    async def remember(self, models: Sequence[Served], seconds: int) -> None:
+        """Keeps for so long what workers announced of some models: one card in each."""
+        texts = [(card.name, *announced([card], each.capabilities)) for each in models for card in each.cards]
+        if texts:
+            await self._run("remember", seconds, *chain(*texts))
+
+    async def remembered(self) -> list[Served]:
+        """Returns what is remembered of models, whether they are served now or not: one card in each."""
+        return [served_from(cards, about) for cards, about in await self._run("remembered")]
 
     async def models(self) -> list[ModelCard]:
         """Returns the models that the live workers serve, sorted by name."""
@@ -384,7 +402,10 @@ class JobQueue(BatchStore):
         """Ends the job with its only terminal event. Returns False if the claim is lost or the job has ended."""
         outcome: tuple[str, ...] = ()
         if isinstance(event, Completed):
-            outcome = ("report", written(event.report))
+            # The digest is written apart: readers of protocol 0 exit at a field of a report that they do not know.
+            digest = event.report.model_digest
+            event = Completed(report=event.report.model_copy(update={"model_digest": None}))
+            outcome = ("report", written(event.report), *(() if digest is None else ("digest", digest)))
         elif isinstance(event, Failed):
             outcome = ("error", written(event.error))
         return bool(await self._run("finish", *_claim_arguments(claim), event.type, written(event), *outcome))

@@ -1,5 +1,5 @@
 -- Every atomic step of the queue. service/queue/connection.py prepends the constants, and appends reservations.lua,
--- batches.lua and dispatch.lua, which calls `commands[ARGV[1]]`.
+-- batches.lua, scaling.lua and dispatch.lua, which calls `commands[ARGV[1]]`.
 --
 -- A job is a hash with a status. WAITING lists exactly the jobs whose status is waiting. An entry of a queue stream is
 -- pending in the consumer group exactly while its job runs. Each command keeps these three consistent and uses Redis's
@@ -86,6 +86,7 @@ local function enqueue(id, class, deadline)
   local model, needs = fields(id, 'model', 'needs')
   local stream = QUEUE .. (needs and SPECIAL or '') .. class .. ':' .. model
   local entry = call('XADD', stream, '*', 'job', id)
+  call('SADD', STREAMS, stream)
   call('HSET', JOB .. id, 'status', 'waiting', 'stream', stream, 'entry', entry)
   call('ZADD', WAITING, deadline, member(id))
 end
@@ -318,7 +319,7 @@ end
 -- Events after an id. A watcher that has more to read than these limits has fallen behind, and gets only the newest
 -- preview of each picture.
 function commands.news(id, after, count, bytes)
-  local status, last_event = fields(id, 'status', 'last_event')
+  local status, last_event, digest = fields(id, 'status', 'last_event', 'digest')
   local entries, size = call('XRANGE', EVENTS .. id, '(' .. after, '+', 'COUNT', count), 0
   for _, entry in ipairs(entries) do
     size = size + #entry[2][2]
@@ -326,7 +327,7 @@ function commands.news(id, after, count, bytes)
   if #entries == tonumber(count) or size > tonumber(bytes) then
     entries = without_stale_previews(entries)
   end
-  return { status, last_event, entries }
+  return { status, last_event, digest, entries }
 end
 
 -- All waiting jobs; with `hurried` without those of batches, for which nobody waits.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json
 
 from patchforge.service.messages.events import Event
-from patchforge.service.messages.protocol import FIRST, PROTOCOL, Announcement, CardDetails, whole_card
-from patchforge.service.messages.reading import Unreadable, read
+from patchforge.service.messages.protocol import FIRST, PROTOCOL, Announcement, CardDetails, split_card, whole_card
+from patchforge.service.messages.reading import Unreadable, read, written
 from patchforge.service.messages.schemas import (
     GenerationRequest,
     Job,
@@ -46,6 +46,15 @@ class Served:
     capabilities: frozenset[str] = FIRST
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Names of its other models → why their cards cannot be read here."""
+
+
+def announced(cards: Sequence[ModelCard], capabilities: Collection[str]) -> tuple[str, str]:
+    """Returns the two texts that `served_from` reads."""
+    split = {card.name: split_card(card) for card in cards}
+    details = {name: rest for name, (_, rest) in split.items()}
+    about = Announcement(protocol=PROTOCOL, capabilities=sorted(capabilities), details=details)
+    plain = ",".join(written(card) for card, _ in split.values())
+    return f"[{plain}]", written(about)
 
 
 @lru_cache(maxsize=256)
@@ -110,6 +119,11 @@ def job_from(record: Sequence[bytes]) -> Job:
     return _Reader(fields_of(record)).job()
 
 
+def with_digest(report: SavingsReport, digest: bytes | None) -> SavingsReport:
+    """Returns a report with the digest that `JobQueue.finish` wrote apart from it."""
+    return report if digest is None else report.model_copy(update={"model_digest": digest.decode(errors="replace")})
+
+
 class _Reader:
     """Reads a record part by part."""
 
@@ -139,7 +153,7 @@ class _Reader:
             finished_at=self.number("finished_at") if "finished_at" in fields else None,
             attempt=int(self.number("attempt")),
             error=self.message(_ERROR, "error"),
-            report=self.message(_REPORT, "report"),
+            report=self.report(),
             tenant=fields["tenant"].decode(errors="replace") if "tenant" in fields else None,
             trace=self.trace(),
             degradable=fields.get("degradable") == b"1",
@@ -167,6 +181,11 @@ class _Reader:
         except Unreadable as error:
             self.trouble.append(str(error))
             return None
+
+    def report(self) -> SavingsReport | None:
+        """Returns None if it is missing or unreadable."""
+        report = self.message(_REPORT, "report")
+        return report and with_digest(report, self.fields.get("digest"))
 
     def trace(self) -> dict[str, str]:
         """Returns {} if the field is missing or unreadable: a job does not need its trace."""

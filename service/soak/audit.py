@@ -17,7 +17,7 @@ from patchforge.service.threads import in_thread
 
 SCAN_SECONDS = 1.0
 TIMEOUT = 2.0
-LASTING = (keys.QUEUE, keys.WORKERS, keys.WAITING, keys.RESERVED, keys.DEAD_LETTERS)
+LASTING = (keys.QUEUE, keys.STREAMS, keys.WORKERS, keys.REMEMBERED, keys.WAITING, keys.RESERVED, keys.DEAD_LETTERS)
 """Keys that may lack an expiry: one stream per model and class, and lists of bounded length."""
 
 

@@ -6,7 +6,7 @@ from patchforge.model.storage.manifest import BundleManifest
 from patchforge.service.messages.schemas import ModelCard
 
 
-def model_card(manifest: BundleManifest, weights_sha256: str | None = None) -> ModelCard:
+def model_card(manifest: BundleManifest, *, weights_sha256: str | None = None, digest: str | None = None) -> ModelCard:
     """Returns the card of a bundle; sizes are in pixels."""
     width, height = manifest.size
     return ModelCard.model_validate(
@@ -24,6 +24,7 @@ def model_card(manifest: BundleManifest, weights_sha256: str | None = None) -> M
             "created": manifest.created,
             "usual_patch_evaluations": usual_cost(manifest),
             "description": manifest.description,
+            "digest": digest,
             "weights_sha256": weights_sha256,
             "examples": list(manifest.examples),
             "sizes": list(manifest.sizes),

@@ -347,8 +347,7 @@ class Engine:
             raise pixels
         request = live.job.request
         if picture.done:
-            digest = self.pipelines[live.model].weights_sha256
-            settings = picture_settings(request, picture.seed, digest)
+            settings = picture_settings(request, picture.seed, self.pipelines[live.model])
             data = encode_picture(pixels, request, settings, live.source)
             return PictureMade(live.job.id, picture.index, data)
         picture.previewed = self.clock()
@@ -360,7 +359,7 @@ class Engine:
         outcomes: list[Outcome] = []
         for live in [live for live in self.jobs.values() if live.done]:
             try:
-                outcomes.append(JobDone(live.job.id, live.report()))
+                outcomes.append(JobDone(live.job.id, live.report(self.pipelines[live.model].digest)))
                 self.drop(live.job.id)
             except Exception as error:
                 outcomes.append(self._break_job(live, error))

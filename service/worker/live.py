@@ -292,8 +292,11 @@ class LiveJob:
         if self.first_preview is None:
             self.first_preview = self.clock()
 
-    def report(self) -> SavingsReport:
-        """Report the work of the whole request, guidance branches included. Savings are `1 − done / dense`."""
+    def report(self, digest: str) -> SavingsReport:
+        """Report the work of the whole request, guidance branches included. Savings are `1 − done / dense`.
+
+        `digest` is that of the bundle.
+        """
         images = [picture.report() for picture in self.pictures]
         grid = self.pictures[0].trajectory.sampler.grid
         done = sum(image.patch_evaluations for image in images)
@@ -314,6 +317,7 @@ class LiveJob:
             negative_prompt_truncated=self.negative_prompt_truncated,
             lowered_by=self.lowered_by,
             finished_in_time=None if (by := self.finish_in) is None else by >= 0,
+            model_digest=digest,
             images=images,
         )
 

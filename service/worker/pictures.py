@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from patchforge.model.metadata import save_options
+from patchforge.model.pipeline import Pipeline
 from patchforge.service.messages.fit import Fit, Size, place, size_of
 from patchforge.service.messages.schemas import GenerationRequest, OutputFormat
 from patchforge.service.worker.source_images import SourceImage
@@ -47,9 +48,10 @@ def encode_preview(pixels: Tensor, most: int) -> bytes:
         scale *= 0.95 * sqrt(most / len(data))
 
 
-def picture_settings(request: GenerationRequest, seed: int, weights_sha256: str) -> dict[str, Any]:
+def picture_settings(request: GenerationRequest, seed: int, pipeline: Pipeline) -> dict[str, Any]:
     """How one picture of a request is made, for its metadata."""
-    return request.model_dump(include=SETTINGS) | {"seed": seed, "weights_sha256": weights_sha256}
+    drawn_by = {"model_digest": pipeline.digest, "weights_sha256": pipeline.weights_sha256}
+    return request.model_dump(include=SETTINGS) | {"seed": seed} | drawn_by
 
 
 def encode_picture(

@@ -20,6 +20,7 @@ from patchforge.service import tracing
 from patchforge.service.errors import InvalidRequest, NotFound
 from patchforge.service.messages.endings import terminal_event, unsupported
 from patchforge.service.messages.events import Cancelled, Completed, Failed, Started
+from patchforge.service.messages.protocol import digest_need
 from patchforge.service.messages.schemas import Job, JobError, JobStatus, ModelCard, SavingsReport
 from patchforge.service.queue import Claim, Heartbeat, JobQueue
 from patchforge.service.settings import Settings
@@ -79,12 +80,16 @@ class Worker:
         self._making_room = False
         self._look_again = 0.0
         queue.on_ended = self._record_ended_in_queue
+        queue.capabilities |= {digest_need(pipeline.digest) for pipeline in pipelines.values()}
 
     @property
     def cards(self) -> list[ModelCard]:
         """The models that this worker serves."""
         now = time.monotonic()
-        cards = [model_card(each.manifest, each.weights_sha256) for each in self.engine.pipelines.values()]
+        cards = [
+            model_card(each.manifest, weights_sha256=each.weights_sha256, digest=each.digest)
+            for each in self.engine.pipelines.values()
+        ]
         return [
             card.model_copy(
                 update={

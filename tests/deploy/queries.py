@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "patchforge.json"
 RULES = ROOT / "deploy" / "prometheus" / "rules" / "patchforge.yml"
-SCALING = ROOT / "deploy" / "kubernetes" / "components" / "keda" / "scaled-object.yml"
+SCALING = sorted((ROOT / "deploy" / "kubernetes" / "components" / "keda").glob("*/scaled-object.yml"))
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,13 @@ def of_alerts() -> list[Query]:
 
 
 def of_scaling() -> list[Query]:
-    triggers = yaml.safe_load(SCALING.read_text("utf-8"))["spec"]["triggers"]
-    return [Query("autoscaler", trigger["metadata"]["query"]) for trigger in triggers]
+    """One query for each target."""
+    found = []
+    for path in SCALING:
+        spec = yaml.safe_load(path.read_text("utf-8"))["spec"]
+        [trigger] = spec["triggers"]
+        found.append(Query(f"autoscaler of {spec['scaleTargetRef']['name']}", trigger["metadata"]["query"]))
+    return found
 
 
 def every_query() -> list[Query]:

@@ -40,8 +40,8 @@ class Case:
     """Labels of the alert, besides its name, state and severity."""
 
 
-def both(alert: str, good: dict[str, str], bad: dict[str, str], **labels: str) -> list[Case]:
-    return [Case(alert, good, False), Case(alert, bad, True, labels=labels)]
+def both(alert: str, good: dict[str, str], bad: dict[str, str], *, minutes: int = 20, **labels: str) -> list[Case]:
+    return [Case(alert, good, False, minutes), Case(alert, bad, True, minutes, labels)]
 
 
 def failures(code: str) -> str:
@@ -54,6 +54,11 @@ def ended(status: str) -> str:
 
 def degraded(reason: str) -> str:
     return f'patchforge_requests_degraded_total{{model="m",reason="{reason}"}}'
+
+
+def jobs(waiting: int, held: int, *, workers: int = 0, model: str = "m") -> dict[str, str]:
+    counts = {"requests_waiting": waiting, "requests_held": held, "model_workers": workers}
+    return {f'patchforge_{name}{{model="{model}"}}': f"{count}x20" for name, count in counts.items()}
 
 
 CASES = [
@@ -92,15 +97,21 @@ CASES = [
     ),
     *both("PatchforgeNoWorkers", {"patchforge_workers": "1x20"}, {"patchforge_workers": "0x20"}),
     Case("PatchforgeNoWorkers", {"patchforge_workers": " ".join(["NaN"] * 20)}, False),
+    Case("PatchforgeNoWorkers", {"patchforge_workers": "0x20", 'patchforge_model_asleep{model="m"}': "1x20"}, False),
+    Case("PatchforgeNoWorkers", {"patchforge_workers": "0x20", 'patchforge_model_asleep{model="m"}': "0x20"}, True),
     *both(
-        "PatchforgeModelWithoutWorker",
+        "PatchforgeModelWithoutWorker", jobs(3, 1, workers=1) | jobs(0, 0, workers=0, model="n"), jobs(3, 0), model="m"
+    ),
+    Case("PatchforgeModelWithoutWorker", jobs(0, 4), True, labels={"model": "m"}),
+    *both(
+        "PatchforgeModelMixed",
+        {'patchforge_model_digests{model="m"}': "1x10 2x20 1x60"},
         {
-            'patchforge_requests_waiting{model="m"}': "3x20",
-            'patchforge_model_workers{model="m"}': "1x20",
-            'patchforge_model_workers{model="n"}': "0x20",
+            'patchforge_model_digests{model="m",instance="a"}': "2x60",
+            'patchforge_model_digests{model="n",instance="a"}': "1x60",
         },
-        {'patchforge_requests_waiting{model="m"}': "3x20", 'patchforge_model_workers{model="m"}': "0x20"},
         model="m",
+        minutes=60,
     ),
     *both(
         "PatchforgeQueueOld",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 VERSION = "1.32"
 KUBECTL = shutil.which("kubectl")
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="no kubectl here, whose kustomize renders overlays")
+SHIPPED = ("emoji-class", "emoji-text")
 Manifest = dict[str, Any]
 
 
@@ -42,8 +44,14 @@ def rendered_together(tmp_path: Path) -> list[Manifest]:
 
 def written() -> list[Manifest]:
     """Returns the files of the base, as written."""
-    names = yaml.safe_load((FOLDER / "base" / "kustomization.yaml").read_text("utf-8"))["resources"]
-    return [each for name in names for each in yaml.safe_load_all((FOLDER / "base" / name).read_text("utf-8"))]
+    files = [*files_of(FOLDER / "base")]
+    return [each for file in files for each in yaml.safe_load_all(file.read_text("utf-8"))]
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    for name in yaml.safe_load((folder / "kustomization.yaml").read_text("utf-8"))["resources"]:
+        path = folder / name
+        yield from files_of(path) if path.is_dir() else [path]
 
 
 def one(manifests: list[Manifest], kind: str, name: str) -> Manifest:
@@ -163,12 +171,14 @@ def test_every_component_goes_with_every_other(tmp_path: Path, settings: Setting
     for manifest in manifests:
         if manifest["kind"] not in ("Namespace", "ScaledObject"):
             kubernetes_validate.validate(manifest, VERSION, strict=True)
-    one(manifests, "ScaledObject", "worker")
-    worker = one(manifests, "Deployment", "worker")["spec"]
-    assert "replicas" not in worker
-    [container] = worker["template"]["spec"]["containers"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert container["image"] == "registry.example.com/patchforge-worker-cuda:0.1.0"
+    for model in SHIPPED:
+        one(manifests, "ScaledObject", f"worker-{model}")
+        worker = one(manifests, "Deployment", f"worker-{model}")["spec"]
+        assert "replicas" not in worker
+        [container] = worker["template"]["spec"]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert container["image"] == "registry.example.com/patchforge-worker-cuda:0.1.0"
+        assert one_named(container["volumeMounts"], "redis")
 
     pod = one(manifests, "Deployment", "gateway")["spec"]["template"]["spec"]
     [container] = pod["containers"]
@@ -185,16 +195,42 @@ def test_every_component_goes_with_every_other(tmp_path: Path, settings: Setting
 
 
 @needs_kubectl
-def test_the_autoscaler_keeps_a_worker_and_owns_their_number() -> None:
+@pytest.mark.parametrize("model", SHIPPED)
+def test_each_model_has_its_own_autoscaler_which_owns_the_number_of_its_workers(model: str) -> None:
     manifests = rendered("keda")
-    scaler = one(manifests, "ScaledObject", "worker")["spec"]
+    scaler = one(manifests, "ScaledObject", f"worker-{model}")["spec"]
     worker = one(manifests, "Deployment", scaler["scaleTargetRef"]["name"])
     assert "replicas" not in worker["spec"]
-    assert scaler["minReplicaCount"] >= 1
-    assert scaler["maxReplicaCount"] > scaler["minReplicaCount"]
+    [container] = worker["spec"]["template"]["spec"]["containers"]
+    assert container["env"] == [{"name": "PATCHFORGE_MODELS", "value": model}]
+    assert (scaler["minReplicaCount"], scaler["fallback"]["replicas"] > 0) == (0, True)
+    assert scaler["maxReplicaCount"] > scaler["fallback"]["replicas"]
     [trigger] = scaler["triggers"]
     assert trigger["type"] == "prometheus"
     assert 0 < int(trigger["metadata"]["threshold"]) <= Settings().max_running
+    assert trigger["metadata"]["ignoreNullValues"] == "false", "KEDA takes text"
+    assert f'{{model="{model}"}}' in trigger["metadata"]["query"]
+
+
+@needs_kubectl
+def test_workers_of_different_models_do_not_count_as_each_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = rendered("keda")
+    workers = [each for each in manifests if each["kind"] == "Deployment" and "worker" in each["metadata"]["name"]]
+    assert {each["metadata"]["name"] for each in workers} == {f"worker-{model}" for model in SHIPPED}
+    chosen = [each["spec"]["selector"]["matchLabels"] for each in workers]
+    assert len({tuple(labels.items()) for labels in chosen}) == len(workers)
+    for each, labels in zip(workers, chosen, strict=True):
+        assert each["spec"]["template"]["metadata"]["labels"] == labels
+        for kind, name in (("Service", "worker-pods"), ("PodDisruptionBudget", "worker")):
+            selector = one(manifests, kind, name)["spec"]["selector"]
+            assert selector.get("matchLabels", selector).items() <= labels.items()
+
+
+@needs_kubectl
+def test_a_model_without_workers_is_still_accepted_where_they_scale_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(one(rendered("keda"), "ConfigMap", "patchforge")["data"], monkeypatch)
+    assert settings.remember_seconds > 86400
+    assert "PATCHFORGE_REMEMBER_SECONDS" not in one(rendered("base"), "ConfigMap", "patchforge")["data"]
 
 
 @needs_kubectl

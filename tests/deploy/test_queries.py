@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
-import signal
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import promql_parser
 import pytest
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from patchforge.service.embedded import free_port
 from patchforge.service.messages.schemas import JobStatus
 from patchforge.service.worker.metrics import FAILURE_CODES, LOWERED_BY, MET
 from tests.deploy.conftest import Live
-from tests.deploy.queries import RULES, Query, every_query, labels_relied_on, of_panels, of_variables, selectors
-from tests.patience import PATIENCE
-from tests.processes import eventually, launch
+from tests.deploy.prometheus import ask, running_prometheus
+from tests.deploy.queries import Query, every_query, labels_relied_on, of_panels, of_variables, selectors
+from tests.processes import eventually
 
 QUERIES = every_query()
+SHIPPED_MODELS = {"emoji-class", "emoji-text"}
 CLOSED = {
     ("patchforge_requests_total", "status"): {status.value for status in JobStatus if status.terminal},
     ("patchforge_request_failures_total", "code"): {*FAILURE_CODES},
     ("patchforge_requests_degraded_total", "reason"): {*LOWERED_BY},
     ("patchforge_requests_in_time_total", "met"): {*MET},
     ("patchforge_http_requests_total", "status"): {f"{first}xx" for first in range(1, 6)},
+    ("patchforge_requests_waiting", "model"): SHIPPED_MODELS,
+    ("patchforge_requests_held", "model"): SHIPPED_MODELS,
     ("up", "job"): {"patchforge-gateway", "patchforge-worker"},
     ("process_resident_memory_bytes", "job"): {"patchforge-gateway", "patchforge-worker"},
 }
-PROMETHEUS = shutil.which("prometheus")
 
 
 def unknown(query: Query, exposed: dict[str, set[str]]) -> list[str]:
@@ -79,44 +77,12 @@ def test_every_metric_of_ours_is_on_the_dashboard_or_watched(exposed: dict[str, 
 
 @pytest.fixture(scope="module")
 def prometheus(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A real Prometheus with our configuration and short intervals, which scrapes the live processes."""
-    if PROMETHEUS is None:
-        pytest.skip("no prometheus here (Debian: apt install prometheus)")
-    folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
-    shutil.copytree(RULES.parent, folder / "rules")
-    config: dict[str, Any] = yaml.safe_load((RULES.parents[1] / "prometheus.yml").read_text("utf-8"))
-    config["global"] = {"scrape_interval": "2s", "evaluation_interval": "2s"}  # also the limit for one scrape
+    """A real Prometheus that scrapes the live processes."""
     addresses = {"patchforge-gateway": live.gateway.url, "patchforge-worker": live.worker_metrics}
-    for job in config["scrape_configs"]:
-        del job["dns_sd_configs"]
-        address = addresses[job["job_name"]].removeprefix("http://").removesuffix("/metrics")
-        job["static_configs"] = [{"targets": [address]}]
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
-    arguments = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
-    with (folder / "log").open("wb") as log:
-        address = f"--web.listen-address=127.0.0.1:{port}"
-        process = launch(PROMETHEUS, *arguments, address, stdout=log, stderr=log)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=PATIENCE) as client:
-            eventually(lambda: up(client) == 2, "both targets to be scraped")
-            live.traffic()
-            yield client
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(PATIENCE)
-
-
-def ask(client: httpx.Client, query: str) -> list[dict[str, Any]]:
-    answer = client.get("/query", params={"query": query}).json()
-    assert answer["status"] == "success", answer
-    return answer["data"]["result"]
-
-
-def up(client: httpx.Client) -> int:
-    try:
-        return len(ask(client, "up == 1"))
-    except (httpx.TransportError, ValueError):  # not listening yet, or not yet answering in JSON
-        return 0
+    targets = {job: [url.removeprefix("http://").removesuffix("/metrics")] for job, url in addresses.items()}
+    with running_prometheus(tmp_path_factory.mktemp("prometheus"), targets, seconds=2) as client:
+        live.traffic()
+        yield client
 
 
 @pytest.mark.parametrize("query", [*of_panels(), *of_variables()], ids=lambda query: query.where)

@@ -6,6 +6,7 @@ ever given may act at any time. Time passes by ageing entries on the server, so 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -181,6 +182,15 @@ class QueueMachine(RuleBasedStateMachine):
     def claim_several(self, worker: str, count: int, able: bool) -> None:
         for _ in range(count):
             self.claim_one(worker, ["a", "b"], able)
+        self.count_held()
+
+    def count_held(self) -> None:
+        """As an autoscaler does: whether the holders are silent does not matter."""
+        held = self.call(self.rig.gateway.held())
+        self.check_ended()
+        running = Counter(job.model for job in self.model.jobs.values() if job.holder)
+        require(held == running, f"{held} are held, expected {running}")
+        self.rig.tally["counts of held jobs"] += held != {}
 
     def claim_one(self, worker: str, models: list[str], able: bool) -> None:
         taken = self.call(self.rig.worker_that(able).claim(worker, models, block_seconds=0))

@@ -45,6 +45,7 @@ def test_random_interleavings(rig: Rig) -> None:
         "stale acts refused",
         "told at last",
         "special claims",
+        "counts of held jobs",
         "expired unasked",
         "cancelled unasked",
         "submit: full",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,19 @@ def a_gateway() -> GatewayMetrics:
     return GatewayMetrics(CollectorRegistry(), max_waiting=8)
 
 
+def split_at(text: str) -> tuple[str, str, str]:
+    return text.partition("@")
+
+
 def a_queue(*workers: list[str], **waiting: int) -> QueueState:
+    """Each worker as the models that it serves, as `name` or `name@digest`."""
+    bundles = [[(name, digest or None) for name, _, digest in map(split_at, models)] for models in workers]
     return QueueState(
         waiting,
+        {},
         dict.fromkeys(waiting, 12.5),
-        workers,
+        bundles,
+        asleep=[],
         batches={"in_progress": 2},
         memory=Memory(used=10, limit=100, reserved=20, admission_limit=90),
         replicas=2,
@@ -171,6 +180,9 @@ def test_models_that_are_gone_are_forgotten() -> None:
         'patchforge_requests_waiting{model="emoji"}': 0,
         'patchforge_queue_oldest_seconds{model="emoji"}': 0,
         'patchforge_model_workers{model="emoji"}': 2,
+        'patchforge_model_digests{model="emoji"}': 0,
+        'patchforge_requests_held{model="emoji"}': 0,
+        'patchforge_model_asleep{model="emoji"}': 0,
     }
     assert seen["patchforge_workers{}"] == 2
 
@@ -227,13 +239,34 @@ def test_the_gateway_shows_its_workers_too() -> None:
     assert b"# TYPE patchforge_request_step_savings_ratio histogram" in text
 
 
+def test_the_bundles_behind_a_name_are_counted_once_each() -> None:
+    gateway = a_gateway()
+    gateway.set_queue_state(a_queue(["emoji@a", "digits@x"], ["emoji@b", "digits@x"], ["emoji@a"], ["old"], mute=1))
+    seen = samples(gateway.exposition())
+    found = {
+        model: seen[f'patchforge_model_digests{{model="{model}"}}'] for model in ("emoji", "digits", "old", "mute")
+    }
+    assert found == {"emoji": 2, "digits": 1, "old": 0, "mute": 0}
+
+
+def test_models_without_workers_are_shown_while_they_have_jobs_or_are_asleep() -> None:
+    gateway = a_gateway()
+    gateway.set_queue_state(replace(a_queue(), held={"dead": 4}, asleep=["asleep"]))
+    seen = samples(gateway.exposition())
+    for model, held, asleep in (("dead", 4, 0), ("asleep", 0, 1)):
+        assert seen[f'patchforge_requests_held{{model="{model}"}}'] == held
+        assert seen[f'patchforge_model_asleep{{model="{model}"}}'] == asleep
+        assert seen[f'patchforge_requests_waiting{{model="{model}"}}'] == 0
+        assert seen[f'patchforge_model_workers{{model="{model}"}}'] == 0
+
+
 def test_label_values_keep_their_quotes() -> None:
     gateway = a_gateway()
     gateway.set_queue_state(a_queue(['a"b\\c\n']))
     twice = merge_expositions([gateway.exposition(), gateway.exposition()])
     families = text_string_to_metric_families(twice.decode())
     labels = [sample.labels for family in families for sample in family.samples if "model" in sample.labels]
-    assert labels == [{"model": 'a"b\\c\n'}] * 3
+    assert labels == [{"model": 'a"b\\c\n'}] * 6
 
 
 @pytest.mark.parametrize("garbage", [b"{{{", b"\xff\xfe", b"x{", b'x{a="'])

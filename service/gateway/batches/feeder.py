@@ -52,7 +52,7 @@ class BatchFeeder:
         self._metrics = metrics
         self._name = str(ULID())
         self._stopping = asyncio.Event()
-        self._served: frozenset[str] = frozenset()
+        self._served: frozenset[tuple[str, str | None]] = frozenset()
         self._served_since = time.monotonic()
 
     async def run(self) -> None:
@@ -160,7 +160,7 @@ class BatchFeeder:
 
     async def _may_be_restarting(self) -> bool:
         """Whether the models that are served have changed a short time ago."""
-        served = frozenset(card.name for card in (await self._service.fleet()).cards)
+        served = (await self._service.fleet()).bundles
         if served != self._served:
             self._served, self._served_since = served, time.monotonic()
         return time.monotonic() - self._served_since < RESTART_SECONDS

@@ -46,6 +46,7 @@ INPUTS = {
     "image": BYTES,
     "mask": BYTES,
     "strength": "FP32",
+    "model_digest": BYTES,
 }
 """Datatypes of the inputs, which have one element each. `sampler` is a name or a JSON object; files are bytes."""
 FILES = ("image", "mask")
@@ -120,6 +121,12 @@ async def is_ready(service: JobService, name: str | None = None, model_version: 
     except (Unavailable, NotFound, Unsupported):
         return False
     return True
+
+
+def describe_bundle(card: ModelCard) -> dict[str, str]:
+    """Which bundle a model is, as far as its worker tells."""
+    told = {"digest": card.digest, "weights_sha256": card.weights_sha256}
+    return {name: digest for name, digest in told.items() if digest is not None}
 
 
 def describe_inputs(card: ModelCard) -> list[TensorInfo]:

@@ -172,6 +172,7 @@ async def model_metadata(service: Service, name: str, version: str = "") -> dict
         "platform": inference.SERVER,
         "inputs": list(map(_to_json, inference.describe_inputs(card))),
         "outputs": list(map(_to_json, inference.describe_outputs(card))),
+        "properties": inference.describe_bundle(card),
     }
 
 

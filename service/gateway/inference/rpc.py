@@ -55,6 +55,7 @@ class InferenceService:
             platform=inference.SERVER,
             inputs=map(_to_metadata, inference.describe_inputs(card)),
             outputs=map(_to_metadata, inference.describe_outputs(card)),
+            properties=inference.describe_bundle(card),
         )
 
     async def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:

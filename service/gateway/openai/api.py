@@ -11,6 +11,7 @@ from patchforge.service.errors import NotFound
 from patchforge.service.gateway.answers import BODY, SERVER_SENT_EVENT, openai_errors, success
 from patchforge.service.gateway.body import json_body, json_body_schema
 from patchforge.service.gateway.dependencies import AppSettings, Service, Tenant
+from patchforge.service.gateway.fleet import Fleet
 from patchforge.service.gateway.jobs import JobService
 from patchforge.service.gateway.openai.drawing import Caller, Drawing
 from patchforge.service.gateway.openai.multipart import form_or_json_body, form_or_json_body_schema
@@ -54,13 +55,15 @@ async def list_models(service: Service) -> dict[str, Any]:
 
     `patchforge` has sizes, classes and defaults.
     """
-    return {"object": "list", "data": [_model(card) for card in (await service.fleet()).cards]}
+    fleet = await service.fleet()
+    return {"object": "list", "data": [_model(card, fleet) for card in fleet.cards]}
 
 
 @router.get("/v1/models/{name}", responses=openai_errors(404))
 async def get_model(service: Service, name: str) -> dict[str, Any]:
     """One model, as in the list."""
-    return _model(await service.model(name))
+    fleet = await service.fleet()
+    return _model(fleet.find(name), fleet)
 
 
 @router.post(
@@ -131,13 +134,14 @@ async def _respond(request: Request, settings: Settings, drawing: Drawing) -> Re
     return JSONResponse(await cancel_on_disconnect(request, drawing.complete()))
 
 
-def _model(card: ModelCard) -> dict[str, Any]:
+def _model(card: ModelCard, fleet: Fleet) -> dict[str, Any]:
     chosen = {quality: preset(quality, card.sampler, card.steps) for quality in Quality}
     presets = {name: {"sampler": sampler.model_dump(), "steps": steps} for name, (sampler, steps) in chosen.items()}
+    of_fleet = {"presets": presets, "digests": fleet.digests(card.name), "asleep": card.name in fleet.asleep}
     return {
         "id": card.name,
         "object": "model",
         "created": card.created,
         "owned_by": "patchforge",
-        "patchforge": card.model_dump(mode="json") | {"presets": presets},
+        "patchforge": card.model_dump(mode="json") | of_fleet,
     }

@@ -31,8 +31,9 @@ def generation_from_proto(message: pb.Generation) -> GenerationRequest:
     for name, enum in ENUM_FIELDS.items():
         if name in fields:
             fields[name] = _enum_word(enum, fields[name], name)
-    if not fields.get("model"):
-        fields.pop("model", None)  # many clients send an empty string for a field that is not set
+    for name in ("model", "model_digest"):
+        if not fields.get(name):
+            fields.pop(name, None)  # many clients send an empty string for a field that is not set
     if "path" in fields:
         fields["path"] = [
             {"evaluation": change.evaluation, "steps": change.steps, "guided": change.guided}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from contextlib import suppress
@@ -15,7 +16,11 @@ from safetensors.torch import save_file
 
 from patchforge.model.errors import BundleError
 from patchforge.model.shipped import BUNDLES, SHIPPED
+from patchforge.model.storage import bundle as bundles
+from patchforge.model.storage import files
 from patchforge.model.storage.bundle import (
+    AUTOENCODER_PREVIEW,
+    Bundle,
     BundleManifest,
     find_bundles,
     list_bundles,
@@ -329,3 +334,47 @@ def test_a_damaged_bundle_json_raises_bundle_errors_only(
     (tmp_path / "bundle.json").write_bytes(damaged(json.dumps(class_manifest()).encode(), cut, changes))
     with suppress(BundleError):
         read_manifest(tmp_path)
+
+
+# --- identity ---
+
+
+def test_a_copy_of_a_bundle_has_the_same_digest(tmp_path: Path, bundle: Path) -> None:
+    digest = open_bundle(bundle).digest
+    (bundle / "notes.txt").write_text("not part of the model")
+    shutil.copytree(bundle, tmp_path / "elsewhere")
+    assert open_bundle(tmp_path / "elsewhere").digest == open_bundle(bundle).digest == digest
+
+
+def test_every_file_that_is_read_counts_in_the_digest(bundle: Path) -> None:
+    shutil.copy(
+        bundle / "autoencoder" / "diffusion_pytorch_model.safetensors", bundle / "autoencoder" / AUTOENCODER_PREVIEW
+    )
+    digests = {open_bundle(bundle).digest}
+    counted = sorted(path for path in bundle.rglob("*") if path.is_file())
+    for path in counted:
+        before = path.read_bytes()
+        path.write_bytes(before + b" ")
+        digests.add(Bundle(bundle, BundleManifest.model_validate(class_manifest())).digest)
+        path.write_bytes(before)
+    (bundle / "autoencoder" / AUTOENCODER_PREVIEW).unlink()
+    digests.add(open_bundle(bundle).digest)
+    assert len(counted) == 5
+    assert len(digests) == len(counted) + 2
+
+
+def test_anyone_can_compute_the_digest(bundle: Path) -> None:
+    names = sorted(path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
+    lines = "".join(f"{name} {hashlib.sha256((bundle / name).read_bytes()).hexdigest()}\n" for name in names)
+    assert open_bundle(bundle).digest == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_the_weights_are_read_once_for_both_their_hash_and_the_digest(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    hash_file = files.hash_file
+    monkeypatch.setattr(bundles, "hash_file", lambda path: read.append(path.name) or hash_file(path))
+    found = open_bundle(bundle)
+    assert len({found.weights_sha256, found.digest, found.digest}) == 2
+    assert sorted(read) == ["bundle.json", "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"]

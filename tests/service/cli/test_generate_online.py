@@ -75,11 +75,19 @@ async def test_options_that_need_a_server(url: str, worker: ScriptedWorker, queu
     assert (await queue.source(job.id)).mask is not None
 
 
+async def test_a_bundle_that_is_not_there(url: str, worker: ScriptedWorker, tmp_path: Path) -> None:
+    code, _, errors = await generate(tmp_path, "pear", "--server", url, "--model-digest", "0" * 64)
+    assert code == 1
+    assert "no worker serves tiny-text with this digest" in errors
+    assert worker.played == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--model", "tiny-text"], "--model requires --server"),
         (["--fit", "cover"], "--fit requires --server"),
+        (["--model-digest", "0" * 64], "--model-digest requires --server"),
         (["--server", "localhost:8000"], "begins with http:// or https://"),
     ],
 )

@@ -8,7 +8,7 @@ import struct
 import time
 import zlib
 from base64 import b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal
 
@@ -68,15 +68,18 @@ class ScriptedWorker:
     Clear `curtain` to hold jobs after their first preview. A prompt of "fail" fails.
     """
 
-    def __init__(self, queue: JobQueue) -> None:
+    def __init__(self, queue: JobQueue, cards: Sequence[ModelCard] = CARDS, name: str = "scripted") -> None:
         self.queue = queue
+        self.cards = cards
+        self.name = name
         self.curtain = asyncio.Event()
         self.curtain.set()
         self.played = 0
         self.evaluations = 8
         """Of 8 that each picture might have."""
         self.lowered_by: Literal["load"] | None = None
-        """What the reports say."""
+        self.digest: str | None = None
+        """Both are what the reports say."""
         self._jobs: asyncio.Queue[str] = asyncio.Queue()
         self._scenes: set[asyncio.Task[None]] = set()
 
@@ -90,8 +93,8 @@ class ScriptedWorker:
             while True:
                 if time.monotonic() > announced + ANNOUNCED / 3:
                     announced = time.monotonic()
-                    await self.queue.announce("scripted", CARDS)
-                claim = await self.queue.claim("scripted", [card.name for card in CARDS], block_seconds=0.1)
+                    await self.queue.announce(self.name, self.cards)
+                claim = await self.queue.claim(self.name, [card.name for card in self.cards], block_seconds=0.1)
                 if claim is not None:
                     self._scenes.add(asyncio.create_task(self._play(claim)))
         finally:
@@ -119,8 +122,11 @@ class ScriptedWorker:
                 return
         for index in range(request.n):
             await self.queue.store_image(claim, index, png((request.seed or 0) + index))
-        told = report(request.seed or 0, request.n).model_copy(update={"lowered_by": self.lowered_by})
+        told = report(request.seed or 0, request.n).model_copy(update=self._said())
         await self.queue.finish(claim, Completed(report=told))
+
+    def _said(self) -> dict[str, str | None]:
+        return {"lowered_by": self.lowered_by, "model_digest": self.digest}
 
     async def _may_go_on(self, claim: Claim) -> bool:
         while (beat := await self.queue.heartbeat(claim)) is Heartbeat.OK:

@@ -8,7 +8,15 @@ from typing import Any, get_args
 import pytest
 
 from patchforge.service.messages.events import Cancelled, Expired, Failed, ImageReady, PatchesFinished, Queued, Started
-from patchforge.service.messages.protocol import CAPABILITIES, FIRST, CardDetails, needs_of, split_card, whole_card
+from patchforge.service.messages.protocol import (
+    CAPABILITIES,
+    FIRST,
+    CardDetails,
+    digest_need,
+    needs_of,
+    split_card,
+    whole_card,
+)
 from patchforge.service.messages.reading import written
 from patchforge.service.messages.samplers import SAMPLERS, Sampler
 from patchforge.service.messages.schemas import GenerationRequest, ImageReport, JobError, OutputFormat
@@ -20,7 +28,7 @@ REQUEST_FIELDS = {
     *("deadline_seconds", "deterministic"),
 }
 """Capabilities of protocol 0: every worker has them."""
-NEEDS = {"budget", "finish_within_seconds", "fit", "negative_prompt", "partial_images", "path"}
+NEEDS = {"budget", "finish_within_seconds", "fit", "model_digest", "negative_prompt", "partial_images", "path"}
 """Newer fields, which are left out unless they are set: workers of protocol 0 end at what they do not know."""
 FIELDS: dict[str, set[str]] = {
     "request": REQUEST_FIELDS,
@@ -111,6 +119,14 @@ def test_every_field_of_a_request_is_known_to_every_worker_or_is_a_need() -> Non
     assert needs_of(GenerationRequest(prompt="a cat", negative_prompt="")) <= FIRST, "the same as none"
 
 
+def test_a_pinned_job_goes_to_workers_that_serve_this_bundle() -> None:
+    digest = "0123456789abcdef" * 4
+    pinned = a_request(model_digest=digest)
+    assert needs_of(pinned) - needs_of(a_request()) == {digest_need(digest)}
+    assert digest_need(digest) not in CAPABILITIES
+    assert "model_digest" not in json.loads(GenerationRequest(prompt="a cat").model_dump_json())
+
+
 def test_a_job_without_metadata_goes_to_workers_that_know_of_it() -> None:
     """Others write none, but those of protocol 0 end at a field that they do not know."""
     request = a_request(metadata=False)
@@ -121,7 +137,7 @@ def test_a_job_without_metadata_goes_to_workers_that_know_of_it() -> None:
 def test_what_protocol_0_does_not_know_of_a_card_travels_apart() -> None:
     card = a_card("a").model_copy(
         update={"weights_sha256": "0" * 64, "usual_patch_evaluations": 300, "examples": ["a cat"], "sizes": [(32, 32)]}
-        | {"usual_seconds": 0.2, "least_seconds": 0.1}
+        | {"usual_seconds": 0.2, "least_seconds": 0.1, "digest": "1" * 64}
     )
     plain, rest = split_card(card)
     assert set(json.loads(written(plain))) == FIELDS["card"]

@@ -40,6 +40,7 @@ def test_every_picture_of_a_job_tells_its_own_seed_and_all_settings(
     text, details = told[1]
     assert text.startswith("cat\nSteps: 2, Sampler: dual_loop, CFG scale: 2.5, Seed: 8, Size: 32x32, Model hash: ")
     assert details["weights_sha256"] == pipelines["tiny-class"].weights_sha256
+    assert details["model_digest"] == pipelines["tiny-class"].digest != details["weights_sha256"]
     assert (details["model"], details["class_label"], details["steps"]) == ("tiny-class", "cat", 2)
     assert details["sampler"] == {"name": "dual_loop", "quantile": 0.4, "inner_steps": 4, "exact": False}
 
