@@ -171,6 +171,10 @@ class JobService:
     async def image(self, job: Job, index: int) -> bytes:
         return await self.queue.image(job.id, index)
 
+    async def picture_links(self, job: Job) -> dict[int, str]:
+        """Returns index → link that needs no API key, for the pictures that are in the object store."""
+        return await self.queue.picture_links(job.id)
+
     async def watch(
         self, job_id: str, tenant: str | None, after: str | None
     ) -> AsyncGenerator[tuple[str, Event], None]:

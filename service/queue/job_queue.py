@@ -43,6 +43,7 @@ from patchforge.service.queue import keys
 from patchforge.service.queue.batches import BatchStore, StoredBatch
 from patchforge.service.queue.connection import EVENTS_KEPT, LONGEST_BLOCK, redis_call
 from patchforge.service.queue.event_hub import EventHub
+from patchforge.service.queue.pictures import reference_field
 from patchforge.service.queue.records import (
     Served,
     event_from,
@@ -50,6 +51,7 @@ from patchforge.service.queue.records import (
     job_from,
     served_from,
 )
+from patchforge.service.results import Reference
 from patchforge.service.settings import Settings
 
 ANNOUNCED = 15  # seconds until a worker's announcement expires
@@ -206,11 +208,12 @@ class JobQueue(BatchStore):
         Raises:
             NotFound: there is no such job or index.
             NotReady: the picture is not finished, or never will be.
+            ResultsUnavailable: it is in the object store, which cannot be used.
         """
         job = await self.get(job_id)
         if not 0 <= index < job.request.n:
             raise NotFound(f"job {job_id} has no picture {index}")
-        picture: bytes | None = await self._do("HGET", keys.images(job_id), index)
+        picture = await self._read_picture(job_id, index)
         if picture is None:
             raise NotReady(f"the job is {job.status.value} and has no picture {index}")
         return picture
@@ -368,13 +371,21 @@ class JobQueue(BatchStore):
         kept = max(16, min(EVENTS_KEPT, EVENT_BYTES // len(text)))
         return bool(await self._run("publish", *_claim_arguments(claim), text, kept))
 
-    async def store_image(self, claim: Claim, index: int, data: bytes) -> bool:
-        """Stores an encoded picture and publishes ImageReady. Returns False if the claim is lost."""
-        return bool(
-            await self._run(
-                "store_image", *_claim_arguments(claim), index, data, ImageReady(index=index).model_dump_json()
-            )
-        )
+    async def put_picture(self, claim: Claim, index: int, data: bytes) -> bytes | Reference:
+        """Stores an encoded picture where the settings say. Returns what `store_image` must have. Safe to repeat.
+
+        Raises:
+            ResultsUnavailable: the object store cannot be used.
+        """
+        if self.objects is None:
+            return data
+        return await self._put_picture(claim.job, index, data, f"{claim.entry_id}-{claim.attempt}")
+
+    async def store_image(self, claim: Claim, index: int, picture: bytes | Reference) -> bool:
+        """Stores a picture, or where it is, and publishes ImageReady. Returns False if the claim is lost."""
+        field = reference_field(index) if isinstance(picture, str) else index
+        event = ImageReady(index=index).model_dump_json()
+        return bool(await self._run("store_image", *_claim_arguments(claim), field, picture, event))
 
     async def finish(self, claim: Claim, event: Completed | Failed | Cancelled | Expired) -> bool:
         """Ends the job with its only terminal event. Returns False if the claim is lost or the job has ended."""

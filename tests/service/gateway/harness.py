@@ -118,7 +118,8 @@ class ScriptedWorker:
                 await self.queue.finish(claim, Cancelled())
                 return
         for index in range(request.n):
-            await self.queue.store_image(claim, index, png((request.seed or 0) + index))
+            picture = await self.queue.put_picture(claim, index, png((request.seed or 0) + index))
+            await self.queue.store_image(claim, index, picture)
         told = report(request.seed or 0, request.n).model_copy(update={"lowered_by": self.lowered_by})
         await self.queue.finish(claim, Completed(report=told))
 

