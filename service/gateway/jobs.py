@@ -90,6 +90,7 @@ class JobService:
             QueueFull: too many jobs are waiting.
             TooLittleTime: no worker could finish the pictures within `finish_within_seconds`.
             Unavailable: the server is shutting down, or the queue server or all workers are away.
+            ResultsUnavailable: the object store cannot take the picture to edit.
         """
         self.refuse_when_draining()
         check_idempotency_key(idempotency_key)
@@ -123,7 +124,7 @@ class JobService:
         sent = request.model_dump_json()
         filled = fill_defaults(request, card)
         check_budget(filled, card)
-        needs = needs_of(filled)
+        needs = needs_of(filled) | self.queue.source_needs(source)
         fleet.check_capabilities(card.name, needs)
         fleet.check_time(filled)
         return Prepared(filled, source, sent, needs, is_degradable(request), card)

@@ -35,7 +35,7 @@ from patchforge.service.errors import (
 )
 from patchforge.service.messages.endings import terminal_event
 from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Completed, Event, Expired, Failed, ImageReady
-from patchforge.service.messages.protocol import CAPABILITIES, FIRST, PROTOCOL, Announcement, needs_of, split_card
+from patchforge.service.messages.protocol import CAPABILITIES, FIRST, OBJECT_STORE, PROTOCOL, Announcement, needs_of, split_card
 from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard, Priority
 from patchforge.service.messages.source import Source
@@ -43,7 +43,7 @@ from patchforge.service.queue import keys
 from patchforge.service.queue.batches import BatchStore, StoredBatch
 from patchforge.service.queue.connection import EVENTS_KEPT, LONGEST_BLOCK, redis_call
 from patchforge.service.queue.event_hub import EventHub
-from patchforge.service.queue.pictures import reference_field
+from patchforge.service.queue.pictures import reference_field, source_fields
 from patchforge.service.queue.records import (
     Served,
     event_from,
@@ -106,7 +106,7 @@ class JobQueue(BatchStore):
         """`blocking` is for reads of up to `LONGEST_BLOCK` seconds, so its socket timeout must be longer than that."""
         super().__init__(redis, blocking, settings)
         self._hub = EventHub(blocking)
-        self.capabilities = CAPABILITIES
+        self.capabilities = CAPABILITIES if self.objects is None else CAPABILITIES | {OBJECT_STORE}
         """What the workers of this process can do. They claim no job that needs more."""
         self._unanswered: dict[str, str] = {}
         """Worker id → token of its last call for a job, if that call got no answer."""
@@ -148,11 +148,17 @@ class JobQueue(BatchStore):
             IdempotencyConflict: the key was used with another fingerprint.
             Unavailable: the job may or may not have been accepted. Repeating the call is safe only with a key.
         """
-        needed = needs_of(request) if needs is None else needs
+        needed = self.source_needs(source).union(needs_of(request) if needs is None else needs)
         sent = _submit_arguments(request, idempotency_key, fingerprint, tenant, trace, needed)
-        outcome, *record = await self._run("submit", *sent, "1" if degradable else "", *_source_fields(source))
-        _raise_if_refused(outcome, record)
-        return job_from(record[0])
+        fields = await self._keep_source(str(sent[0]), source)
+        outcome, *record = await self._run("submit", *sent, "1" if degradable else "", *fields)
+        if outcome != b"ok":
+            await self._discard_source(fields)
+            _raise_if_refused(outcome, record)
+        job = job_from(record[0])
+        if job.id != sent[0]:  # the key's first job, which has its own
+            await self._discard_source(fields)
+        return job
 
     async def feed_line(
         self,
@@ -187,7 +193,7 @@ class JobQueue(BatchStore):
             result,
             *sent,
             "",
-            *_source_fields(source),
+            *source_fields(source),
         )
         if outcome.decode() in list(FeedOutcome):
             return FeedOutcome(outcome.decode())
@@ -224,10 +230,10 @@ class JobQueue(BatchStore):
         Raises:
             NotFound: the job edits no picture, or it has expired.
         """
-        image, mask = await self._do("HMGET", keys.sources(job_id), "image", "mask")
-        if image is None:
+        source = await self._read_source(job_id)
+        if source is None:
             raise NotFound(f"job {job_id} has no picture to edit")
-        return Source(image, mask)
+        return source
 
     async def cancel(self, job_id: str) -> Job:
         """Ends a waiting job; asks the worker of a running job to stop; leaves an ended job alone. Returns the job.
@@ -496,14 +502,6 @@ def _raise_if_refused(outcome: bytes, record: Sequence[Any]) -> None:
         raise RateLimited("this API key has reached its limit of pictures per minute", retry_after=int(record[0]))
     if outcome == b"conflict":
         raise IdempotencyConflict("this Idempotency-Key was used with a different request")
-
-
-def _source_fields(source: Source | None) -> list[str | bytes]:
-    """Returns names and values in turn."""
-    if source is None:
-        return []
-    fields: list[str | bytes] = ["image", source.image]
-    return fields if source.mask is None else [*fields, "mask", source.mask]
 
 
 def _check_job_id(job_id: str) -> None:

@@ -8,7 +8,9 @@ from contextlib import suppress
 from redis.asyncio import Redis
 
 from patchforge.service.errors import ResultsUnavailable
+from patchforge.service.messages.protocol import OBJECT_STORE
 from patchforge.service.messages.schemas import MAX_IMAGES, Job
+from patchforge.service.messages.source import Source
 from patchforge.service.queue import keys
 from patchforge.service.queue.connection import QueueConnection, redis_call
 from patchforge.service.results import ObjectStore, Reference
@@ -76,6 +78,40 @@ class PictureStore(QueueConnection):
                 found = await pipeline.execute()
         await self.objects.delete([Reference(each.decode()) for fields in found for each in fields if each is not None])
 
+    def source_needs(self, source: Source | None) -> frozenset[str]:
+        """Returns the capabilities that a worker needs to get at a job's picture to edit."""
+        return frozenset() if source is None or self.objects is None else frozenset({OBJECT_STORE})
+
+    async def _keep_source(self, job_id: str, source: Source | None) -> list[str | bytes]:
+        """Returns the fields of a job's picture to edit, names and values in turn: bytes, or references to objects."""
+        if source is None or self.objects is None:
+            return source_fields(source)
+        fields: list[str | bytes] = []
+        for name, data in ("image", source.image), ("mask", source.mask):
+            if data is not None:
+                fields += [REFERRED + name, await self.objects.put(f"{job_id}/{name}.png", data, "image/png")]
+        return fields
+
+    async def _discard_source(self, fields: Sequence[str | bytes]) -> None:
+        """Deletes what `_keep_source` put into the object store, if no job came of it."""
+        for name, value in zip(fields[::2], fields[1::2], strict=True):
+            if str(name).startswith(REFERRED):
+                await self.discard_picture(Reference(str(value)))
+
+    async def _read_source(self, job_id: str) -> Source | None:
+        """Returns the picture that a job edits, or None if there is none.
+
+        Raises:
+            NotFound: it is not in the object store any more.
+        """
+        names = "image", "mask", f"{REFERRED}image", f"{REFERRED}mask"
+        found: list[bytes | None] = await self._do("HMGET", keys.sources(job_id), *names)
+        image, mask = [
+            here if there is None else await self._store().get(Reference(there.decode()))
+            for here, there in zip(found[:2], found[2:], strict=True)
+        ]
+        return None if image is None else Source(image, mask)
+
     def _store(self) -> ObjectStore:
         if self.objects is None:
             message = "this is in an object store, which this process may not use: set PATCHFORGE_RESULTS here too"
@@ -85,3 +121,11 @@ class PictureStore(QueueConnection):
 
 def reference_field(index: int) -> str:
     return f"{REFERRED}{index}"
+
+
+def source_fields(source: Source | None) -> list[str | bytes]:
+    """Returns names and values in turn."""
+    if source is None:
+        return []
+    fields: list[str | bytes] = ["image", source.image]
+    return fields if source.mask is None else [*fields, "mask", source.mask]

@@ -22,6 +22,7 @@ from patchforge.service.messages.endings import terminal_event, unsupported
 from patchforge.service.messages.events import Cancelled, Completed, Failed, Started
 from patchforge.service.messages.samplers import Quality
 from patchforge.service.messages.schemas import Job, JobError, JobStatus, ModelCard, SavingsReport
+from patchforge.service.messages.source import Source
 from patchforge.service.queue import Claim, Heartbeat, JobQueue
 from patchforge.service.results.metrics import watch_store
 from patchforge.service.settings import Settings
@@ -38,7 +39,7 @@ from patchforge.service.worker.previews import PreviewPace
 from patchforge.service.worker.scheduler import Scheduler
 from patchforge.service.worker.spans import JobSpans
 from patchforge.service.worker.trouble import job_error
-from patchforge.service.worker.uploads import Uploads, outlast_store
+from patchforge.service.worker.transfers import Transfers, outlast_store
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -77,7 +78,9 @@ class Worker:
         self.claims: dict[str, Claim] = {}
         self.draining = asyncio.Event()
         self.outages = Outages()
-        self.uploads = Uploads()
+        self.transfers = Transfers()
+        self._fetched: list[tuple[str, Source | NotFound]] = []
+        """Jobs to admit, with the pictures that they edit."""
         self._parent = parent
         self._news = asyncio.Event()
         self._verdicts: dict[str, tuple[Claim, Heartbeat]] = {}
@@ -104,7 +107,7 @@ class Worker:
         """Work until `draining` is set. Then finish the running jobs within the grace period, or give them back."""
         await self._unless_drained(self.outages.outlast(self.queue.check_server), grace=0)
         if not self.draining.is_set():
-            async with self._background(self._announce_models(), self._keep_claims()) as self.uploads.group:
+            async with self._background(self._announce_models(), self._keep_claims()) as self.transfers.group:
                 log.info("worker ready", worker=self.id, models=list(self.engine.pipelines))
                 await self._unless_drained(self._main_loop(), grace=self.settings.drain_seconds)
                 await asyncio.gather(*map(self._give_back_job, self.claims.values()))
@@ -117,18 +120,19 @@ class Worker:
         log.info("draining", jobs=len(self.claims))
         while self.engine.jobs:
             await self._step_engine()
-        while await self.uploads.progress():
+        while await self.transfers.progress(CLAIM_CHECK_SECONDS):
             await self._apply_verdicts()
 
     async def _tick(self) -> None:
         if self.outages.reason is None:
             await self.outages.attempt(self._take_jobs)
+            await self._admit_fetched()
             await self.outages.attempt(self._look_at_backlog)
         elif not self.claims:
             await self._unless_drained(self.outages.outlast(self.queue.ping), grace=0)
         await self._step_engine()  # continues during an outage; heartbeats notice when it is over
         if not self.engine.jobs:
-            await self.uploads.progress(CLAIM_CHECK_SECONDS)
+            await self.transfers.progress(CLAIM_CHECK_SECONDS)
 
     async def _step_engine(self) -> None:
         """Make one engine step and deliver its results."""
@@ -206,9 +210,33 @@ class Worker:
         log.info("job started", job=job.id, attempt=claim.attempt, model=job.request.model, n=job.request.n)
         if job.unreadable is not None:
             await self._fail_job(job.id, unsupported(job.unreadable))
-            return
+        elif job.request.image and self.queue.objects is not None:
+            self.transfers.begin(job.id, self._fetch_source(job.id))
+        else:
+            await self._admit_job(claim)
+
+    async def _fetch_source(self, job_id: str) -> None:
+        """Fetch the picture that a job edits, from a store that may be away. The main loop then admits the job."""
         try:
-            source = await self.outages.outlast(self.queue.source, job.id) if job.request.image else None
+            source: Source | NotFound = await outlast_store(self.outages.outlast, self.queue.source, job_id)
+        except NotFound as error:
+            source = error
+        self._fetched.append((job_id, source))
+
+    async def _admit_fetched(self) -> None:
+        while self._fetched:
+            job_id, source = self._fetched.pop(0)
+            if (claim := self.claims.get(job_id)) is not None:
+                await self._admit_job(claim, source)
+
+    async def _admit_job(self, claim: Claim, fetched: Source | NotFound | None = None) -> None:
+        """Give a job to the engine, with the picture that it edits if that was fetched before."""
+        job, source = claim.job, fetched
+        try:
+            if isinstance(source, NotFound):
+                raise source
+            if source is None and job.request.image:
+                source = await self.outages.outlast(self.queue.source, job.id)
             live = await in_thread(self.engine.admit, job, source)
         except NotFound as error:
             await self._fail_job(job.id, JobError(code="source_lost", message=error.message))
@@ -235,13 +263,13 @@ class Worker:
             if self.queue.objects is None:
                 await self.outages.outlast(self.queue.store_image, claim, outcome.index, outcome.data)
             else:
-                self.uploads.begin(outcome.job_id, self._upload(claim, outcome))
+                self.transfers.begin(outcome.job_id, self._upload(claim, outcome))
         elif isinstance(outcome, JobDone):
             if self.queue.objects is None:
                 await self._complete_job(claim, outcome.report)
             else:  # its pictures may still be on their way
                 self.engine.drop(outcome.job_id)
-                self.uploads.follow(outcome.job_id, lambda: self._complete_uploaded(outcome))
+                self.transfers.follow(outcome.job_id, lambda: self._complete_uploaded(outcome))
         elif isinstance(outcome, JobBroken):
             await self._fail_job(outcome.job_id, outcome.error)
 
@@ -304,7 +332,7 @@ class Worker:
         self, job: Job, status: JobStatus, report: SavingsReport | None = None, error: JobError | None = None
     ) -> None:
         self.claims.pop(job.id, None)
-        self.uploads.drop(job.id)
+        self.transfers.drop(job.id)
         self.engine.drop(job.id)
         self.metrics.request_finished(job, report, status, error.code if error else None)
         self.spans.end(job.id, status.value, report, error)
@@ -313,7 +341,7 @@ class Worker:
     def _drop_lost_job(self, job_id: str) -> None:
         """Drop a job that is no longer ours; its new owner will end it."""
         claim = self.claims.pop(job_id, None)
-        self.uploads.drop(job_id)
+        self.transfers.drop(job_id)
         self.engine.drop(job_id)
         if claim is not None:
             self.metrics.request_lost(claim.job)
@@ -322,7 +350,7 @@ class Worker:
 
     async def _give_back_job(self, claim: Claim) -> None:
         """Return the job to the queue without using up an attempt. If the queue is away, its claim simply expires."""
-        self.uploads.drop(claim.job.id)
+        self.transfers.drop(claim.job.id)
         if await self.outages.attempt(self.queue.release, claim):
             log.info("job given back", job=claim.job.id, attempt=claim.attempt)
         self.engine.drop(claim.job.id)

@@ -18,7 +18,8 @@ from patchforge.service.queue import JobQueue, keys
 from patchforge.service.settings import Settings
 from tests.object_store import ObjectServer
 from tests.service.gateway.batches.kit import begin, drawn, native, results, until
-from tests.service.gateway.harness import ScriptedWorker, ended, png, running
+from tests.service.gateway.harness import CARDS, ScriptedWorker, ended, png, running
+from tests.service.gateway.pictures import base64, encoded, gradient
 
 
 @pytest.fixture
@@ -156,3 +157,31 @@ async def test_a_gateway_without_the_setting_says_what_it_lacks(
     assert reply.status_code == 503
     assert "set PATCHFORGE_RESULTS here too" in reply.json()["detail"]
     assert "patchforge_results" not in metrics
+
+
+async def test_pictures_to_edit_wait_in_the_store_too(
+    http: httpx.AsyncClient, queue: JobQueue, worker: ScriptedWorker, object_server: ObjectServer
+) -> None:
+    body = {"model": "tiny-text", "prompt": "a cat", "seed": 5, "image": base64(encoded(gradient()))}
+    job = (await http.post("/v1/jobs", json=body)).json()["id"]
+    assert f"results/{job}/image.png" in object_server.names()
+    assert (await queue.source(job)).image.startswith(b"\x89PNG")
+    assert await ended(queue, job) == "completed"
+    object_server.stop()
+    refused = await http.post("/v1/jobs", json=body)
+    object_server.start()
+    assert (refused.status_code, refused.json()["code"]) == (503, "results_unavailable")
+    assert (await http.post("/v1/jobs", json=body)).status_code == 202
+
+
+async def test_a_picture_to_edit_needs_a_worker_with_the_store(
+    http: httpx.AsyncClient, queue: JobQueue, settings: Settings
+) -> None:
+    plain = settings.model_copy(update={"results": "redis"})
+    without = JobQueue.connect(plain.redis_url or "", plain)
+    await without.announce("without", CARDS)
+    await without.close()
+    body = {"model": "tiny-text", "prompt": "a cat"}
+    refused = await http.post("/v1/jobs", json=body | {"image": base64(encoded(gradient()))})
+    assert (refused.status_code, refused.json()["code"]) == (501, "unsupported")
+    assert (await http.post("/v1/jobs", json=body)).status_code == 202

@@ -1,4 +1,4 @@
-"""Work for running jobs beside the engine: finished pictures on their way to a distant store."""
+"""Work for held jobs beside the engine: pictures on their way to a distant store, or from there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Uploads:
+class Transfers:
     """Tasks by job. At most `PATCHFORGE_MAX_RUNNING` jobs have any: a job holds its claim until they are done."""
 
     def __init__(self) -> None:
@@ -24,7 +24,9 @@ class Uploads:
     def begin(self, job_id: str, work: Coroutine[None, None, None]) -> None:
         """Start `work` for a job."""
         assert self.group is not None
-        self._tasks.setdefault(job_id, []).append(self.group.create_task(work))
+        task = self.group.create_task(work)
+        self._tasks.setdefault(job_id, []).append(task)
+        task.add_done_callback(lambda done: self._forget(job_id, done))
 
     def follow(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
         """Start `work` for a job when all its earlier work is done."""
@@ -43,10 +45,17 @@ class Uploads:
                 task.cancel()
 
     async def progress(self, seconds: float | None = None) -> bool:
-        """Wait up to so many seconds until a job has no more work. Return whether any has."""
-        if going := [tasks[-1] for tasks in self._tasks.values()]:
+        """Wait up to so many seconds until a task is done. Return whether there were any."""
+        if going := [task for tasks in self._tasks.values() for task in tasks]:
             await asyncio.wait(going, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         return bool(going)
+
+    def _forget(self, job_id: str, done: asyncio.Task[None]) -> None:
+        tasks = self._tasks.get(job_id, [])
+        if done in tasks:
+            tasks.remove(done)
+            if not tasks:
+                del self._tasks[job_id]
 
 
 async def outlast_store(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
