@@ -118,8 +118,8 @@ class ResultSettings(BaseSettings):
 
     results: str = Field(
         "redis",
-        description="Where pictures are kept: `redis` = on the queue server; `s3://bucket/prefix` = in an object store, "
-        "whose address, region and credentials the usual `AWS_…` variables say.",
+        description="Where pictures are kept: `redis` = on the queue server; `s3://bucket/prefix` = in an object "
+        "store, whose address, region and credentials the usual `AWS_…` variables say.",
     )
     results_public_url: str | None = Field(
         None, description="The object store's address in links to pictures, if clients reach it under another one."

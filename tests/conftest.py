@@ -100,11 +100,12 @@ def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSe
 
 
 @pytest.fixture
-def object_variables(object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def object_variables(object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The variables that name the object store, set here and for child processes."""
     for name, value in object_server.variables.items():
         monkeypatch.setenv(name, value)
-    return object_server.variables
+    yield object_server.variables
+    object_server.start()  # if the test stopped it and failed
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A real S3 server, SeaweedFS: it checks signatures, refuses links that were changed or have expired, and may be away."""
+"""A real S3 server, SeaweedFS: it checks signatures, and refuses links that were changed or have expired."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sysconfig
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import httpx
@@ -30,6 +29,11 @@ DOOR = ("-autoCreateBucket=false", "-port.iceberg=0", "-port.lance=0")
 
 def identity(name: str, secret: str, *actions: str) -> dict[str, object]:
     return {"name": name, "credentials": [{"accessKey": name, "secretKey": secret}], "actions": actions}
+
+
+def browse(link: str) -> httpx.Response:
+    """What a browser gets at a link, without a key."""
+    return httpx.get(link)
 
 
 class ObjectServer:
@@ -65,18 +69,24 @@ class ObjectServer:
 
     def __enter__(self) -> Self:
         ports = [f"-{name}={self._ports[name]}" for name in SERVERS]
-        self._storage = self._launch("server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self._folder}", *STORAGE, *ports)
+        self._storage = self._launch(
+            "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self._folder}", *STORAGE, *ports
+        )
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *reason: object) -> None:
         self.stop()
         if self._storage is not None:
             self._storage.kill()
             self._storage.wait()
+        for kind, port in ("filer", self._ports["filer.port"]), ("s3", self.port):
+            Path(f"/tmp/seaweedfs-{kind}-{port}.sock").unlink(missing_ok=True)
 
     def start(self) -> None:
-        """Starts the S3 server, and waits until it has the bucket and takes objects."""
+        """Starts the S3 server unless it runs, and waits until it has the bucket and takes objects."""
+        if self._door is not None:
+            return
         filer = f"-filer=127.0.0.1:{self._ports['filer.port']}.{self._ports['filer.port.grpc']}"
         own = f"-port={self.port}", f"-port.grpc={self._ports['s3.port.grpc']}", f"-config={self._folder / 's3.json'}"
         self._door = self._launch("s3", filer, "-ip.bind=127.0.0.1", *own, *DOOR)

@@ -35,7 +35,15 @@ from patchforge.service.errors import (
 )
 from patchforge.service.messages.endings import terminal_event
 from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Completed, Event, Expired, Failed, ImageReady
-from patchforge.service.messages.protocol import CAPABILITIES, FIRST, OBJECT_STORE, PROTOCOL, Announcement, needs_of, split_card
+from patchforge.service.messages.protocol import (
+    CAPABILITIES,
+    FIRST,
+    OBJECT_STORE,
+    PROTOCOL,
+    Announcement,
+    needs_of,
+    split_card,
+)
 from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard, Priority
 from patchforge.service.messages.source import Source

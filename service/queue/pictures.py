@@ -35,7 +35,7 @@ class PictureStore(QueueConnection):
             await self.objects.check_not_refused()
 
     async def picture_links(self, job_id: str) -> dict[int, str]:
-        """Returns index → link that needs no API key, for the pictures in the object store. They expire with the job."""
+        """Returns index → link that needs no API key, for pictures in the object store. They expire with the job."""
         if self.objects is None:
             return {}
         found = await self._do("HMGET", keys.images(job_id), *map(reference_field, range(MAX_IMAGES)))
@@ -47,7 +47,7 @@ class PictureStore(QueueConnection):
         return dict(zip(references, links, strict=True))
 
     async def discard_picture(self, picture: bytes | Reference) -> None:
-        """Deletes from the object store what the queue server did not take. If that fails, it stays until it expires."""
+        """Deletes from the object store what the queue server did not take. If this fails, it expires there."""
         if isinstance(picture, str):
             with suppress(ResultsUnavailable):
                 await self._store().delete([picture])

@@ -1,4 +1,4 @@
-"""Results outside the queue server: pictures in an S3-compatible object store; docs/operation.md says how to set it up."""
+"""Results outside the queue server: pictures in an S3-compatible object store. docs/operation.md explains the setup."""
 
 from patchforge.service.results.store import ObjectStore, Reference
 

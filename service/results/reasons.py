@@ -37,7 +37,9 @@ def reason_of(error: Exception, place: str, operation: str) -> ResultsUnavailabl
     text = str(error)
     status, code = _STATUS.search(text), _code_of(text)
     if any(address in text for address in METADATA_ADDRESSES):
-        reason = "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role"
+        reason = (
+            "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role"
+        )
     elif code in REFUSALS:
         reason = REFUSALS[code]
     elif status is None:

@@ -66,7 +66,7 @@ class ObjectStore:
             "retry_config": {"max_retries": RETRIES, "retry_timeout": RETRY_TIMEOUT},
         }
         self._store: S3Store = S3Store(self.bucket, **options)
-        public = {"endpoint": public_url, "aws_endpoint_url_s3": public_url} if public_url else {}
+        public: Any = {"endpoint": public_url, "aws_endpoint_url_s3": public_url} if public_url else {}
         self._public: S3Store = S3Store(self.bucket, **options, **public)
         self._reasons: dict[str, str] = {}
         self.on_call: Callable[[str, float, int, bool], None] = lambda operation, seconds, size, succeeded: None

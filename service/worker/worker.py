@@ -38,8 +38,8 @@ from patchforge.service.worker.pacer import Pacer
 from patchforge.service.worker.previews import PreviewPace
 from patchforge.service.worker.scheduler import Scheduler
 from patchforge.service.worker.spans import JobSpans
-from patchforge.service.worker.trouble import job_error
 from patchforge.service.worker.transfers import Transfers, outlast_store
+from patchforge.service.worker.trouble import job_error
 
 log = structlog.get_logger()
 T = TypeVar("T")

@@ -57,9 +57,7 @@ class Live:
 
 
 @pytest.fixture(scope="session")
-def live(
-    tmp_path_factory: pytest.TempPathFactory, bundle_dir: Path, object_server: ObjectServer
-) -> Iterator[Live]:
+def live(tmp_path_factory: pytest.TempPathFactory, bundle_dir: Path, object_server: ObjectServer) -> Iterator[Live]:
     port, settings = free_port(), {"models": ["tiny-class", "tiny-text"]}
     with pytest.MonkeyPatch.context() as patch, Stack(tmp_path_factory.mktemp("live"), bundle_dir, **settings) as stack:
         for name, value in object_server.variables.items():

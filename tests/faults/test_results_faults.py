@@ -1,4 +1,4 @@
-"""The object store dies while workers deliver and gateways read, or refuses them: no picture is lost, none is half there."""
+"""The object store dies while workers deliver and gateways read, or refuses them: no picture is lost."""
 
 from __future__ import annotations
 
@@ -62,7 +62,11 @@ def test_row_32_what_the_object_store_refuses_ends_the_start_with_a_line(
     role: str, stack: Stack, bundle_dir: Path, object_variables: dict[str, str]
 ) -> None:
     wrong = object_variables | {"AWS_SECRET_ACCESS_KEY": SECRET.upper(), "REDIS_URL": stack.server.url}
-    own = {"PATCHFORGE_BUNDLE_DIR": str(bundle_dir), "PATCHFORGE_PATCH_BUDGET": "4096", "PATCHFORGE_MODELS": "tiny-class"}
+    own = {
+        "PATCHFORGE_BUNDLE_DIR": str(bundle_dir),
+        "PATCHFORGE_PATCH_BUDGET": "4096",
+        "PATCHFORGE_MODELS": "tiny-class",
+    }
     ports = {"PATCHFORGE_HTTP_PORT": "0", "PATCHFORGE_GRPC_PORT": "0"}
     ended = run(*PATCHFORGE, role, status=1, **wrong, **own, **ports)
     [line] = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]

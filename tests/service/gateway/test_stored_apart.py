@@ -16,7 +16,7 @@ from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
 from patchforge.service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
 from patchforge.service.queue import JobQueue, keys
 from patchforge.service.settings import Settings
-from tests.object_store import ObjectServer
+from tests.object_store import ObjectServer, browse
 from tests.service.gateway.batches.kit import begin, drawn, native, results, until
 from tests.service.gateway.harness import CARDS, ScriptedWorker, ended, png, running
 from tests.service.gateway.pictures import base64, encoded, gradient
@@ -76,9 +76,9 @@ async def test_links_need_no_key_and_end_with_the_job(
             assert set(image) == named
             assert image["url"].startswith("http://127.0.0.1:")
             assert "/v1/jobs/" not in image["url"]
-            answer = httpx.get(image["url"])
+            answer = browse(image["url"])
             assert (answer.content, answer.headers["content-type"]) == (png(5 + index), "image/png")
-            assert httpx.get(image["url"].partition("?")[0]).status_code == 403
+            assert browse(image["url"].partition("?")[0]).status_code == 403
             assert "b64_json" not in image or b64decode(image["b64_json"]) == png(5 + index)
     job = reply["patchforge"]["job_id"]
     await redis_client.expire(keys.images(job), 77)
@@ -94,10 +94,10 @@ async def test_a_batch_has_links_and_takes_its_pictures_with_it(
     batch = await until(http, await begin(http, drawn("a", seed=3, n=2), native("b", seed=9), drawn("c", "fail")))
     made = await results(http, batch)
     data = made["a"]["response"]["body"]["data"]
-    assert [httpx.get(image["url"]).content for image in data] == [png(3), png(4)]
+    assert [browse(image["url"]).content for image in data] == [png(3), png(4)]
     assert [b64decode(image["b64_json"]) for image in data] == [png(3), png(4)]
     [link] = made["b"]["response"]["body"]["urls"]
-    assert httpx.get(link).content == png(9)
+    assert browse(link).content == png(9)
     jobs = [made[line]["response"]["request_id"] for line in "ab"]
     assert all(any(job in name for name in object_server.names()) for job in jobs)
 
@@ -108,7 +108,7 @@ async def test_a_batch_has_links_and_takes_its_pictures_with_it(
     assert (await http.get(f"/v1/batches/{batch['id']}")).status_code == 200, "it can be deleted later"
     assert (await http.delete(f"/v1/files/{batch['output_file_id']}")).json()["deleted"] is True
     assert not any(job in name for name in object_server.names() for job in jobs)
-    assert httpx.get(link).status_code == 404
+    assert browse(link).status_code == 404
     assert (await http.delete(f"/v1/batches/{batch['id']}")).json()["deleted"] is True
 
 
@@ -149,10 +149,10 @@ async def test_a_gateway_without_the_setting_says_what_it_lacks(
     job = await drawn_job(http, queue)
     plain = settings.model_copy(update={"results": "redis"})
     elsewhere = JobQueue.connect(plain.redis_url or "", plain)
-    async with running(Gateway(plain, elsewhere)) as other:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{other.http_port}") as there:
-            reply = await there.get(f"/v1/jobs/{job}/image")
-            metrics = (await there.get("/metrics", params={"workers": "false"})).text
+    async with running(Gateway(plain, elsewhere)) as other, httpx.AsyncClient() as there:
+        address = f"http://127.0.0.1:{other.http_port}"
+        reply = await there.get(f"{address}/v1/jobs/{job}/image")
+        metrics = (await there.get(f"{address}/metrics", params={"workers": "false"})).text
     await elsewhere.close()
     assert reply.status_code == 503
     assert "set PATCHFORGE_RESULTS here too" in reply.json()["detail"]

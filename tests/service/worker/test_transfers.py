@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 
-import httpx
 import pytest
 from redis.asyncio import Redis
 
@@ -16,7 +15,7 @@ from patchforge.service.queue import JobQueue, keys
 from patchforge.service.results import Reference
 from patchforge.service.settings import Settings
 from patchforge.service.worker.worker import Worker
-from tests.object_store import ObjectServer
+from tests.object_store import ObjectServer, browse
 from tests.service.queue.kit import eventually, silenced
 from tests.service.worker.jobs import request
 from tests.service.worker.test_source_images import source
@@ -47,7 +46,6 @@ def away(object_server: ObjectServer) -> Iterator[ObjectServer]:
     """The store, stopped; it runs again after the test."""
     object_server.stop()
     yield object_server
-    object_server.stop()
     object_server.start()
 
 
@@ -69,7 +67,7 @@ async def test_all_pictures_are_stored_before_their_job_completes(
     links = await queue.picture_links(job.id)
     for index in range(3):
         assert (await queue.image(job.id, index))[:4] == b"RIFF"
-        assert httpx.get(links[index]).headers["content-type"] == "image/webp"
+        assert browse(links[index]).headers["content-type"] == "image/webp"
     assert not worker.claims
     assert not await worker.transfers.progress()
 
@@ -148,18 +146,14 @@ async def test_a_picture_to_edit_is_fetched_beside_the_engine(
     }
     assert await queue.source(edit.id) == source()
     object_server.stop()
-    try:
-        async with running(worker):
-            plain = await queue.submit(request())
-            await first(queue, plain.id, Started)
-            await eventually(lambda: failed(worker, "get"))
-            assert (await queue.get(edit.id)).status is JobStatus.RUNNING
-            object_server.start()
-            for job in (edit, plain):
-                assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
-    finally:
-        object_server.stop()
+    async with running(worker):
+        plain = await queue.submit(request())
+        await first(queue, plain.id, Started)
+        await eventually(lambda: failed(worker, "get"))
+        assert (await queue.get(edit.id)).status is JobStatus.RUNNING
         object_server.start()
+        for job in (edit, plain):
+            assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
 
 
 async def test_a_picture_to_edit_that_is_gone_fails_its_job(
