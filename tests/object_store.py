@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Self
@@ -87,9 +90,7 @@ class ObjectServer:
         """Starts the S3 server unless it runs, and waits until it has the bucket and takes objects."""
         if self._door is not None:
             return
-        filer = f"-filer=127.0.0.1:{self._ports['filer.port']}.{self._ports['filer.port.grpc']}"
-        own = f"-port={self.port}", f"-port.grpc={self._ports['s3.port.grpc']}", f"-config={self._folder / 's3.json'}"
-        self._door = self._launch("s3", filer, "-ip.bind=127.0.0.1", *own, *DOOR)
+        self._door = self._open_door(self.port, self._ports["s3.port.grpc"])
         eventually(self._accepts, "the object store")
 
     def stop(self) -> None:
@@ -98,10 +99,27 @@ class ObjectServer:
             self._door.wait()
             self._door = None
 
+    @contextmanager
+    def secured(self, chain: Path, key: Path) -> Iterator[str]:
+        """Another S3 server before the same storage, with TLS; yields its address."""
+        port = free_port()
+        door = self._open_door(port, free_port(), f"-cert.file={chain}", f"-key.file={key}")
+        try:
+            eventually(lambda: _connects(port), "the object store with TLS")
+            yield f"https://127.0.0.1:{port}"
+        finally:
+            door.kill()
+            door.wait()
+
     def names(self) -> list[str]:
         """The names of all objects below the prefix, without those of start checks."""
         listed = obstore.list(self._admin(), prefix="results").collect()
         return sorted(each["path"] for each in listed if not each["path"].endswith("start-check"))
+
+    def _open_door(self, port: int, rpc_port: int, *options: str) -> subprocess.Popen[str]:
+        filer = f"-filer=127.0.0.1:{self._ports['filer.port']}.{self._ports['filer.port.grpc']}"
+        own = f"-port={port}", f"-port.grpc={rpc_port}", f"-config={self._folder / 's3.json'}", "-ip.bind=127.0.0.1"
+        return self._launch("s3", filer, *own, *DOOR, *options)
 
     def _launch(self, *words: str) -> subprocess.Popen[str]:
         weed = shutil.which("weed", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
@@ -130,3 +148,11 @@ class ObjectServer:
             client_options={"allow_http": True},
             retry_config={"max_retries": 0},
         )
+
+
+def _connects(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True

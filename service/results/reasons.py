@@ -56,8 +56,9 @@ def reason_of(error: Exception, place: str, operation: str) -> ResultsUnavailabl
 
 
 def _away(text: str, place: str) -> ResultsUnavailable:
-    if "certificate" in text:
-        return ResultsRefused(f"the object store {place} cannot be used: its certificate is not trusted")
+    if "InvalidCertificate" in text:
+        reason = "its certificate is not trusted: name its CA in PATCHFORGE_RESULTS_TLS_CA"
+        return ResultsRefused(f"the object store {place} cannot be used: {reason}")
     if "timed out" in text or "TimedOut" in text or "kind: Timeout" in text:
         return ResultsUnavailable(f"the object store {place} does not answer")
     return ResultsUnavailable(f"the object store {place} cannot be reached")

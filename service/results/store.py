@@ -6,6 +6,8 @@ at all, and under a name that no other attempt uses, so no reader meets half of 
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
@@ -31,6 +33,7 @@ RETRIES = 3  # of a request that failed in passing,
 RETRY_TIMEOUT = timedelta(seconds=3)  # and only as long: whoever asked has a way to wait of his own
 LONGEST_LINK = 7 * 86400  # seconds; S3 accepts no longer ones
 PROBE = "start-check"
+ADDRESSES = "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"
 SCHEME = "s3://"
 
 log = structlog.get_logger(__name__)
@@ -81,6 +84,9 @@ class ObjectStore:
         """
         if not settings.results.startswith(SCHEME):
             return None
+        for name in ADDRESSES:  # the client would panic, in a thread of its own
+            if (address := os.environ.get(name)) and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", address):
+                raise InvalidRequest("must be an address such as https://s3.example.com", field=name)
         certificates = settings.results_tls_ca
         try:
             trusted = certificates.read_bytes() if certificates else None

@@ -12,6 +12,7 @@ from patchforge.service.results import ObjectStore, Reference
 from patchforge.service.settings import Settings
 from tests.object_store import ADMIN, BUCKET, READER, SECRET, ObjectServer, browse
 from tests.service.queue.kit import eventually
+from tests.service.queue.test_queue_sentinels import certificates
 
 PNG = b"\x89PNG\r\n\x1a\nnot really"
 
@@ -142,3 +143,25 @@ def test_settings_that_cannot_be_used_are_named(
     with pytest.raises(InvalidRequest) as invalid:
         opened(stored_apart)
     assert invalid.value.field == "PATCHFORGE_RESULTS"
+
+
+async def test_a_store_with_a_certificate_of_its_own(
+    stored_apart: Settings, object_server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, chain, key = certificates(tmp_path)
+    with object_server.secured(chain, key) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        trusting = opened(stored_apart, results_tls_ca=authority)
+        assert await trusting.get(await trusting.put("tls.png", PNG, "image/png")) == PNG
+        with pytest.raises(ResultsRefused, match="its certificate is not trusted: name its CA in PATCHFORGE_RESULTS_T"):
+            await opened(stored_apart).check_not_refused()
+
+
+@pytest.mark.parametrize("address", ["s3.example.com", "not a url", "ftp://s3.example.com", "http://"])
+def test_an_address_that_is_none_is_refused(
+    address: str, stored_apart: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    with pytest.raises(InvalidRequest, match="must be an address such as") as refused:
+        opened(stored_apart)
+    assert refused.value.field == "AWS_ENDPOINT_URL"
