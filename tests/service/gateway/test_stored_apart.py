@@ -185,3 +185,17 @@ async def test_a_picture_to_edit_needs_a_worker_with_the_store(
     refused = await http.post("/v1/jobs", json=body | {"image": base64(encoded(gradient()))})
     assert (refused.status_code, refused.json()["code"]) == (501, "unsupported")
     assert (await http.post("/v1/jobs", json=body)).status_code == 202
+
+
+async def test_a_batch_keeps_its_pictures_to_edit_on_the_queue_server(
+    http: httpx.AsyncClient, worker: ScriptedWorker, object_server: ObjectServer, redis_client: Redis
+) -> None:
+    """A line may be offered to the queue many times before there is room; its picture does not travel each time."""
+    worker.curtain.clear()
+    batch = await begin(http, native("a", image=base64(encoded(gradient()))))
+    job = await worker.next_job()
+    assert set(await redis_client.hgetall(keys.sources(job))) == {b"image"}
+    assert f"results/{job}/image.png" not in object_server.names()
+    worker.curtain.set()
+    assert (await until(http, batch))["request_counts"]["completed"] == 1
+    assert any(job in name for name in object_server.names())
