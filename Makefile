@@ -87,10 +87,10 @@ package: setup $(TOOLS)
 # needs.
 lock: $(TOOLS)
 	echo '# Everything that serves, with hashes; see docs/operation.md. Made by: make lock' > requirements.lock
-	$(TOOLS)/bin/uv pip compile pyproject.toml --extra all --extra otel -c constraints.txt --universal --python-version 3.11 \
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra all --extra otel --extra s3 -c constraints.txt --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header --upgrade $(addprefix --no-emit-package ,$(UNLOCKED)) -q >> requirements.lock
 	echo '# What a gateway needs of requirements.lock. Made by: make lock' > requirements-gateway.lock
-	$(TOOLS)/bin/uv pip compile pyproject.toml --extra server --extra otel -c requirements.lock --universal --python-version 3.11 \
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra server --extra otel --extra s3 -c requirements.lock --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header -q >> requirements-gateway.lock
 
 # Known vulnerabilities; asks the public advisory service. Names and versions only: pip-audit would pass over what

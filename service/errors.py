@@ -13,7 +13,9 @@ PatchforgeError
 ├── QueueFull             503 / UNAVAILABLE          too many jobs are waiting; see `retry_after`
 ├── TooLittleTime         503 / UNAVAILABLE          no worker could finish in the time asked for
 ├── Unavailable           503 / UNAVAILABLE          Redis is down, or the server is shutting down
-│   └── QueueRefused      503 / UNAVAILABLE          Redis answers and refuses this server: its password, its ACL
+│   ├── QueueRefused      503 / UNAVAILABLE          Redis answers and refuses this server: its password, its ACL
+│   └── ResultsUnavailable  503 / UNAVAILABLE        the object store with the pictures cannot be used
+│       └── ResultsRefused  503 / UNAVAILABLE        it refuses this server: its key, its rights, the bucket
 ├── Unsupported           501 / UNIMPLEMENTED        only another version of the servers can do or read this
 ├── JobFailed             500 / INTERNAL             the job failed
 │   ├── JobCancelled      409 / CANCELLED            the job was cancelled
@@ -113,6 +115,16 @@ class Unavailable(PatchforgeError):
 
 class QueueRefused(Unavailable):
     """The queue server refuses what this process needs; until someone changes its settings or ours, it always will."""
+
+
+class ResultsUnavailable(Unavailable):
+    """The object store, which has the pictures, does not answer, or refuses this; the message says why."""
+
+    code = "results_unavailable"
+
+
+class ResultsRefused(ResultsUnavailable):
+    """The object store refuses what this process needs; until someone changes its settings or ours, it always will."""
 
 
 class Unsupported(PatchforgeError):

@@ -13,6 +13,7 @@ from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
+OBJECTS = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)*"
 ROOT_PATH = r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+"
 ApiKey = Annotated[str, Field(pattern=f"^{KEY_NAME}:[0-9a-f]{{64}}$")]
 
@@ -124,6 +125,22 @@ class QueueSettings(BaseSettings):
     )
 
 
+class ResultSettings(BaseSettings):
+    """Results"""
+
+    results: str = Field(
+        "redis",
+        description="Where pictures are kept: `redis` = on the queue server; `s3://bucket/prefix` = in an object "
+        "store, whose address, region and credentials the usual `AWS_…` variables say.",
+    )
+    results_public_url: str | None = Field(
+        None, description="The object store's address in links to pictures, if clients reach it under another one."
+    )
+    results_tls_ca: Path | None = Field(
+        None, description="PEM file of CAs for the object store's certificate, besides the usual ones."
+    )
+
+
 class WorkerSettings(BaseSettings):
     """Worker"""
 
@@ -172,10 +189,20 @@ class ProcessSettings(BaseSettings):
     log_json: bool = Field(False, description="Log one JSON object per line instead of text for people.")
 
 
-GROUPS = NetworkSettings, ModelSettings, AccessSettings, QueueSettings, WorkerSettings, ProcessSettings
+GROUPS = (
+    NetworkSettings,
+    ModelSettings,
+    AccessSettings,
+    QueueSettings,
+    ResultSettings,
+    WorkerSettings,
+    ProcessSettings,
+)
 
 
-class Settings(NetworkSettings, ModelSettings, AccessSettings, QueueSettings, WorkerSettings, ProcessSettings):
+class Settings(
+    NetworkSettings, ModelSettings, AccessSettings, QueueSettings, ResultSettings, WorkerSettings, ProcessSettings
+):
     """All settings of gateway and worker; the defaults suit one laptop and listen on loopback only."""
 
     # Errors hide the value, which may be a misplaced key or a URL with a password. An empty variable counts as unset,
@@ -220,6 +247,21 @@ class Settings(NetworkSettings, ModelSettings, AccessSettings, QueueSettings, Wo
                     "in a password, characters with a meaning in URLs, such as / # ? @, must be percent-encoded"
                 ) from None
         return url
+
+    @field_validator("results")
+    @classmethod
+    def _check_results(cls, place: str) -> str:
+        place = place.rstrip("/")
+        if place != "redis" and not re.fullmatch(OBJECTS, place):
+            raise ValueError("must be redis, or s3://bucket or s3://bucket/prefix, of letters, digits and . _ -")
+        return place
+
+    @field_validator("results_public_url")
+    @classmethod
+    def _check_results_public_url(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://[A-Za-z0-9.:_\[\]-]+/?", url):
+            raise ValueError("must be an address such as https://s3.example.com, without a path")
+        return url and url.rstrip("/")
 
     @field_validator("bundle_dir", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,13 @@ from redis.asyncio import Redis
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.messages.schemas import Job
 from patchforge.service.queue import JobQueue, connection, job_queue, masters
+from patchforge.service.results import store
 from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
 
 if TYPE_CHECKING:
     from patchforge.model.pipeline import Pipeline
+    from tests.object_store import ObjectServer
     from tests.pretend_device import PretendDevice
 
 # Everything that a test starts uses one thread by default, because the machine may be busy.
@@ -36,6 +39,8 @@ def unhurried() -> Iterator[None]:
         patch.setattr(job_queue, "ANNOUNCED", 3600)
         patch.setattr(connection, "COMMAND_TIMEOUT", PATIENCE)
         patch.setattr(masters, "SENTINEL_TIMEOUT", PATIENCE)
+        patch.setattr(store, "TIMEOUT", timedelta(seconds=PATIENCE))
+        patch.setattr(store, "CONNECT_TIMEOUT", timedelta(seconds=PATIENCE))
         yield
 
 
@@ -83,6 +88,24 @@ def ended(queue: JobQueue) -> list[Job]:
     jobs: list[Job] = []
     queue.on_ended = jobs.append
     return jobs
+
+
+@pytest.fixture(scope="session")
+def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """A real object store for the whole test run. A test that stops it starts it again."""
+    from tests.object_store import ObjectServer
+
+    with ObjectServer(tmp_path_factory.mktemp("objects")) as server:
+        yield server
+
+
+@pytest.fixture
+def object_variables(object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The variables that name the object store, set here and for child processes."""
+    for name, value in object_server.variables.items():
+        monkeypatch.setenv(name, value)
+    yield object_server.variables
+    object_server.start()  # if the test stopped it and failed
 
 
 @pytest.fixture(scope="session")

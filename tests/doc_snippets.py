@@ -6,6 +6,8 @@ by the program it calls. All others are run, by tests/e2e/test_doc_snippets.py.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shlex
 import shutil
@@ -112,7 +114,7 @@ def parse(command: list[str]) -> None:
 
 def check_variable(name: str) -> None:
     settings = {f"PATCHFORGE_{setting.upper()}" for setting in Settings.model_fields}
-    assert name in settings | {"REDIS_URL"} or name.startswith("OTEL_"), f"there is no setting {name}"
+    assert name in settings | {"REDIS_URL"} or name.startswith(("OTEL_", "AWS_")), f"there is no setting {name}"
 
 
 def check_patchforge(words: list[str], *, whole: bool = True) -> None:
@@ -179,6 +181,16 @@ def check_export(words: list[str]) -> None:
         check_variable(word.partition("=")[0])
 
 
+def check_lifetime(words: list[str]) -> None:
+    """Checks that the bucket's rule keeps pictures as long as a batch of 24 hours needs them by default."""
+    assert words[1] == "s3api", "nothing is known of other parts of this program"
+    [rule] = json.loads(words[-1])["Rules"]
+    usual = Settings()
+    needed = 86400 + usual.batch_ttl_seconds + usual.result_ttl_seconds
+    assert rule["Expiration"]["Days"] == math.ceil(needed / 86400)
+    assert rule["Filter"]["Prefix"] == "results/"
+
+
 def helped(*command: str) -> str:
     """Returns the output of a command that changes nothing."""
     return run(*command).stdout
@@ -198,6 +210,7 @@ EXCUSED: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "patchforge sample": ("hours, with a checkpoint that is not ours", check_patchforge),
     "patchforge generate lighthouse": ("draws with a checkpoint that is not ours", check_patchforge),
     "docker": ("needs a Docker engine", check_docker),
+    "aws": ("needs a bucket, and Amazon's command line", check_lifetime),
     "kubectl": ("needs a cluster", check_kubectl),
     "pip": ("gigabytes, into an environment of its own", check_pip),
     "export": ("is for the commands after it", check_export),

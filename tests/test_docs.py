@@ -60,7 +60,7 @@ def test_the_lock_file_pins_what_was_tested_and_names_no_host() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    asked = [*project["dependencies"], *extras["server"], *extras["worker"], *extras["otel"]]
+    asked = [*project["dependencies"], *extras["server"], *extras["worker"], *extras["otel"], *extras["s3"]]
     names = {_plain(match[0]) for each in asked if (match := re.match(r"[A-Za-z0-9._-]+", each))}
     assert names - locked.keys() == UNLOCKED, "run: make lock"
 
@@ -70,7 +70,7 @@ def test_a_gateway_is_locked_to_the_same() -> None:
     assert {*entries} < {*_entries(LOCK)}, "run: make lock"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    asked = [*project["dependencies"], *extras["server"], *extras["otel"]]
+    asked = [*project["dependencies"], *extras["server"], *extras["otel"], *extras["s3"]]
     names = {_plain(match[0]) for each in asked if (match := re.match(r"[A-Za-z0-9._-]+", each))}
     assert names <= {_plain(entry.partition("==")[0]) for entry in entries}, "run: make lock"
 

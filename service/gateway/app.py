@@ -42,6 +42,7 @@ from patchforge.service.gateway.rpc.server import RpcServer
 from patchforge.service.gateway.tls import load_certificate
 from patchforge.service.messages.schemas import Job
 from patchforge.service.queue import JobQueue
+from patchforge.service.results.metrics import watch_store
 from patchforge.service.settings import Settings
 
 PLAYGROUND = Path(__file__).parent / "playground"
@@ -141,7 +142,9 @@ class Gateway:
     def __init__(self, settings: Settings, queue: JobQueue) -> None:
         self.settings = settings
         self.service = JobService(queue, settings.default_models, settings.remember_seconds)
-        metrics = GatewayMetrics(CollectorRegistry(), settings.max_waiting)
+        registry = CollectorRegistry()
+        metrics = GatewayMetrics(registry, settings.max_waiting)
+        watch_store(queue.objects, registry)
 
         def record_end(job: Job) -> None:
             metrics.count_request_ended_in_queue(job)
@@ -225,6 +228,7 @@ async def serve_gateway(settings: Settings) -> None:
     Raises:
         Unavailable: no queue server is configured.
         QueueRefused: it refuses this process.
+        ResultsRefused: the object store does.
         InvalidRequest: the TLS certificate or key, the address or a port cannot be used.
     """
     if settings.redis_url is None:

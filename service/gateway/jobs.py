@@ -100,6 +100,7 @@ class JobService:
             QueueFull: too many jobs are waiting, or the queue server might run out of memory.
             TooLittleTime: no worker could finish the pictures within `finish_within_seconds`.
             Unavailable: the server is shutting down, or the queue server or all workers are away.
+            ResultsUnavailable: the object store cannot take the picture to edit.
         """
         self.refuse_when_draining()
         check_idempotency_key(idempotency_key)
@@ -134,10 +135,11 @@ class JobService:
         sent = request.model_dump_json()
         filled = fill_defaults(request, card)
         check_budget(filled, card)
-        needs = needs_of(filled)
+        needs = needs_of(filled) | self.queue.source_needs(source)
         fleet.check_capabilities(card.name, needs)
         fleet.check_time(filled)
-        return Prepared(filled, source, sent, needs, is_degradable(request), card, room_for(filled, card, source))
+        room = room_for(filled, card, source, pictures_elsewhere=self.queue.objects is not None)
+        return Prepared(filled, source, sent, needs, is_degradable(request), card, room)
 
     async def run(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Run:
         """Queues a job that belongs to its caller. Use the result in `async with`: leaving it early cancels the job.
@@ -181,6 +183,10 @@ class JobService:
 
     async def image(self, job: Job, index: int) -> bytes:
         return await self.queue.image(job.id, index)
+
+    async def picture_links(self, job: Job) -> dict[int, str]:
+        """Returns index → link that needs no API key, for the pictures that are in the object store."""
+        return await self.queue.picture_links(job.id)
 
     async def watch(
         self, job_id: str, tenant: str | None, after: str | None

@@ -55,6 +55,9 @@ CAPABILITIES = frozenset(
 )
 """What workers of this version can do."""
 
+OBJECT_STORE = "object_store"
+"""What workers with an object store can do besides, and what jobs need whose picture to edit is there."""
+
 
 class CardDetails(Message):
     """Fields of a `ModelCard` that protocol 0 does not have: its readers end at what they do not know in a card."""

@@ -14,6 +14,8 @@ RECORD_BYTES = 8192
 """For the keys of a job, and for what its record holds besides the request."""
 PICTURE_TEXT_BYTES = 2048
 """In a picture's file, besides its pixels and what the request says."""
+REFERENCE_BYTES = 1024
+"""Where a picture is in an object store."""
 EVENT_BYTES = 512
 """Of an event, besides pictures and lists of patches."""
 PATCH_BYTES = 48
@@ -35,14 +37,17 @@ def preview_limit(pictures: int) -> int:
     return PREVIEWS_BYTES // (6 * pictures)
 
 
-def room_for(request: GenerationRequest, card: ModelCard, source: Source | None = None) -> int:
+def room_for(
+    request: GenerationRequest, card: ModelCard, source: Source | None = None, pictures_elsewhere: bool = False
+) -> int:
     """Returns an upper bound, in bytes, of what Redis keeps of a job: its pictures, events, record and source.
 
-    `request`: with all defaults filled in.
+    `request`: with all defaults filled in. `pictures_elsewhere`: finished pictures are in an object store, and Redis has
+    references. Those to edit count all the same: they are on their way, or a batch's, which stay in Redis.
     """
     rows, columns = card.drawn_grid(request)
     evaluations, said = _evaluations(request), len(written(request).encode())
-    picture = _picture_bytes(request, card) + PICTURE_TEXT_BYTES + 4 * said
+    picture = REFERENCE_BYTES if pictures_elsewhere else _picture_bytes(request, card) + PICTURE_TEXT_BYTES + 4 * said
     told = PATCH_BYTES * rows * columns + (EVENT_BYTES + CHANGE_BYTES) * evaluations
     sent = 0 if source is None else len(source.image) + len(source.mask or b"")
     return RECORD_BYTES + 2 * said + sent + request.n * (picture + told) + _previews_bytes(request, card, evaluations)

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
@@ -15,7 +16,8 @@ from ulid import ULID
 from patchforge.service.errors import IdempotencyConflict, NotFound, NotReady, QueueFull, TooManyJobs
 from patchforge.service.messages.batches import Batch, BatchFile, BatchNotes, BatchStatus, RequestCounts
 from patchforge.service.queue import keys
-from patchforge.service.queue.connection import MAX_OPEN_BATCHES, QueueConnection
+from patchforge.service.queue.connection import MAX_OPEN_BATCHES
+from patchforge.service.queue.pictures import PictureStore
 from patchforge.service.queue.records import fields_of
 
 PUSHED = 1000  # lines of a file in one command
@@ -72,7 +74,7 @@ class SettledLine:
     """`custom_id`; of a line with a job also `job`; of a refused one `status` and `error`."""
 
 
-class BatchStore(QueueConnection):
+class BatchStore(PictureStore):
     """Batches and files of all tenants. Any method may raise `Unavailable`: Redis is full or silent."""
 
     async def add_file(self, lines: Sequence[bytes], filename: str, tenant: str | None, ttl: int) -> BatchFile:
@@ -131,7 +133,8 @@ class BatchStore(QueueConnection):
         """
         stored = await self.file(file_id, tenant)
         if stored.results_of is not None and stored.kind == "output":
-            await self._forget(_number_of(_BATCH_ID, stored.results_of, "batch"), everything=False)
+            with suppress(NotFound):  # a batch that was deleted took its pictures with it
+                await self._forget(await self.batch(stored.results_of, tenant), everything=False)
         number = _number_of(_FILE_ID, file_id, "file")
         await self._do("DEL", keys.FILE + number, keys.FILE_LINES + number)
 
@@ -226,13 +229,21 @@ class BatchStore(QueueConnection):
             NotFound: there is no such batch, or it belongs to another tenant.
             NotReady: it has not ended.
         """
-        stored = await self.batch(batch_id, tenant)
-        await self._forget(stored.key, everything=True)
+        await self._forget(await self.batch(batch_id, tenant), everything=True)
 
-    async def _forget(self, number: str, *, everything: bool) -> None:
+    async def _forget(self, stored: StoredBatch, *, everything: bool) -> None:
+        """Deletes first what only the queue server knows of: if that fails, the caller can try again."""
+        if self.objects is not None and stored.batch.ended:
+            jobs: list[str] = []
+            async for line in self.settled_lines(stored):
+                jobs += [line.details["job"]] if "job" in line.details else []
+                if len(jobs) == LINES_READ:
+                    await self._delete_pictures(jobs)
+                    jobs = []
+            await self._delete_pictures(jobs)
         cursor = b"0"
         while True:
-            cursor = await self._run("forget_batch", number, cursor, int(everything))
+            cursor = await self._run("forget_batch", stored.key, cursor, int(everything))
             if cursor == b"open":
                 raise NotReady("the batch has not ended: cancel it first")
             if cursor == b"0":

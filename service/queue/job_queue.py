@@ -36,7 +36,13 @@ from patchforge.service.errors import (
 )
 from patchforge.service.messages.endings import terminal_event
 from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Completed, Event, Expired, Failed, ImageReady
-from patchforge.service.messages.protocol import CAPABILITIES, FIRST, PROTOCOL, needs_of
+from patchforge.service.messages.protocol import (
+    CAPABILITIES,
+    FIRST,
+    OBJECT_STORE,
+    PROTOCOL,
+    needs_of,
+)
 from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard, Priority
 from patchforge.service.messages.source import Source
@@ -44,6 +50,7 @@ from patchforge.service.queue import keys
 from patchforge.service.queue.batches import BatchStore, StoredBatch, megabytes, no_room
 from patchforge.service.queue.connection import LONGEST_BLOCK, redis_call
 from patchforge.service.queue.event_hub import EventHub
+from patchforge.service.queue.pictures import reference_field, source_fields
 from patchforge.service.queue.records import (
     Served,
     announced,
@@ -53,6 +60,7 @@ from patchforge.service.queue.records import (
     served_from,
     with_digest,
 )
+from patchforge.service.results import Reference
 from patchforge.service.settings import Settings
 
 ANNOUNCED = 15  # seconds until a worker's announcement expires
@@ -106,7 +114,7 @@ class JobQueue(BatchStore):
         """`blocking` is for reads of up to `LONGEST_BLOCK` seconds, so its socket timeout must be longer than that."""
         super().__init__(redis, blocking, settings)
         self._hub = EventHub(blocking)
-        self.capabilities = CAPABILITIES
+        self.capabilities = CAPABILITIES if self.objects is None else CAPABILITIES | {OBJECT_STORE}
         """What the workers of this process can do. They claim no job that needs more."""
         self._unanswered: dict[str, str] = {}
         """Worker id → token of its last call for a job, if that call got no answer."""
@@ -151,13 +159,19 @@ class JobQueue(BatchStore):
             IdempotencyConflict: the key was used with another fingerprint.
             Unavailable: the job may or may not have been accepted. Repeating the call is safe only with a key.
         """
-        needed = needs_of(request) if needs is None else needs
+        needed = self.source_needs(source).union(needs_of(request) if needs is None else needs)
         sent = _submit_arguments(request, idempotency_key, fingerprint, tenant, trace, needed, room)
-        outcome, *record = await self._run("submit", *sent, "1" if degradable else "", *_source_fields(source))
+        fields = await self._keep_source(str(sent[0]), source)
+        outcome, *record = await self._run("submit", *sent, "1" if degradable else "", *fields)
+        if outcome != b"ok":
+            await self._discard_source(fields)
         if outcome == b"crowded":
             self.on_no_room()
         _raise_if_refused(outcome, record)
-        return job_from(record[0])
+        job = job_from(record[0])
+        if job.id != sent[0]:  # the key's first job, which has its own
+            await self._discard_source(fields)
+        return job
 
     async def feed_line(
         self,
@@ -194,7 +208,7 @@ class JobQueue(BatchStore):
             result,
             *sent,
             "",
-            *_source_fields(source),
+            *source_fields(source),
         )
         if outcome.decode() in list(FeedOutcome):
             return FeedOutcome(outcome.decode())
@@ -215,11 +229,12 @@ class JobQueue(BatchStore):
         Raises:
             NotFound: there is no such job or index.
             NotReady: the picture is not finished, or never will be.
+            ResultsUnavailable: it is in the object store, which cannot be used.
         """
         job = await self.get(job_id)
         if not 0 <= index < job.request.n:
             raise NotFound(f"job {job_id} has no picture {index}")
-        picture: bytes | None = await self._do("HGET", keys.images(job_id), index)
+        picture = await self._read_picture(job_id, index)
         if picture is None:
             raise NotReady(f"the job is {job.status.value} and has no picture {index}")
         return picture
@@ -230,10 +245,10 @@ class JobQueue(BatchStore):
         Raises:
             NotFound: the job edits no picture, or it has expired.
         """
-        image, mask = await self._do("HMGET", keys.sources(job_id), "image", "mask")
-        if image is None:
+        source = await self._read_source(job_id)
+        if source is None:
             raise NotFound(f"job {job_id} has no picture to edit")
-        return Source(image, mask)
+        return source
 
     async def cancel(self, job_id: str) -> Job:
         """Ends a waiting job; asks the worker of a running job to stop; leaves an ended job alone. Returns the job.
@@ -390,13 +405,21 @@ class JobQueue(BatchStore):
             raise TypeError(f"{event.type} ends a job: use finish")
         return bool(await self._run("publish", *_claim_arguments(claim), written(event)))
 
-    async def store_image(self, claim: Claim, index: int, data: bytes) -> bool:
-        """Stores an encoded picture and publishes ImageReady. Returns False if the claim is lost."""
-        return bool(
-            await self._run(
-                "store_image", *_claim_arguments(claim), index, data, ImageReady(index=index).model_dump_json()
-            )
-        )
+    async def put_picture(self, claim: Claim, index: int, data: bytes) -> bytes | Reference:
+        """Stores an encoded picture where the settings say. Returns what `store_image` must have. Safe to repeat.
+
+        Raises:
+            ResultsUnavailable: the object store cannot be used.
+        """
+        if self.objects is None:
+            return data
+        return await self._put_picture(claim.job, index, data, f"{claim.entry_id}-{claim.attempt}")
+
+    async def store_image(self, claim: Claim, index: int, picture: bytes | Reference) -> bool:
+        """Stores a picture, or where it is, and publishes ImageReady. Returns False if the claim is lost."""
+        field = reference_field(index) if isinstance(picture, str) else index
+        event = ImageReady(index=index).model_dump_json()
+        return bool(await self._run("store_image", *_claim_arguments(claim), field, picture, event))
 
     async def finish(self, claim: Claim, event: Completed | Failed | Cancelled | Expired) -> bool:
         """Ends the job with its only terminal event. Returns False if the claim is lost or the job has ended."""
@@ -522,14 +545,6 @@ def _never_room(needed: int, free: int, most: int) -> InvalidRequest:
         f"{megabytes(most)} for all jobs",
         field="n",
     )
-
-
-def _source_fields(source: Source | None) -> list[str | bytes]:
-    """Returns names and values in turn."""
-    if source is None:
-        return []
-    fields: list[str | bytes] = ["image", source.image]
-    return fields if source.mask is None else [*fields, "mask", source.mask]
 
 
 def _check_job_id(job_id: str) -> None:

@@ -67,6 +67,7 @@ async def serve_worker(
         BundleError: a bundle is broken or unreadable.
         InvalidRequest: a setting is invalid, or names something that does not exist or is in use.
         QueueRefused: the queue server refuses this process.
+        ResultsRefused: the object store does.
     """
     prepare_cpu(settings.threads, only_pictures=True)
     loop = asyncio.get_running_loop()

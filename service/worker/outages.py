@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
-from patchforge.service.errors import Unavailable
+from patchforge.service.errors import ResultsUnavailable, Unavailable
 
 RETRY_SECONDS = 0.5
 
@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 
 class Outages:
-    """Records the result of every call. Logs one line when an outage begins and one when it ends."""
+    """Records the result of every call. Logs one line when an outage begins and one when it ends.
+
+    `ResultsUnavailable` passes through: the queue server may be well while the object store is away.
+    """
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -47,6 +50,8 @@ class Outages:
         """Makes one call and returns its result, or None if the server cannot be used."""
         try:
             result = await call(*args, **kwargs)
+        except ResultsUnavailable:
+            raise
         except Unavailable as error:
             self.failed(error)
             return None
@@ -58,6 +63,8 @@ class Outages:
         while True:
             try:
                 result = await call(*args, **kwargs)
+            except ResultsUnavailable:
+                raise
             except Unavailable as error:
                 self.failed(error)
                 await asyncio.sleep(RETRY_SECONDS)

@@ -22,7 +22,9 @@ from patchforge.service.messages.endings import terminal_event, unsupported
 from patchforge.service.messages.events import Cancelled, Completed, Failed, Started
 from patchforge.service.messages.protocol import digest_need
 from patchforge.service.messages.schemas import Job, JobError, JobStatus, ModelCard, SavingsReport
+from patchforge.service.messages.source import Source
 from patchforge.service.queue import Claim, Heartbeat, JobQueue
+from patchforge.service.results.metrics import watch_store
 from patchforge.service.settings import Settings
 from patchforge.service.threads import in_thread
 from patchforge.service.worker.cards import model_card
@@ -36,6 +38,7 @@ from patchforge.service.worker.pacer import Pacer
 from patchforge.service.worker.previews import PreviewPace
 from patchforge.service.worker.scheduler import Scheduler
 from patchforge.service.worker.spans import JobSpans
+from patchforge.service.worker.transfers import Transfers, outlast_store
 from patchforge.service.worker.trouble import job_error
 
 log = structlog.get_logger()
@@ -69,11 +72,15 @@ class Worker:
         self.registry = CollectorRegistry()
         flops = {name: patch_flops(pipeline.manifest) for name, pipeline in pipelines.items()}
         self.metrics = WorkerMetrics(self.registry, patch_budgets, flops)
+        watch_store(queue.objects, self.registry)
         register_host(self.registry, {pipeline.device for pipeline in pipelines.values()})
         self.spans = JobSpans()
         self.claims: dict[str, Claim] = {}
         self.draining = asyncio.Event()
         self.outages = Outages()
+        self.transfers = Transfers()
+        self._fetched: list[tuple[str, Source | NotFound]] = []
+        """Jobs to admit, with the pictures that they edit."""
         self._parent = parent
         self._news = asyncio.Event()
         self._verdicts: dict[str, tuple[Claim, Heartbeat]] = {}
@@ -104,7 +111,7 @@ class Worker:
         """Work until `draining` is set. Then finish the running jobs within the grace period, or give them back."""
         await self._unless_drained(self.outages.outlast(self.queue.check_server), grace=0)
         if not self.draining.is_set():
-            async with self._background(self._announce_models(), self._keep_claims()):
+            async with self._background(self._announce_models(), self._keep_claims()) as self.transfers.group:
                 log.info("worker ready", worker=self.id, models=list(self.engine.pipelines))
                 await self._unless_drained(self._main_loop(), grace=self.settings.drain_seconds)
                 await asyncio.gather(*map(self._give_back_job, self.claims.values()))
@@ -117,14 +124,19 @@ class Worker:
         log.info("draining", jobs=len(self.claims))
         while self.engine.jobs:
             await self._step_engine()
+        while await self.transfers.progress(CLAIM_CHECK_SECONDS):
+            await self._apply_verdicts()
 
     async def _tick(self) -> None:
         if self.outages.reason is None:
             await self.outages.attempt(self._take_jobs)
+            await self._admit_fetched()
             await self.outages.attempt(self._look_at_backlog)
         elif not self.claims:
             await self._unless_drained(self.outages.outlast(self.queue.ping), grace=0)
         await self._step_engine()  # continues during an outage; heartbeats notice when it is over
+        if not self.engine.jobs:
+            await self.transfers.progress(CLAIM_CHECK_SECONDS)
 
     async def _step_engine(self) -> None:
         """Make one engine step and deliver its results."""
@@ -202,9 +214,33 @@ class Worker:
         log.info("job started", job=job.id, attempt=claim.attempt, model=job.request.model, n=job.request.n)
         if job.unreadable is not None:
             await self._fail_job(job.id, unsupported(job.unreadable))
-            return
+        elif job.request.image and self.queue.objects is not None:
+            self.transfers.begin(job.id, self._fetch_source(job.id))
+        else:
+            await self._admit_job(claim)
+
+    async def _fetch_source(self, job_id: str) -> None:
+        """Fetch the picture that a job edits, from a store that may be away. The main loop then admits the job."""
         try:
-            source = await self.outages.outlast(self.queue.source, job.id) if job.request.image else None
+            source: Source | NotFound = await outlast_store(self.outages.outlast, self.queue.source, job_id)
+        except NotFound as error:
+            source = error
+        self._fetched.append((job_id, source))
+
+    async def _admit_fetched(self) -> None:
+        while self._fetched:
+            job_id, source = self._fetched.pop(0)
+            if (claim := self.claims.get(job_id)) is not None:
+                await self._admit_job(claim, source)
+
+    async def _admit_job(self, claim: Claim, fetched: Source | NotFound | None = None) -> None:
+        """Give a job to the engine, with the picture that it edits if that was fetched before."""
+        job, source = claim.job, fetched
+        try:
+            if isinstance(source, NotFound):
+                raise source
+            if source is None and job.request.image:
+                source = await self.outages.outlast(self.queue.source, job.id)
             live = await in_thread(self.engine.admit, job, source)
         except NotFound as error:
             await self._fail_job(job.id, JobError(code="source_lost", message=error.message))
@@ -228,11 +264,29 @@ class Worker:
             if self.outages.reason is None:  # clients may miss it: the report at the end has everything
                 await self.outages.attempt(self.queue.publish, claim, event)
         elif isinstance(outcome, PictureMade):
-            await self.outages.outlast(self.queue.store_image, claim, outcome.index, outcome.data)
+            if self.queue.objects is None:
+                await self.outages.outlast(self.queue.store_image, claim, outcome.index, outcome.data)
+            else:
+                self.transfers.begin(outcome.job_id, self._upload(claim, outcome))
         elif isinstance(outcome, JobDone):
-            await self._complete_job(claim, outcome.report)
+            if self.queue.objects is None:
+                await self._complete_job(claim, outcome.report)
+            else:  # its pictures may still be on their way
+                self.engine.drop(outcome.job_id)
+                self.transfers.follow(outcome.job_id, lambda: self._complete_uploaded(outcome))
         elif isinstance(outcome, JobBroken):
             await self._fail_job(outcome.job_id, outcome.error)
+
+    async def _upload(self, claim: Claim, made: PictureMade) -> None:
+        """Put a picture into the object store, then tell the queue where it is."""
+        reference = await outlast_store(self.queue.put_picture, claim, made.index, made.data)
+        now = self.claims.get(made.job_id, claim)  # another one if an outage made the first idle
+        if not await self.outages.outlast(self.queue.store_image, now, made.index, reference):
+            await self.queue.discard_picture(reference)
+
+    async def _complete_uploaded(self, done: JobDone) -> None:
+        if (claim := self.claims.get(done.job_id)) is not None:
+            await self._complete_job(claim, done.report)
 
     async def _complete_job(self, claim: Claim, report: SavingsReport) -> None:
         if await self._finish_job(claim, Completed(report=report)):
@@ -282,6 +336,7 @@ class Worker:
         self, job: Job, status: JobStatus, report: SavingsReport | None = None, error: JobError | None = None
     ) -> None:
         self.claims.pop(job.id, None)
+        self.transfers.drop(job.id)
         self.engine.drop(job.id)
         self.metrics.request_finished(job, report, status, error.code if error else None)
         self.spans.end(job.id, status.value, report, error)
@@ -290,6 +345,7 @@ class Worker:
     def _drop_lost_job(self, job_id: str) -> None:
         """Drop a job that is no longer ours; its new owner will end it."""
         claim = self.claims.pop(job_id, None)
+        self.transfers.drop(job_id)
         self.engine.drop(job_id)
         if claim is not None:
             self.metrics.request_lost(claim.job)
@@ -298,6 +354,7 @@ class Worker:
 
     async def _give_back_job(self, claim: Claim) -> None:
         """Return the job to the queue without using up an attempt. If the queue is away, its claim simply expires."""
+        self.transfers.drop(claim.job.id)
         if await self.outages.attempt(self.queue.release, claim):
             log.info("job given back", job=claim.job.id, attempt=claim.attempt)
         self.engine.drop(claim.job.id)
@@ -346,10 +403,10 @@ class Worker:
                     await self._news.wait()
 
     @contextlib.asynccontextmanager
-    async def _background(self, *loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    async def _background(self, *loops: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.TaskGroup]:
         """Run loops beside the body. If one breaks, the worker ends: without them, it would lose its jobs."""
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(loop) for loop in loops]
-            yield
+            yield group
             for task in tasks:
                 task.cancel()

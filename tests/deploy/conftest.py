@@ -18,6 +18,7 @@ from patchforge.service.messages.samplers import SAMPLERS
 from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
 from tests.faults.gateways import Gateway
 from tests.faults.harness import Stack
+from tests.object_store import ObjectServer
 from tests.patience import PATIENCE
 
 collect_ignore = [] if sys.platform == "linux" else ["test_queries.py", "test_tracing.py"]  # processes watched by /proc
@@ -56,10 +57,13 @@ class Live:
 
 
 @pytest.fixture(scope="session")
-def live(tmp_path_factory: pytest.TempPathFactory, bundle_dir: Path) -> Iterator[Live]:
-    port = free_port()
-    with Stack(tmp_path_factory.mktemp("live"), bundle_dir, models=["tiny-class", "tiny-text"]) as stack:
-        gateway, _ = stack.start_pair(worker_metrics_port=port)
+def live(tmp_path_factory: pytest.TempPathFactory, bundle_dir: Path, object_server: ObjectServer) -> Iterator[Live]:
+    port, settings = free_port(), {"models": ["tiny-class", "tiny-text"]}
+    with pytest.MonkeyPatch.context() as patch, Stack(tmp_path_factory.mktemp("live"), bundle_dir, **settings) as stack:
+        for name, value in object_server.variables.items():
+            patch.setenv(name, value)
+        apart = object_server.variables["PATCHFORGE_RESULTS"]
+        gateway, _ = stack.start_pair(worker_metrics_port=port, results=apart)
         running = Live(gateway, f"http://127.0.0.1:{port}/metrics")
         running.traffic()
         yield running

@@ -184,6 +184,12 @@ CASES = [
         {"patchforge_requests_reclaimed_total": "0x15 1x5"},
     ),
     *both(
+        "PatchforgeObjectStore",
+        {'patchforge_results_failures_total{operation="put"}': "7x20"},
+        {'patchforge_results_failures_total{operation="put"}': "0x5 0+9x15"},
+        operation="put",
+    ),
+    *both(
         "PatchforgeLogLinesDropped",
         {LOST: "7x20"},
         {LOST: "0x15 3x5"},

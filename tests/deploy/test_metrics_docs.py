@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
 from patchforge.service.gateway.metrics import GatewayMetrics
+from patchforge.service.results.metrics import ResultMetrics
 from patchforge.service.worker.metrics import WorkerMetrics
 from tests.deploy.queries import rules
 from tests.processes import run
@@ -25,14 +26,16 @@ BEGIN, END = "<!-- metrics: made by python -m tests.deploy.test_metrics_docs -->
 
 
 def registries() -> Iterator[tuple[str, CollectorRegistry]]:
-    """The series of a gateway, and of a worker on a GPU."""
+    """The series of a gateway, and of a worker on a GPU, both with an object store."""
     import torch
 
     from patchforge.service.worker.device_metrics import DeviceMemory, register_host
 
     gateway, worker = CollectorRegistry(), CollectorRegistry()
     GatewayMetrics(gateway, max_waiting=1)
+    ResultMetrics(gateway)
     WorkerMetrics(worker, {}, {})
+    ResultMetrics(worker)
     register_host(worker, {torch.device("cpu")})
     worker.register(DeviceMemory(lambda: (1, 2, 3)))
     yield "gateway", gateway

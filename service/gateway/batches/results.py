@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from patchforge.service.errors import NotFound, NotReady, PatchforgeError
@@ -57,23 +57,24 @@ class BatchResults:
         job = await self._queue.get(line.details["job"])
         if job.report is None:
             raise NotReady("its report cannot be read")
+        links = await self._queue.picture_links(job.id)
         if line.details["url"] == JOBS:
-            urls = [self._url_of(job.id, index) for index in range(job.request.n)]
+            urls = [links.get(index) or self._url_of(job.id, index) for index in range(job.request.n)]
             body = job.model_dump(mode="json") | {"urls": urls, "expires_at": self._stored.batch.patchforge.kept_until}
         else:
             chosen = line.details.get("response_format")
-            images = [await self._image(job, index, chosen) for index in range(job.request.n)]
+            images = [await self._image(job, index, chosen, links) for index in range(job.request.n)]
             body = build_response(job, job.report, images, int(job.finished_at or 0)) | line.details["repeat"]
             body["patchforge"]["expires_at"] = self._stored.batch.patchforge.kept_until
         return {"status_code": 200, "request_id": job.id, "body": body}
 
-    async def _image(self, job: Job, index: int, chosen: str | None) -> dict[str, str]:
+    async def _image(self, job: Job, index: int, chosen: str | None, links: Mapping[int, str]) -> dict[str, str]:
         """In both forms unless one was chosen, as the Images API answers."""
         image = {}
         if chosen != "url":
             image["b64_json"] = b64encode(await self._queue.image(job.id, index)).decode("ascii")
         if chosen != "b64_json":
-            image["url"] = self._url_of(job.id, index)
+            image["url"] = links.get(index) or self._url_of(job.id, index)
         return image
 
     async def _failed(self, line: SettledLine) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class Caller:
     tenant: str | None
     idempotency_key: str | None
     url_of: Callable[[str, int], str]
-    """Makes the URL of a job's picture from the job's id and the picture's index."""
+    """Makes the URL of a job's picture at this gateway from the job's id and the picture's index."""
 
 
 class Drawing:
@@ -77,16 +77,17 @@ class Drawing:
             yield _encode_event({"type": "error", "error": Problem.of(error).openai_error()})
 
     async def _build_response(self, run: Run, report: SavingsReport) -> dict[str, Any]:
-        images = [await self._build_image(run, index) for index in range(self.generation.n)]
+        links = {} if self.body.response_format == "b64_json" else await self.service.picture_links(run.job)
+        images = [await self._build_image(run, index, links) for index in range(self.generation.n)]
         return build_response(run.job, report, images, int(time.time())) | self._repeat_options(run)
 
-    async def _build_image(self, run: Run, index: int) -> dict[str, str]:
+    async def _build_image(self, run: Run, index: int, links: Mapping[int, str]) -> dict[str, str]:
         """In both forms unless one was chosen: some clients know only one, and OpenAI's default differs by model."""
         image = {}
         if self.body.response_format != "url":
             image["b64_json"] = await self._fetch_base64(run, index)
         if self.body.response_format != "b64_json":
-            image["url"] = self.caller.url_of(run.job.id, index)
+            image["url"] = links.get(index) or self.caller.url_of(run.job.id, index)
         return image
 
     def _build_partial(

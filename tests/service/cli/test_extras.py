@@ -26,12 +26,12 @@ BASE = {"h11", "httpx", "httpx_sse", "pydantic", "pydantic_core", "rich", "typer
 """What the base install contains. h11 comes with httpx."""
 ROOMS = {
     "": ["service/client", "service/messages", "patchforge"],
-    "server": ["service/gateway", "service/queue"],
-    "worker": ["service/worker", "service/queue", "model"],
+    "server": ["service/gateway", "service/queue", "service/results"],
+    "worker": ["service/worker", "service/queue", "service/results", "model"],
     "train": ["model/training"],
 }
 """Folder → the extra that has everything it imports."""
-OPTIONAL = {"": {"PIL", "opentelemetry"}, "worker": {"resvg_py"}}
+OPTIONAL = {"": {"PIL", "opentelemetry"}, "server": {"obstore"}, "worker": {"obstore", "resvg_py"}}
 """Extra → packages that are imported only if installed."""
 COMMANDS = {
     "serve": "all",

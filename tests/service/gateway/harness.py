@@ -121,7 +121,8 @@ class ScriptedWorker:
                 await self.queue.finish(claim, Cancelled())
                 return
         for index in range(request.n):
-            await self.queue.store_image(claim, index, png((request.seed or 0) + index))
+            picture = await self.queue.put_picture(claim, index, png((request.seed or 0) + index))
+            await self.queue.store_image(claim, index, picture)
         told = report(request.seed or 0, request.n).model_copy(update=self._said())
         await self.queue.finish(claim, Completed(report=told))
 

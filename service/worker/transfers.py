@@ -1,0 +1,67 @@
+"""Work for held jobs beside the engine: pictures on their way to a distant store, or from there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import ParamSpec, TypeVar
+
+from patchforge.service.errors import ResultsUnavailable
+from patchforge.service.worker.outages import RETRY_SECONDS
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Transfers:
+    """Tasks by job. At most `PATCHFORGE_MAX_RUNNING` jobs have any: a job holds its claim until they are done."""
+
+    def __init__(self) -> None:
+        self.group: asyncio.TaskGroup | None = None
+        """Where they run. If one raises an error, the worker ends: it would lose pictures."""
+        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
+
+    def begin(self, job_id: str, work: Coroutine[None, None, None]) -> None:
+        """Start `work` for a job."""
+        assert self.group is not None
+        task = self.group.create_task(work)
+        self._tasks.setdefault(job_id, []).append(task)
+        task.add_done_callback(lambda done: self._forget(job_id, done))
+
+    def follow(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Start `work` for a job when all its earlier work is done."""
+        earlier = list(self._tasks.get(job_id, ()))
+
+        async def in_turn() -> None:
+            await asyncio.gather(*earlier)
+            await work()
+
+        self.begin(job_id, in_turn())
+
+    def drop(self, job_id: str) -> None:
+        """Cancel what is left to do for a job, apart from the task that calls this."""
+        for task in self._tasks.pop(job_id, ()):
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    async def progress(self, seconds: float | None = None) -> bool:
+        """Wait up to so many seconds until a task is done. Return whether there were any."""
+        if going := [task for tasks in self._tasks.values() for task in tasks]:
+            await asyncio.wait(going, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return bool(going)
+
+    def _forget(self, job_id: str, done: asyncio.Task[None]) -> None:
+        tasks = self._tasks.get(job_id, [])
+        if done in tasks:
+            tasks.remove(done)
+            if not tasks:
+                del self._tasks[job_id]
+
+
+async def outlast_store(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Repeat a call until the object store can be used. The store itself logs why it cannot."""
+    while True:
+        try:
+            return await call(*args, **kwargs)
+        except ResultsUnavailable:
+            await asyncio.sleep(RETRY_SECONDS)

@@ -1,0 +1,192 @@
+"""A worker whose pictures go to an object store: beside the engine, whole, and not lost when the store is away."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from redis.asyncio import Redis
+
+from patchforge.model.pipeline import Pipeline
+from patchforge.service.errors import QueueFull
+from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Completed, Failed, ImageReady, Started
+from patchforge.service.messages.schemas import JobStatus
+from patchforge.service.queue import JobQueue, keys
+from patchforge.service.results import Reference
+from patchforge.service.settings import Settings
+from patchforge.service.worker.worker import Worker
+from tests.object_store import ObjectServer, browse
+from tests.service.queue.kit import eventually, silenced
+from tests.service.worker.jobs import request
+from tests.service.worker.test_source_images import source
+from tests.service.worker.test_worker import BUDGETS, events, first, running
+
+EDIT = {"image": "sha256:x", "mask": "sha256:x", "width": 32, "height": 32, "sampler": "adaptive"}
+
+
+@pytest.fixture
+def settings(settings: Settings, object_variables: dict[str, str]) -> Settings:
+    return settings.model_copy(update={"results": object_variables["PATCHFORGE_RESULTS"], "drain_seconds": 0})
+
+
+@pytest.fixture
+async def queue(settings: Settings, redis_client: Redis) -> AsyncIterator[JobQueue]:
+    apart = JobQueue.connect(settings.redis_url or "", settings)
+    yield apart
+    await apart.close()
+
+
+@pytest.fixture
+def worker(settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline]) -> Worker:
+    return Worker(settings, queue, pipelines, BUDGETS)
+
+
+@pytest.fixture
+def away(object_server: ObjectServer) -> Iterator[ObjectServer]:
+    """The store, stopped; it runs again after the test."""
+    object_server.stop()
+    yield object_server
+    object_server.start()
+
+
+async def failed(worker: Worker, operation: str = "put") -> bool:
+    """Whether the worker has tried in vain to do this in the store."""
+    return bool(worker.registry.get_sample_value("patchforge_results_failures_total", {"operation": operation}))
+
+
+async def test_all_pictures_are_stored_before_their_job_completes(
+    worker: Worker, queue: JobQueue, redis_client: Redis, object_server: ObjectServer
+) -> None:
+    async with running(worker):
+        job = await queue.submit(request(n=3, output_format="webp"))
+        seen = await events(queue, job.id)
+    assert sorted(event.index for event in seen if isinstance(event, ImageReady)) == [0, 1, 2]
+    assert isinstance(seen[-1], Completed)
+    assert all(len(value) < 150 for value in (await redis_client.hgetall(keys.images(job.id))).values())
+    assert len([name for name in object_server.names() if job.id in name]) == 3
+    links = await queue.picture_links(job.id)
+    for index in range(3):
+        assert (await queue.image(job.id, index))[:4] == b"RIFF"
+        assert browse(links[index]).headers["content-type"] == "image/webp"
+    assert not worker.claims
+    assert not await worker.transfers.progress()
+
+
+async def test_a_picture_waits_for_a_store_that_is_away_and_others_are_drawn(
+    worker: Worker, queue: JobQueue, away: ObjectServer
+) -> None:
+    async with running(worker):
+        jobs = [await queue.submit(request(n=2)) for _ in range(2)]
+        await eventually(lambda: failed(worker))
+        later = await queue.submit(request())
+        assert isinstance(await first(queue, later.id, Started), Started), "the engine does not wait"
+        for job in (*jobs, later):
+            assert (await queue.get(job.id)).status is JobStatus.RUNNING
+        away.start()
+        for job in (*jobs, later):
+            seen = await events(queue, job.id)
+            assert [type(event) for event in seen if isinstance(event, TERMINAL_EVENTS)] == [Completed]
+            assert (await queue.image(job.id, job.request.n - 1)).startswith(b"\x89PNG")
+            assert (await queue.get(job.id)).attempt == 1
+            assert len([name for name in away.names() if job.id in name]) == job.request.n
+
+
+async def test_a_job_whose_pictures_cannot_be_stored_is_given_back(
+    worker: Worker, queue: JobQueue, away: ObjectServer, settings: Settings, pipelines: dict[str, Pipeline]
+) -> None:
+    async with running(worker):
+        job = await queue.submit(request())
+        await eventually(lambda: failed(worker))
+    given = await queue.get(job.id)
+    assert (given.status, given.attempt) == (JobStatus.WAITING, 0)
+    away.start()
+    async with running(Worker(settings, queue, pipelines, BUDGETS)):
+        assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
+    assert (await queue.image(job.id, 0)).startswith(b"\x89PNG")
+
+
+async def test_a_job_can_be_cancelled_while_the_store_is_away(
+    worker: Worker, queue: JobQueue, away: ObjectServer
+) -> None:
+    async with running(worker):
+        job = await queue.submit(request())
+        await eventually(lambda: failed(worker))
+        await queue.cancel(job.id)
+        assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Cancelled)
+        assert not worker.claims
+
+
+async def test_a_worker_that_lost_its_claim_takes_its_picture_away(
+    queue: JobQueue, object_server: ObjectServer
+) -> None:
+    """The next owner's picture stays, because the two have different names."""
+    job = await queue.submit(request())
+    late = await queue.claim("late", ["tiny-class"], block_seconds=0)
+    assert late is not None
+    await silenced(queue, late)
+    taken = await queue.reclaim("next", ["tiny-class"])
+    assert taken is not None
+    assert await queue.store_image(taken, 0, await queue.put_picture(taken, 0, b"of the next"))
+    mine = await queue.put_picture(late, 0, b"of the late one")
+    assert len([name for name in object_server.names() if job.id in name]) == 2
+    assert not await queue.store_image(late, 0, mine)
+    await queue.discard_picture(mine)
+    assert len([name for name in object_server.names() if job.id in name]) == 1
+    assert await queue.image(job.id, 0) == b"of the next"
+
+
+async def test_a_picture_to_edit_is_fetched_beside_the_engine(
+    worker: Worker, queue: JobQueue, object_server: ObjectServer, redis_client: Redis
+) -> None:
+    edit = await queue.submit(request(**EDIT), source=source())
+    held = await redis_client.hgetall(keys.sources(edit.id))
+    assert {name: value.decode().rpartition("/")[2] for name, value in held.items()} == {
+        b"@image": "image.png",
+        b"@mask": "mask.png",
+    }
+    assert await queue.source(edit.id) == source()
+    object_server.stop()
+    async with running(worker):
+        plain = await queue.submit(request())
+        await first(queue, plain.id, Started)
+        await eventually(lambda: failed(worker, "get"))
+        assert (await queue.get(edit.id)).status is JobStatus.RUNNING
+        object_server.start()
+        for job in (edit, plain):
+            assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
+
+
+async def test_a_picture_to_edit_that_is_gone_fails_its_job(
+    worker: Worker, queue: JobQueue, redis_client: Redis
+) -> None:
+    job = await queue.submit(request(**EDIT), source=source())
+    reference = (await redis_client.hget(keys.sources(job.id), "@mask")).decode()
+    await queue.discard_picture(Reference(reference))
+    async with running(worker):
+        ended = await first(queue, job.id, TERMINAL_EVENTS)
+    assert isinstance(ended, Failed)
+    assert ended.error.code == "source_lost"
+
+
+async def test_a_picture_without_a_job_is_deleted(queue: JobQueue, object_server: ObjectServer) -> None:
+    earlier = set(object_server.names())
+    kept = await queue.submit(request(**EDIT), source=source(), idempotency_key="k")
+    assert (await queue.submit(request(**EDIT), source=source(), idempotency_key="k")).id == kept.id
+    for _ in range(7):
+        await queue.submit(request())
+    with pytest.raises(QueueFull):
+        await queue.submit(request(**EDIT), source=source())
+    assert {*object_server.names()} - earlier == {f"results/{kept.id}/{name}.png" for name in ("image", "mask")}
+
+
+async def test_a_worker_without_a_store_leaves_such_jobs_to_others(
+    queue: JobQueue, settings: Settings, object_server: ObjectServer
+) -> None:
+    plain = settings.model_copy(update={"results": "redis"})
+    without = JobQueue.connect(plain.redis_url or "", plain)
+    job = await queue.submit(request(**EDIT), source=source())
+    assert await without.claim("without", ["tiny-class"], block_seconds=0) is None
+    claim = await queue.claim("with", ["tiny-class"], block_seconds=0)
+    await without.close()
+    assert claim is not None
+    assert claim.job.id == job.id
