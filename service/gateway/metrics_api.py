@@ -46,16 +46,11 @@ async def scrape(
 
 
 async def _read_queue_state(queue: JobQueue) -> QueueState:
-    waiting, oldest, workers, batches, (memory, limit), (replicas, behind) = await asyncio.gather(
-        queue.waiting(),
-        queue.oldest_waiting(),
-        queue.workers(),
-        queue.count_batches(),
-        queue.memory(),
-        queue.replication(),
+    backlog, workers, batches, (memory, limit), (replicas, behind) = await asyncio.gather(
+        queue.backlog(), queue.workers(), queue.count_batches(), queue.memory(), queue.replication()
     )
     served = [[card.name for card in each.cards] for each in workers.values()]
-    return QueueState(waiting, oldest, served, batches, memory, limit, replicas, behind)
+    return QueueState(backlog.jobs, backlog.oldest, served, batches, memory, limit, replicas, behind)
 
 
 class MetricsMiddleware:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from importlib.resources import files
 from typing import Any, Self
 
 from redis.asyncio import Redis
@@ -19,6 +17,7 @@ from patchforge.service.queue import keys
 from patchforge.service.queue.masters import open_clients
 from patchforge.service.queue.reasons import reason_of
 from patchforge.service.queue.records import job_from
+from patchforge.service.queue.scripts import build_scripts
 from patchforge.service.settings import Settings
 
 COMMAND_TIMEOUT = 3.0  # seconds to wait for an answer from Redis
@@ -29,7 +28,10 @@ DEAD_LETTERS_KEPT = 1000
 MAX_OPEN_BATCHES = 100  # of one API key
 ADMITTING = frozenset({"submit", "feed_line", "create_batch", "add_file"})  # refused when Redis is full
 PROMISED = ADMITTING - {"feed_line"}  # on replicas before the caller hears of it; a lost line of a batch is fed again
-SCRIPTS = ("queue.lua", "batches.lua", "dispatch.lua")
+LOOK_SECONDS = 1.0  # between two looks for jobs of silent workers, over all workers
+RINGS = 64  # most workers that find a bell rung without having waited at it
+BELL_MS = 5000  # how long a bell stays rung
+CHANGES_KEPT = 5000  # workers whose last change is known
 SKIPS = 1000  # stale entries that one claim may skip in each stream; takes Redis about 10 ms
 
 
@@ -43,10 +45,11 @@ class QueueConnection:
     def __init__(self, redis: Redis, blocking: Redis, settings: Settings) -> None:
         self._redis = redis
         self._blocking = blocking
-        script = _script(settings)
-        # When Redis is full, new jobs are refused, but accepted jobs may still finish.
-        self._admit = redis.register_script("#!lua\n" + script)
-        self._advance = redis.register_script("#!lua flags=allow-oom\n" + script)
+        self._scripts = {
+            # When Redis is full, new jobs are refused, but accepted jobs may still finish.
+            command: redis.register_script(f"#!lua{'' if command in ADMITTING else ' flags=allow-oom'}\n{text}")
+            for command, text in build_scripts(_constants(settings)).items()
+        }
         self._wait_replicas = settings.redis_wait_replicas
         self.on_ended: Callable[[Job], None] = lambda job: None
 
@@ -78,7 +81,7 @@ class QueueConnection:
             Unavailable: the server is older than Redis 7, which cannot run the queue's script; or it is configured to
                 evict keys when it is full, which would lose accepted jobs without a sign.
         """
-        info = await self._do("INFO")
+        info = await self._do("INFO", "server", "memory")
         version, policy = str(info.get("redis_version")), info.get("maxmemory_policy")
         if int(version.partition(".")[0]) < 7:
             raise Unavailable(f"the queue server must be Valkey, or Redis 7 or newer, not Redis {version}")
@@ -115,7 +118,7 @@ class QueueConnection:
     async def _run(self, command: str, *args: Any, streams: Sequence[str] = (keys.WAITING,)) -> Any:
         """Runs one command of `queue.lua` or `batches.lua`, and reports the jobs that ended as a side effect."""
         replicas = missing = self._wait_replicas if command in PROMISED else 0
-        script = self._admit if command in ADMITTING else self._advance
+        script = self._scripts[command]
         with redis_call():
             if replicas:
                 async with self._redis.client() as connection:  # WAIT is about what its own connection wrote
@@ -157,13 +160,13 @@ def unlost_cancellation() -> Iterator[None]:
         raise asyncio.CancelledError
 
 
-def _script(settings: Settings) -> str:
-    """Returns the text of the script, with a first line that defines the key names and limits."""
+def _constants(settings: Settings) -> dict[str, str | int | float]:
+    """Returns the key names and limits that the scripts use."""
     error = JobError(
         code="dead_letter",
         message=f"given up after {settings.max_attempts} attempts: each time, its worker stopped responding",
     )
-    constants: dict[str, str | int] = {
+    return {
         **{name: value for name, value in vars(keys).items() if name.isupper()},
         "MAX_WAITING": settings.max_waiting,
         "MAX_ATTEMPTS": settings.max_attempts,
@@ -178,11 +181,13 @@ def _script(settings: Settings) -> str:
         "MAX_OPEN_BATCHES": MAX_OPEN_BATCHES,
         "DEAD_LETTERS_KEPT": DEAD_LETTERS_KEPT,
         "SKIPS": SKIPS,
+        "LOOK_SECONDS": LOOK_SECONDS,
+        "RINGS": RINGS,
+        "BELL_MS": BELL_MS,
+        "CHANGES_KEPT": CHANGES_KEPT,
         "QUEUED": Queued().model_dump_json(),
         "CANCELLED": Cancelled().model_dump_json(),
         "EXPIRED": Expired().model_dump_json(),
         "DEAD_LETTER": Failed(error=error).model_dump_json(),
         "DEAD_LETTER_ERROR": error.model_dump_json(),
     }
-    header = " ".join(f"local {name} = {json.dumps(value)}" for name, value in constants.items())
-    return "\n".join([header, *(files(__package__).joinpath(name).read_text("utf-8") for name in SCRIPTS)])

@@ -48,7 +48,7 @@ class Served:
     """Names of its other models → why their cards cannot be read here."""
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2048)
 def served_from(cards: bytes, announcement: bytes) -> Served:
     """Returns what a worker announced. Cached, because every submit reads it and it rarely changes.
 

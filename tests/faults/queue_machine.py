@@ -24,7 +24,7 @@ from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Faile
 from patchforge.service.messages.schemas import Job as RealJob
 from patchforge.service.messages.schemas import JobError, Priority
 from patchforge.service.queue import keys
-from patchforge.service.queue.job_queue import Claim, Heartbeat, _claim_arguments
+from patchforge.service.queue.claims import Claim, Heartbeat, claim_arguments, finished, stored
 from patchforge.service.queue.records import EVENT
 from tests.faults.queue_model import Job, Model, require
 from tests.faults.queue_rig import CAP, MAX_ATTEMPTS, Rig
@@ -135,6 +135,7 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             self.model.accept(Job(answer.id, model, priority.value, deadline, special), key, fingerprint)
             self.jobs.append(answer.id)
+            require(self.rig.client.exists(keys.bell(model, special=special)), "a new job rings for a worker")
 
     @once_submitted
     @rule(which=WHICH, running=st.booleans())
@@ -210,7 +211,7 @@ class QueueMachine(RuleBasedStateMachine):
         job = untold and self.model.owned(untold)
         if not untold or not job:
             return False
-        require(taken and _claim_arguments(taken) == _claim_arguments(untold), "the same claim, told at last")
+        require(taken and claim_arguments(taken) == claim_arguments(untold), "the same claim, told at last")
         job.idle = False
         self.rig.tally["told at last"] += 1
         return True
@@ -236,6 +237,33 @@ class QueueMachine(RuleBasedStateMachine):
             self.rig.tally["reclaims"] += 1
 
     @once_claimed
+    @rule(worker=WORKERS, models=MODELS, silent=WHICH, able=ABLE)
+    def claim_or_take_over(self, worker: str, models: list[str], silent: tuple[bool, int], able: bool) -> None:
+        """Claims with a look for jobs of silent workers, which is due."""
+        self.fall_silent(self.a_claim(silent))
+        self.rig.age_waiting([job.id for job in self.model.lines if job.special])
+        self.rig.client.delete(keys.LOOKED)
+        taken = self.call(self.rig.worker_that(able).claim(worker, models, block_seconds=0, take_over=True))
+        expired = [job_id for job_id, _ in self.model.ended_unasked]
+        for job in self.ended:
+            if job.id not in expired:
+                self.model.end_by_reclaim(job.id, models)
+        self.check_ended()
+        if self.told_at_last(worker, taken):
+            return
+        if taken is not None and taken.taken_over:
+            self.model.restart(taken, models, able)
+            self.claims.append(taken)
+            self.rig.tally["taken over in turn"] += 1
+            return
+        self.model.nothing_to_reclaim(models, able)
+        expected = self.model.next_up(models, able)
+        require((taken.job.id in expected) if taken else not expected, "without silent jobs, it is a claim")
+        if taken:
+            self.model.start(taken)
+            self.claims.append(taken)
+
+    @once_claimed
     @rule(which=WHICH)
     def heartbeat(self, which: tuple[bool, int]) -> None:
         claim = self.a_claim(which)
@@ -246,6 +274,35 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             require(verdict is (Heartbeat.CANCELLED if job.cancel else Heartbeat.OK), "the holder learns how it stands")
             job.idle = False
+
+    @once_claimed
+    @rule(worker=WORKERS)
+    def heartbeats_together(self, worker: str) -> None:
+        """All claims that a worker ever got, in one call."""
+        claims = [claim for claim in self.claims if claim.worker_id == worker]
+        for claim, verdict in zip(claims, self.call(self.rig.worker.keep(claims)), strict=True):
+            job = self.owned(claim)
+            expected = Heartbeat.LOST if job is None else Heartbeat.CANCELLED if job.cancel else Heartbeat.OK
+            require(verdict is expected, "each claim has its own verdict")
+            if job:
+                job.idle = False
+
+    @once_claimed
+    @rule(which=st.lists(WHICH, min_size=2, max_size=4), event=st.sampled_from([DONE, FAILED, Cancelled()]))
+    def deliver_together(self, which: list[tuple[bool, int]], event: Any) -> None:
+        """Pictures and the end of one job, and whatever else, in one call."""
+        claims = [self.a_claim(each) for each in which]
+        deliveries = [stored(claim, 0, b"0") for claim in claims] + [finished(claims[0], event)]
+        done = self.call(self.rig.worker.deliver(deliveries))
+        for claim, accepted in zip(claims, done, strict=False):
+            job = self.owned(claim)
+            require(accepted == (job is not None), "only the holder stores pictures")
+            if job:
+                job.events.append("image")
+                job.pictures.add(0)
+        require(done[-1] == self.model.finish(self.owned(claims[0]), event.type), "only the holder finishes, and once")
+        self.check_ended()
+        self.rig.tally["deliveries together"] += 1
 
     @once_claimed
     @rule(which=WHICH, picture=st.booleans())

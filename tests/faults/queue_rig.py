@@ -15,8 +15,8 @@ import redis
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.errors import Unavailable
 from patchforge.service.messages.protocol import CAPABILITIES
-from patchforge.service.queue import keys
-from patchforge.service.queue.job_queue import Claim, JobQueue, _claim_from
+from patchforge.service.queue import JobQueue, keys
+from patchforge.service.queue.claims import Claim, claim_from
 from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
 
@@ -91,8 +91,8 @@ class Rig:
 
         async def carried_out(*args: Any, **kwargs: Any) -> Any:
             nonlocal taken
-            record, _ = await carry_out(*args, **kwargs)
-            taken = _claim_from(worker, record) if record else None
+            record, how = await carry_out(*args, **kwargs)
+            taken = claim_from(worker, record, how) if record else None
             raise Unavailable("no answer")
 
         queue._run = carried_out  # type: ignore[method-assign]

@@ -1,0 +1,71 @@
+"""Makes one small script of each command in `queue.lua` and `batches.lua`.
+
+The server runs a script from its first line at every call, so a script defines only what its command needs: defining
+all of it would take longer than most commands.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+
+FILES = ("queue.lua", "batches.lua")
+_FUNCTION = re.compile(r"(?:local )?function (?P<name>[\w.]+)\(")
+_DEFINITION = re.compile(rf"{_FUNCTION.pattern}|local (?P<constant>\w+) =")
+_COMMENT = re.compile(r"^\s*--.*\n|\s+--.*$", re.MULTILINE)
+_WORD = re.compile(r"commands\.\w+|\w+")
+
+
+def build_scripts(constants: Mapping[str, str | int | float]) -> dict[str, str]:
+    """Returns command → the text of its script, which expects the command's name and arguments in ARGV."""
+    beginning, definitions, end = _parts()
+    scripts = {}
+    for name in definitions:
+        if name.startswith("commands."):
+            needed = _needs(end, definitions) | _needs(definitions[name], definitions) | {name}
+            body = [beginning, *(text for each, text in definitions.items() if each in needed), end]
+            text = "\n".join(body).replace("COMMAND", name)
+            used = {word: value for word, value in constants.items() if re.search(rf"\b{word}\b", text)}
+            header = " ".join(f"local {word} = {json.dumps(value)}" for word, value in used.items())
+            scripts[name.removeprefix("commands.")] = f"{header}\n{text}"
+    return scripts
+
+
+@cache
+def _parts() -> tuple[str, dict[str, str], str]:
+    """Returns what every script begins with, functions and constants by name in order, and what every script ends with.
+
+    Each definition begins at the left margin. The beginning is what stands before the first function.
+    """
+    blocks = _blocks("".join(map(_read, FILES)))
+    first = next(place for place, block in enumerate(blocks) if _FUNCTION.match(block))
+    definitions = {}
+    for block in blocks[first:]:
+        found = _DEFINITION.match(block)
+        assert found, block
+        definitions[found["name"] or found["constant"]] = block
+    return "\n".join(blocks[:first]), definitions, _read("dispatch.lua")
+
+
+def _read(name: str) -> str:
+    """Returns the text of a file without its comments."""
+    return _COMMENT.sub("", files(__package__).joinpath(name).read_text("utf-8"))
+
+
+def _blocks(text: str) -> list[str]:
+    """Splits at the lines that begin at the left margin, except those that close a block."""
+    return [block.strip() for block in re.split(r"\n(?=\S)(?!end\b|\}|\))", text) if block.strip()]
+
+
+def _needs(text: str, definitions: Mapping[str, str]) -> set[str]:
+    """Returns what a text uses of these definitions, directly or not."""
+    needed: set[str] = set()
+    todo = {word for word in _WORD.findall(text) if word in definitions}
+    while todo:
+        name = todo.pop()
+        needed.add(name)
+        todo |= {word for word in _WORD.findall(definitions[name]) if word in definitions} - needed
+    return needed
