@@ -231,8 +231,9 @@ class _Rig:
         return used.since(resting, 1 / FLEET_JOBS)
 
     async def _wait_for_idle(self, workers: int) -> None:
+        """Wait until most workers wait. They also look for jobs every second, so seldom do all of them wait at once."""
         blocked = 0
-        while blocked < workers:
+        while blocked < max(1, workers // 2):
             await asyncio.sleep(0.1)
             blocked = (await self._redis.info("clients"))["blocked_clients"]
 

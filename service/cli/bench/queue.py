@@ -23,7 +23,7 @@ def queue(
     model: Annotated[str, typer.Option(help="Name of a shipped bundle that takes prompts.")] = "emoji-text",
     jobs: Annotated[int, typer.Option(min=1, help="Pictures drawn for each figure.")] = 60,
     clients: Annotated[int, typer.Option(min=1, max=64, help="Concurrent clients that ask for them.")] = 4,
-    fleet: Annotated[int, typer.Option(min=1, max=2000, help="Idle workers without a model.")] = 200,
+    fleet: Annotated[int, typer.Option(min=1, max=2000, help="Idle workers without a model.")] = 100,
     round_trip: Annotated[float, typer.Option(min=0.0, max=2.0, help="Seconds to a distant queue server.")] = 0.05,
     out: options.Json = None,
 ) -> None:
