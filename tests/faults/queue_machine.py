@@ -6,6 +6,7 @@ ever given may act at any time. Time passes by ageing entries on the server, so 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from patchforge.service.queue.claims import Claim, Heartbeat, claim_arguments, f
 from patchforge.service.queue.records import EVENT
 from tests.faults.queue_model import Job, Model, require
 from tests.faults.queue_rig import CAP, MAX_ATTEMPTS, Rig
-from tests.service.queue.kit import DONE, a_request, watched
+from tests.service.queue.kit import DONE, a_card, a_request, watched
 
 T = TypeVar("T")
 
@@ -64,6 +65,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.claims: list[Claim] = []
         self.ended: list[RealJob] = []
         self.untold: dict[str, Claim] = {}  # worker → its last claim, if the answer was lost
+        self.served: dict[str, list[str]] = {}  # worker → the models that it announced
+        self.vanished: set[str] = set()  # workers whose announcements were lost with everything else
         rig.client.flushall()
         rig.forget_calls()
         rig.gateway.on_ended = rig.worker.on_ended = self.ended.append
@@ -145,6 +148,9 @@ class QueueMachine(RuleBasedStateMachine):
         require((answer is NotFound) == (job_id not in self.model.jobs), "known to both or to neither")
         self.model.cancel(job_id)
         self.check_ended()
+        job = self.model.jobs.get(job_id)
+        if job is not None and job.holder is not None:
+            require(self.rig.client.exists(keys.call(job.holder.worker_id)), "a cancel calls the worker")
 
     @once_submitted
     @rule(which=WHICH, skip=st.integers(0, 3))
@@ -160,9 +166,46 @@ class QueueMachine(RuleBasedStateMachine):
             seen = min(skip, len(ids))
             events = self.call(watched(self.rig.gateway, job_id, ids[seen - 1] if seen else "0"))
             require([event.type for _, event in events] == known.events[seen:], "a watcher sees what follows its place")
+            end = self.call(self.rig.gateway.wait_for_end(job_id))
+            require(end.type == known.status, "who waits only for the end gets it")
             self.rig.tally["watched to the end"] += 1
 
+    @rule()
+    def count_the_waiting(self) -> None:
+        self.count_waiting()
+
+    def count_waiting(self) -> None:
+        backlog = self.call(self.rig.gateway.backlog())
+        self.check_ended()
+        require(backlog.jobs == Counter(job.model for job in self.model.lines), "all that waits is counted")
+        require(backlog.hurried.keys() == backlog.jobs.keys() == backlog.oldest.keys(), "and none is of a batch")
+
+    @rule()
+    def ask_who_serves(self) -> None:
+        """A gateway that read the announcements before reads only what changed since."""
+        self.count_waiting()  # otherwise it depends on what it has to read whether overdue jobs expire
+        known = self.rig.run(self.rig.gateway.known_workers())
+        served = {worker: [card.name for card in each.cards] for worker, each in known.items()}
+        for worker in self.vanished & served.keys():
+            del served[worker]  # the server was emptied, and nobody told the gateway
+        require(served == self.served, f"knows {served}, but {self.served} are served")
+        self.rig.tally["rosters"] += 1
+
     # Workers.
+
+    @rule(worker=WORKERS, models=MODELS)
+    def announce(self, worker: str, models: list[str]) -> None:
+        self.call(self.rig.worker.announce(worker, [a_card(name) for name in models]))
+        self.check_ended()
+        self.served[worker] = models
+        self.vanished.discard(worker)
+
+    @rule(worker=WORKERS)
+    def retire(self, worker: str) -> None:
+        self.call(self.rig.worker.retire(worker))
+        self.check_ended()
+        self.served.pop(worker, None)
+        self.vanished.discard(worker)
 
     @rule(worker=WORKERS, models=MODELS, able=ABLE)
     def claim(self, worker: str, models: list[str], able: bool) -> None:
@@ -280,6 +323,8 @@ class QueueMachine(RuleBasedStateMachine):
     def heartbeats_together(self, worker: str) -> None:
         """All claims that a worker ever got, in one call."""
         claims = [claim for claim in self.claims if claim.worker_id == worker]
+        if not claims:
+            return
         for claim, verdict in zip(claims, self.call(self.rig.worker.keep(claims)), strict=True):
             job = self.owned(claim)
             expected = Heartbeat.LOST if job is None else Heartbeat.CANCELLED if job.cancel else Heartbeat.OK
@@ -329,8 +374,11 @@ class QueueMachine(RuleBasedStateMachine):
     def release(self, which: tuple[bool, int]) -> None:
         claim = self.a_claim(which)
         done = self.call(self.rig.worker.release(claim))
-        require(done == self.model.release(self.owned(claim)), "only the holder releases")
+        job = self.owned(claim)
+        require(done == self.model.release(job), "only the holder releases")
         self.check_ended()
+        if job is not None and not job.ended:
+            require(self.rig.client.exists(keys.bell(job.model, special=job.special)), "who is given back rings")
 
     def owned(self, claim: Claim) -> Job | None:
         job = self.model.owned(claim)
@@ -372,6 +420,8 @@ class QueueMachine(RuleBasedStateMachine):
         if chance == 17:
             self.rig.client.flushall()
             self.model.forget_all()
+            self.vanished |= self.served.keys()
+            self.served.clear()
             self.rig.tally["flushes"] += 1
         elif chance in (5, 29):
             self.rig.kill_server()

@@ -17,6 +17,7 @@ from patchforge.service.errors import Unavailable
 from patchforge.service.messages.protocol import CAPABILITIES
 from patchforge.service.queue import JobQueue, keys
 from patchforge.service.queue.claims import Claim, claim_from
+from patchforge.service.queue.roster import Roster
 from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
 
@@ -104,8 +105,9 @@ class Rig:
         return taken
 
     def forget_calls(self) -> None:
-        """Makes all workers forget their unanswered calls, as after a restart."""
+        """Makes all workers forget their unanswered calls, and gateways the workers, as after a restart."""
         self.worker._unanswered.clear()
+        self.gateway._roster = Roster(self.gateway)
 
     def kill_server(self) -> None:
         self.server.kill()
