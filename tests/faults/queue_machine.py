@@ -6,7 +6,6 @@ ever given may act at any time. Time passes by ageing entries on the server, so 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -25,11 +24,11 @@ from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Faile
 from patchforge.service.messages.schemas import Job as RealJob
 from patchforge.service.messages.schemas import JobError, Priority
 from patchforge.service.queue import keys
-from patchforge.service.queue.claims import Claim, Heartbeat, claim_arguments, finished, stored
+from patchforge.service.queue.claims import Claim, Heartbeat, claim_arguments
 from patchforge.service.queue.records import EVENT
 from tests.faults.queue_model import Job, Model, require
 from tests.faults.queue_rig import CAP, MAX_ATTEMPTS, Rig
-from tests.service.queue.kit import DONE, a_card, a_request, watched
+from tests.service.queue.kit import DONE, a_request, watched
 
 T = TypeVar("T")
 
@@ -65,8 +64,6 @@ class QueueMachine(RuleBasedStateMachine):
         self.claims: list[Claim] = []
         self.ended: list[RealJob] = []
         self.untold: dict[str, Claim] = {}  # worker → its last claim, if the answer was lost
-        self.served: dict[str, list[str]] = {}  # worker → the models that it announced
-        self.vanished: set[str] = set()  # workers whose announcements were lost with everything else
         rig.client.flushall()
         rig.forget_calls()
         rig.gateway.on_ended = rig.worker.on_ended = self.ended.append
@@ -161,7 +158,7 @@ class QueueMachine(RuleBasedStateMachine):
         known = self.model.jobs.get(job_id)
         expected = NotFound if known is None else b"0" if known.pictures else NotReady
         require(picture == expected, "the picture is there once it was stored")
-        if known is not None and known.ended:
+        if known is not None and known.ended and not known.collected:
             ids = [entry.decode() for entry, _ in self.rig.client.xrange(keys.events(job_id))]
             seen = min(skip, len(ids))
             events = self.call(watched(self.rig.gateway, job_id, ids[seen - 1] if seen else "0"))
@@ -170,42 +167,7 @@ class QueueMachine(RuleBasedStateMachine):
             require(end.type == known.status, "who waits only for the end gets it")
             self.rig.tally["watched to the end"] += 1
 
-    @rule()
-    def count_the_waiting(self) -> None:
-        self.count_waiting()
-
-    def count_waiting(self) -> None:
-        backlog = self.call(self.rig.gateway.backlog())
-        self.check_ended()
-        require(backlog.jobs == Counter(job.model for job in self.model.lines), "all that waits is counted")
-        require(backlog.hurried.keys() == backlog.jobs.keys() == backlog.oldest.keys(), "and none is of a batch")
-
-    @rule()
-    def ask_who_serves(self) -> None:
-        """A gateway that read the announcements before reads only what changed since."""
-        self.count_waiting()  # otherwise it depends on what it has to read whether overdue jobs expire
-        known = self.rig.run(self.rig.gateway.known_workers())
-        served = {worker: [card.name for card in each.cards] for worker, each in known.items()}
-        for worker in self.vanished & served.keys():
-            del served[worker]  # the server was emptied, and nobody told the gateway
-        require(served == self.served, f"knows {served}, but {self.served} are served")
-        self.rig.tally["rosters"] += 1
-
     # Workers.
-
-    @rule(worker=WORKERS, models=MODELS)
-    def announce(self, worker: str, models: list[str]) -> None:
-        self.call(self.rig.worker.announce(worker, [a_card(name) for name in models]))
-        self.check_ended()
-        self.served[worker] = models
-        self.vanished.discard(worker)
-
-    @rule(worker=WORKERS)
-    def retire(self, worker: str) -> None:
-        self.call(self.rig.worker.retire(worker))
-        self.check_ended()
-        self.served.pop(worker, None)
-        self.vanished.discard(worker)
 
     @rule(worker=WORKERS, models=MODELS, able=ABLE)
     def claim(self, worker: str, models: list[str], able: bool) -> None:
@@ -280,33 +242,6 @@ class QueueMachine(RuleBasedStateMachine):
             self.rig.tally["reclaims"] += 1
 
     @once_claimed
-    @rule(worker=WORKERS, models=MODELS, silent=WHICH, able=ABLE)
-    def claim_or_take_over(self, worker: str, models: list[str], silent: tuple[bool, int], able: bool) -> None:
-        """Claims with a look for jobs of silent workers, which is due."""
-        self.fall_silent(self.a_claim(silent))
-        self.rig.age_waiting([job.id for job in self.model.lines if job.special])
-        self.rig.client.delete(keys.LOOKED)
-        taken = self.call(self.rig.worker_that(able).claim(worker, models, block_seconds=0, take_over=True))
-        expired = [job_id for job_id, _ in self.model.ended_unasked]
-        for job in self.ended:
-            if job.id not in expired:
-                self.model.end_by_reclaim(job.id, models)
-        self.check_ended()
-        if self.told_at_last(worker, taken):
-            return
-        if taken is not None and taken.taken_over:
-            self.model.restart(taken, models, able)
-            self.claims.append(taken)
-            self.rig.tally["taken over in turn"] += 1
-            return
-        self.model.nothing_to_reclaim(models, able)
-        expected = self.model.next_up(models, able)
-        require((taken.job.id in expected) if taken else not expected, "without silent jobs, it is a claim")
-        if taken:
-            self.model.start(taken)
-            self.claims.append(taken)
-
-    @once_claimed
     @rule(which=WHICH)
     def heartbeat(self, which: tuple[bool, int]) -> None:
         claim = self.a_claim(which)
@@ -317,37 +252,6 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             require(verdict is (Heartbeat.CANCELLED if job.cancel else Heartbeat.OK), "the holder learns how it stands")
             job.idle = False
-
-    @once_claimed
-    @rule(worker=WORKERS)
-    def heartbeats_together(self, worker: str) -> None:
-        """All claims that a worker ever got, in one call."""
-        claims = [claim for claim in self.claims if claim.worker_id == worker]
-        if not claims:
-            return
-        for claim, verdict in zip(claims, self.call(self.rig.worker.keep(claims)), strict=True):
-            job = self.owned(claim)
-            expected = Heartbeat.LOST if job is None else Heartbeat.CANCELLED if job.cancel else Heartbeat.OK
-            require(verdict is expected, "each claim has its own verdict")
-            if job:
-                job.idle = False
-
-    @once_claimed
-    @rule(which=st.lists(WHICH, min_size=2, max_size=4), event=st.sampled_from([DONE, FAILED, Cancelled()]))
-    def deliver_together(self, which: list[tuple[bool, int]], event: Any) -> None:
-        """Pictures and the end of one job, and whatever else, in one call."""
-        claims = [self.a_claim(each) for each in which]
-        deliveries = [stored(claim, 0, b"0") for claim in claims] + [finished(claims[0], event)]
-        done = self.call(self.rig.worker.deliver(deliveries))
-        for claim, accepted in zip(claims, done, strict=False):
-            job = self.owned(claim)
-            require(accepted == (job is not None), "only the holder stores pictures")
-            if job:
-                job.events.append("image")
-                job.pictures.add(0)
-        require(done[-1] == self.model.finish(self.owned(claims[0]), event.type), "only the holder finishes, and once")
-        self.check_ended()
-        self.rig.tally["deliveries together"] += 1
 
     @once_claimed
     @rule(which=WHICH, picture=st.booleans())
@@ -419,15 +323,17 @@ class QueueMachine(RuleBasedStateMachine):
         """Rarely, empties or kills the server. Then a submit is refused, and accepted jobs are kept."""
         if chance == 17:
             self.rig.client.flushall()
-            self.model.forget_all()
-            self.vanished |= self.served.keys()
-            self.served.clear()
+            self.forget_all()
             self.rig.tally["flushes"] += 1
         elif chance in (5, 29):
             self.rig.kill_server()
             with pytest.raises(Unavailable):
                 self.rig.run(self.rig.gateway.submit(a_request(model="a"), idempotency_key="k1", fingerprint="one"))
             self.rig.start_server()
+
+    def forget_all(self) -> None:
+        """Someone emptied the server."""
+        self.model.forget_all()
 
     @invariant()
     def model_and_queue_agree(self) -> None:
@@ -440,8 +346,9 @@ class QueueMachine(RuleBasedStateMachine):
             require(bool(cancel) == job.cancel, "who is to be cancelled")
             published = [EVENT.validate_json(text) for text in events]
             terminal = [event for event in published if isinstance(event, TERMINAL_EVENTS)]
-            require(len(terminal) == job.ended, "one terminal event once ended, none before")
-            require([event.type for event in published] == job.events, f"events {published}, expected {job.events}")
+            watched, expected = job.ended and not job.collected, [] if job.collected else job.events
+            require(len(terminal) == watched, "one terminal event once ended, none before")
+            require([event.type for event in published] == expected, f"events {published}, expected {expected}")
             require(bool(pictures) == bool(job.pictures), "the pictures stored")
             require({ttl > 0 for ttl in ttls if ttl != -2} == {job.ended}, "what has ended lapses, and nothing else")
             if not job.ended:

@@ -24,6 +24,7 @@ from tests.patience import PATIENCE
 T = TypeVar("T")
 
 CAP, MAX_ATTEMPTS, IDLE_MS = 4, 3, 3_600_000
+BATCH_IN_FLIGHT = 1
 PREFIXES = (keys.JOB, keys.EVENTS, keys.IMAGES, keys.QUEUE)
 
 # Everything about the given jobs, the waiting list and the queues, in one atomic call.
@@ -57,7 +58,12 @@ class Rig:
         self.runner = asyncio.Runner()
         self.tally: Counter[str] = Counter()
         """Counts what happened, so that a test can check that it tested something."""
-        limits = Settings(max_waiting=CAP, max_attempts=MAX_ATTEMPTS, claim_idle_seconds=IDLE_MS / 1000)
+        limits = Settings(
+            max_waiting=CAP,
+            max_attempts=MAX_ATTEMPTS,
+            claim_idle_seconds=IDLE_MS / 1000,
+            batch_in_flight=BATCH_IN_FLIGHT,
+        )
         self.gateway, self.worker = (JobQueue.connect(self.server.url, limits) for _ in range(2))
         self.client = redis.Redis.from_url(self.server.url)
         self._snapshot = self.client.register_script(SNAPSHOT)
