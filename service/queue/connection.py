@@ -22,7 +22,7 @@ from patchforge.service.settings import Settings
 
 COMMAND_TIMEOUT = 3.0  # seconds to wait for an answer from Redis
 REPLICAS_TIMEOUT = 1.5  # seconds to wait for replicas
-LONGEST_BLOCK = 5.0  # longest blocking read, in seconds
+LONGEST_BLOCK = 2.0  # longest blocking read, in seconds; the longer, the later a silent server is noticed
 EVENTS_KEPT = 512  # most events kept for one job
 DEAD_LETTERS_KEPT = 1000
 MAX_OPEN_BATCHES = 100  # of one API key

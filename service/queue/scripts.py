@@ -21,20 +21,28 @@ _WORD = re.compile(r"commands\.\w+|\w+")
 
 def build_scripts(constants: Mapping[str, str | int | float]) -> dict[str, str]:
     """Returns command → the text of its script, which expects the command's name and arguments in ARGV."""
-    beginning, definitions, end = _parts()
     scripts = {}
-    for name in definitions:
-        if name.startswith("commands."):
-            needed = _needs(end, definitions) | _needs(definitions[name], definitions) | {name}
-            body = [beginning, *(text for each, text in definitions.items() if each in needed), end]
-            text = "\n".join(body).replace("COMMAND", name)
-            used = {word: value for word, value in constants.items() if re.search(rf"\b{word}\b", text)}
-            header = " ".join(f"local {word} = {json.dumps(value)}" for word, value in used.items())
-            scripts[name.removeprefix("commands.")] = f"{header}\n{text}"
+    for command, (text, words) in _bodies().items():
+        used = {word: value for word, value in constants.items() if word in words}
+        header = " ".join(f"local {word} = {json.dumps(value)}" for word, value in used.items())
+        scripts[command] = f"{header}\n{text}"
     return scripts
 
 
 @cache
+def _bodies() -> dict[str, tuple[str, frozenset[str]]]:
+    """Returns command → the text of its script without the constants, and all words in it."""
+    beginning, definitions, end = _parts()
+    bodies = {}
+    for name in definitions:
+        if name.startswith("commands."):
+            needed = _needs(end, definitions) | _needs(definitions[name], definitions) | {name}
+            parts = [beginning, *(text for each, text in definitions.items() if each in needed), end]
+            text = "\n".join(parts).replace("COMMAND", name)
+            bodies[name.removeprefix("commands.")] = text, frozenset(_WORD.findall(text))
+    return bodies
+
+
 def _parts() -> tuple[str, dict[str, str], str]:
     """Returns what every script begins with, functions and constants by name in order, and what every script ends with.
 

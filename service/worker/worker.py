@@ -49,7 +49,7 @@ KEEP_SECONDS = 1.0  # between heartbeats
 LOOK_SECONDS = 1.0  # between looks for jobs, if nobody rings
 YIELD_SECONDS = 0.2  # how long a busy worker waits for a job before it goes to the back of the line of workers
 BACKLOG_SECONDS = 0.25
-CALL_SECONDS = 5.0
+CALL_SECONDS = 2.0
 
 
 class Worker:
@@ -187,12 +187,20 @@ class Worker:
         elif self._on_last_attempt(claim) and self.claims:
             # It must run alone: if the worker dies then, this job is the cause. So it waits until the running jobs
             # are finished, or goes to a worker that is idle.
-            await self.outages.outlast(self.queue.release, claim)
+            await self._pass_on(claim)
             self._making_room = True
         else:
             self.claims[claim.job.id] = claim
             self._new.append(claim)
         return not claim.last
+
+    async def _pass_on(self, claim: Claim) -> None:
+        """Give back a job before it has started. Draining must not interrupt that: the job would lose an attempt."""
+        try:
+            await self.outages.outlast(self.queue.release, claim)
+        except asyncio.CancelledError:
+            await self.outages.attempt(self.queue.release, claim)
+            raise
 
     async def _wait_for_job(self) -> None:
         """Wait for a bell, but not for longer than `LOOK_SECONDS`.
@@ -206,7 +214,8 @@ class Worker:
             try:
                 if await self.queue.wait_for_job(list(self.engine.pipelines), turn):
                     return
-            except Unavailable:  # only a hint was lost; the next claim finds out whether there is an outage
+            except Unavailable as error:  # all workers seem silent then, so nobody's job is to be taken over
+                self.outages.failed(error)
                 return
 
     async def _await_server(self) -> None:
