@@ -154,6 +154,8 @@ class QueueMachine(RuleBasedStateMachine):
     def look(self, which: tuple[bool, int], skip: int) -> None:
         """Watches the picture and, if the job has ended, its events from some position."""
         job_id = self.a_job(which)
+        self.ask(self.rig.gateway.get(job_id))  # overdue jobs expire; a picture is read without a script
+        self.check_ended()
         picture = self.ask(self.rig.gateway.image(job_id, 0))
         known = self.model.jobs.get(job_id)
         expected = NotFound if known is None else b"0" if known.pictures else NotReady
