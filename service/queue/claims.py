@@ -14,7 +14,7 @@ from patchforge.service.queue.records import fields_of, job_from
 
 EVENT_BYTES = 1 << 20  # approximate limit for all events of one job
 Delivery = tuple[str, *tuple[str | int | bytes, ...]]
-"""A command of `queue.lua` and its arguments."""
+"""What `deliver` in `queue.lua` does, and the arguments."""
 
 
 class Heartbeat(StrEnum):

@@ -496,7 +496,7 @@ function commands.keep(worker, ...)
   return verdicts
 end
 
-function commands.publish(id, worker, attempt, stream, entry, event, cap)
+local function publish(id, worker, attempt, stream, entry, event, cap)
   if not owned(id, worker, attempt, stream, entry) then
     return 0
   end
@@ -504,7 +504,7 @@ function commands.publish(id, worker, attempt, stream, entry, event, cap)
   return 1
 end
 
-function commands.store_image(id, worker, attempt, stream, entry, index, data, event)
+local function store_image(id, worker, attempt, stream, entry, index, data, event)
   if not owned(id, worker, attempt, stream, entry) then
     return 0
   end
@@ -513,12 +513,25 @@ function commands.store_image(id, worker, attempt, stream, entry, index, data, e
   return 1
 end
 
-function commands.finish(id, worker, attempt, stream, entry, status, event, ...)
+local function finish_owned(id, worker, attempt, stream, entry, status, event, ...)
   if not owned(id, worker, attempt, stream, entry) then
     return 0
   end
   finish(id, status, event, ...)
   return 1
+end
+
+-- What a worker delivers, in order: events, pictures and ends of jobs. Each begins with the number of its words. Returns
+-- for each 1, or 0 if its claim is lost.
+function commands.deliver(...)
+  local known = { publish = publish, store_image = store_image, finish = finish_owned }
+  local words, results, at = { ... }, {}, 1
+  while at <= #words do
+    local last = at + tonumber(words[at])
+    results[#results + 1] = known[words[at + 1]](unpack(words, at + 2, last))
+    at = last + 1
+  end
+  return results
 end
 
 function commands.release(id, worker, attempt, stream, entry)
@@ -603,16 +616,4 @@ function commands.retire(worker)
   call('ZREM', WORKERS, worker)
   changed(worker)
   return 1
-end
-
--- Runs several commands of a worker in order, and returns their results. Each begins with the number of its words.
-function commands.deliver(...)
-  local known = { publish = commands.publish, store_image = commands.store_image, finish = commands.finish }
-  local words, results, at = { ... }, {}, 1
-  while at <= #words do
-    local last = at + tonumber(words[at])
-    results[#results + 1] = known[words[at + 1]](unpack(words, at + 2, last))
-    at = last + 1
-  end
-  return results
 end

@@ -133,8 +133,6 @@ class WorkQueue(QueueConnection):
 
     async def deliver(self, deliveries: Sequence[Delivery]) -> list[bool]:
         """Does what `publish`, `store_image` and `finish` do, for several of them, in order and in one call."""
-        if len(deliveries) == 1:
-            return [bool(await self._run(*deliveries[0]))]
         words = [word for each in deliveries for word in (len(each), *each)]
         return [bool(each) for each in await self._run("deliver", *words)]
 

@@ -202,8 +202,8 @@ def test_a_script_defines_only_what_its_command_needs() -> None:
     assert {"submit", "claim", "reclaim", "keep", "deliver", "news"} <= scripts.keys()
     assert "function take_over" in scripts["claim"]
     assert "function take_over" not in scripts["read"]
-    assert "function commands.finish" in scripts["deliver"]
-    assert {name for name, text in scripts.items() if text.count("function commands.") > 1} == {"deliver", "step_batch"}
+    assert "function finish_owned" in scripts["deliver"]
+    assert {name for name, text in scripts.items() if text.count("function commands.") > 1} == {"step_batch"}
     assert "local HALF =" in scripts["feed_line"]
     assert "local HALF =" not in scripts["submit"]
     assert not any("COMMAND" in text or "--" in text for text in scripts.values())
