@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 
@@ -16,7 +16,8 @@ FILES = ("queue.lua", "batches.lua")
 _FUNCTION = re.compile(r"(?:local )?function (?P<name>[\w.]+)\(")
 _DEFINITION = re.compile(rf"{_FUNCTION.pattern}|local (?P<constant>\w+) =")
 _COMMENT = re.compile(r"^\s*--.*\n|\s+--.*$", re.MULTILINE)
-_WORD = re.compile(r"commands\.\w+|\w+")
+_WORD = re.compile(r"commands\.\w+|(?<!\w\.)\b\w+")
+_TEXT = re.compile(r"'[^']*'")
 
 
 def build_scripts(constants: Mapping[str, str | int | float]) -> dict[str, str]:
@@ -36,10 +37,10 @@ def _bodies() -> dict[str, tuple[str, frozenset[str]]]:
     bodies = {}
     for name in definitions:
         if name.startswith("commands."):
-            needed = _needs(end, definitions) | _needs(definitions[name], definitions) | {name}
-            parts = [beginning, *(text for each, text in definitions.items() if each in needed), end]
+            needed = _in_order([*_words(end), name], definitions)
+            parts = [beginning, *(definitions[each] for each in needed), end]
             text = "\n".join(parts).replace("COMMAND", name)
-            bodies[name.removeprefix("commands.")] = text, frozenset(_WORD.findall(text))
+            bodies[name.removeprefix("commands.")] = text, frozenset(_words(text))
     return bodies
 
 
@@ -68,12 +69,23 @@ def _blocks(text: str) -> list[str]:
     return [block.strip() for block in re.split(r"\n(?=\S)(?!end\b|\}|\))", text) if block.strip()]
 
 
-def _needs(text: str, definitions: Mapping[str, str]) -> set[str]:
-    """Returns what a text uses of these definitions, directly or not."""
-    needed: set[str] = set()
-    todo = {word for word in _WORD.findall(text) if word in definitions}
-    while todo:
-        name = todo.pop()
-        needed.add(name)
-        todo |= {word for word in _WORD.findall(definitions[name]) if word in definitions} - needed
-    return needed
+def _words(text: str) -> list[str]:
+    """Returns the names in a text, but not those of fields and in strings."""
+    return _WORD.findall(_TEXT.sub("''", text))
+
+
+def _in_order(names: Sequence[str], definitions: Mapping[str, str]) -> list[str]:
+    """Returns those definitions, and all that they use, each after what it uses: so the files may have any order."""
+    found: dict[str, None] = {}
+    begun = set()
+
+    def add(name: str) -> None:
+        if name in definitions and name not in begun:
+            begun.add(name)
+            for word in _words(definitions[name]):
+                add(word)
+            found[name] = None
+
+    for name in names:
+        add(name)
+    return list(found)

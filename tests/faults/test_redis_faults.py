@@ -143,7 +143,9 @@ def test_row_06_redis_paused_during_a_finish(stack: Stack) -> None:
     with tapped(stack.server.url) as tap:
         worker = stack.start_worker(redis_url=tap.url)
         gateway.await_ready()
-        gateway.ended(gateway.submit(SHORT))  # now the server has the script; otherwise it would only say that it has not
+        gateway.ended(
+            gateway.submit(SHORT)
+        )  # now the server has the script; otherwise it would only say that it has not
         tap.once(b"\r\nfinish\r\n", lambda: stop(stack.server.pid))
         job_id = gateway.submit(SHORT)
         worker.wait_for("queue server cannot be used", reason=AWAY)  # the call got no answer

@@ -204,7 +204,10 @@ def test_a_script_defines_only_what_its_command_needs() -> None:
     assert "function take_over" not in scripts["read"]
     assert "function finish_owned" in scripts["deliver"]
     assert {name for name, text in scripts.items() if text.count("function commands.") > 1} == {"step_batch"}
-    assert "local HALF =" in scripts["feed_line"]
+    assert scripts["feed_line"].index("local HALF =") < scripts["feed_line"].index("function commands.feed_line")
+    assert scripts["step_batch"].index("function commands.cancel(") < scripts["step_batch"].index(
+        "function collect_ended"
+    )
     assert "local HALF =" not in scripts["submit"]
     assert not any("COMMAND" in text or "--" in text for text in scripts.values())
 
