@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.messages.schemas import Job
-from patchforge.service.queue import JobQueue, connection, job_queue, masters
+from patchforge.service.queue import JobQueue, connection, masters, work
 from patchforge.service.results import store
 from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
@@ -36,7 +36,7 @@ pytest.register_assert_rewrite("tests.processes", "tests.faults", "tests.service
 def unhurried() -> Iterator[None]:
     """In this process, announcements outlive every test, and a slow queue server does not count as down."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job_queue, "ANNOUNCED", 3600)
+        patch.setattr(work, "ANNOUNCED", 3600)
         patch.setattr(connection, "COMMAND_TIMEOUT", PATIENCE)
         patch.setattr(masters, "SENTINEL_TIMEOUT", PATIENCE)
         patch.setattr(store, "TIMEOUT", timedelta(seconds=PATIENCE))

@@ -8,26 +8,23 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from patchforge.service.bench.noop_worker import CARD, DONE
+from patchforge.service.bench.processes import processes, wait_until_ready
 from patchforge.service.bench.raw_http import Connection
-from patchforge.service.embedded import EmbeddedServer, free_port, tied_to_parent
+from patchforge.service.embedded import EmbeddedServer, free_port
 from patchforge.service.errors import Unavailable
 from patchforge.service.messages.events import Preview
 from patchforge.service.queue import JobQueue
 from patchforge.service.settings import Settings
 
-READY_SECONDS = 180.0  # on a busy machine
 CLAIM_SECONDS = 180.0
 BODY = json.dumps({"prompt": "nothing", "model": CARD.name, "seed": 1, "previews": False}).encode()
 WATCHED = CARD.model_copy(update={"name": "watched"})
@@ -141,25 +138,13 @@ class _Rig:
         with EmbeddedServer(folder) as server:
             settings = {"REDIS_URL": server.url, "HTTP_PORT": http, "GRPC_PORT": grpc, "MAX_WAITING": 1_000_000}
             settings |= {"RESULT_TTL_SECONDS": 60, "HOST": "127.0.0.1", "LOG_JSON": "true"}
-            ours = {f"PATCHFORGE_{name}": str(value) for name, value in settings.items()}
-            environment = {k: v for k, v in os.environ.items() if not k.startswith(("PATCHFORGE_", "REDIS_URL"))} | ours
-            async with AsyncExitStack() as stack:
-
-                async def start(*arguments: str) -> asyncio.subprocess.Process:
-                    log = stack.enter_context((folder / f"{arguments[-1]}.log").open("wb"))
-                    command = tied_to_parent([sys.executable, "-P", "-m", *arguments], signal.SIGKILL)
-                    process = await asyncio.create_subprocess_exec(
-                        *command, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-                    )
-                    stack.push_async_callback(_stop_process, process)
-                    return process
-
+            async with processes(folder, settings) as start, AsyncExitStack() as stack:
                 gateway = await start("patchforge", "gateway")
                 worker = await start("patchforge.service.bench.noop_worker")
                 rig = cls(f"http://127.0.0.1:{http}", server, gateway.pid, worker)
                 listening = asyncio.create_task(rig._read_claims())
                 stack.callback(listening.cancel)
-                await rig._wait_until_ready()
+                await wait_until_ready(rig.url)
                 yield rig
 
     def costs(self) -> Costs:
@@ -241,16 +226,6 @@ class _Rig:
                 self._claims[job.decode()] = float(moment)
                 self._changed.notify_all()
 
-    async def _wait_until_ready(self) -> None:
-        give_up = time.monotonic() + READY_SECONDS
-        while time.monotonic() < give_up:
-            with suppress(OSError, EOFError):
-                async with Connection(self.url) as connection:
-                    if (await connection.get("/readyz"))[0] == 200:
-                        return
-            await asyncio.sleep(0.1)
-        raise Unavailable(f"the gateway was not ready in {READY_SECONDS:.0f} s")
-
 
 async def _submit_job(connection: Connection, body: bytes) -> str:
     status, answer = await connection.post("/v1/jobs", body)
@@ -264,17 +239,6 @@ def _processor_ms(pid: int) -> float:
     """Processor time of a process since it started."""
     times = psutil.Process(pid).cpu_times()
     return 1000 * (times.user + times.system)
-
-
-async def _stop_process(process: asyncio.subprocess.Process) -> None:
-    with suppress(ProcessLookupError):
-        process.terminate()
-    with suppress(TimeoutError):
-        async with asyncio.timeout(15):
-            await process.wait()
-    if process.returncode is None:
-        process.kill()
-        await process.wait()
 
 
 def _build_preview(evaluation: int) -> Preview:

@@ -19,7 +19,8 @@ from patchforge.service.gateway.fleet import Fleet
 from patchforge.service.gateway.remembered import RememberedModels
 from patchforge.service.gateway.source_pictures import SourcePictures
 from patchforge.service.gateway.statistics import InferenceStatistics
-from patchforge.service.messages.events import TERMINAL_EVENTS, Event
+from patchforge.service.messages.endings import raise_if_lost
+from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Event
 from patchforge.service.messages.protocol import needs_of
 from patchforge.service.messages.room import room_for
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
@@ -82,7 +83,7 @@ class JobService:
 
     async def fleet(self) -> Fleet:
         """Returns the live workers and their models, and the models that are remembered."""
-        workers, remembered = await asyncio.gather(self.queue.workers(), self.remembered.read())
+        workers, remembered = await asyncio.gather(self.queue.known_workers(), self.remembered.read())
         return Fleet(workers.values(), self._default_models, remembered)
 
     async def model(self, name: str) -> ModelCard:
@@ -312,6 +313,22 @@ class Run:
         if not self._ended and not self._detached:
             self._service.cancel_soon(self.job.id)
         await self._events.aclose()
+
+    async def completed(self) -> Completed:
+        """Waits for the job's end, for callers that need no other event.
+
+        Raises:
+            JobFailed: the job failed.
+            JobCancelled: it was cancelled.
+            JobExpired: no worker was free before its deadline.
+            NotFound: it was deleted.
+        """
+        event = await self._service.queue.wait_for_end(self.job.id)
+        self._ended = True
+        raise_if_lost(event)
+        if not isinstance(event, Completed):
+            raise Unavailable(EVENTS_BROKE_OFF)
+        return event
 
     def __aiter__(self) -> Self:
         return self

@@ -48,16 +48,14 @@ async def scrape(
 
 async def _read_queue_state(service: JobService) -> QueueState:
     queue = service.queue
-    jobs, models, server = await asyncio.gather(
-        asyncio.gather(queue.waiting(), queue.held(), queue.oldest_waiting(), queue.count_batches()),
+    (backlog, held, batches), (workers, remembered), (memory, (replicas, behind)) = await asyncio.gather(
+        asyncio.gather(queue.backlog(), queue.held(), queue.count_batches()),
         asyncio.gather(queue.workers(), service.remembered.read()),
         asyncio.gather(queue.memory(), queue.replication()),
     )
-    (waiting, held, oldest, batches), (workers, remembered) = jobs, models
-    memory, (replicas, behind) = server
     served = [[(card.name, card.digest) for card in each.cards] for each in workers.values()]
     asleep = Fleet(workers.values(), remembered=remembered).asleep
-    return QueueState(waiting, held, oldest, served, asleep, batches, memory, replicas, behind)
+    return QueueState(backlog.jobs, held, backlog.oldest, served, asleep, batches, memory, replicas, behind)
 
 
 class MetricsMiddleware:

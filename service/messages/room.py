@@ -42,8 +42,8 @@ def room_for(
 ) -> int:
     """Returns an upper bound, in bytes, of what Redis keeps of a job: its pictures, events, record and source.
 
-    `request`: with all defaults filled in. `pictures_elsewhere`: finished pictures are in an object store, and Redis has
-    references. Those to edit count all the same: they are on their way, or a batch's, which stay in Redis.
+    `request`: with all defaults filled in. `pictures_elsewhere`: finished pictures are in an object store, and Redis
+    has references. Those to edit count all the same: they are on their way, or a batch's, which stay in Redis.
     """
     rows, columns = card.drawn_grid(request)
     evaluations, said = _evaluations(request), len(written(request).encode())

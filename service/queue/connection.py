@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any, Self
 
 from redis.asyncio import Redis
@@ -21,11 +19,12 @@ from patchforge.service.queue import keys
 from patchforge.service.queue.masters import open_clients
 from patchforge.service.queue.reasons import reason_of
 from patchforge.service.queue.records import job_from
+from patchforge.service.queue.scripts import build_scripts
 from patchforge.service.settings import Settings
 
 COMMAND_TIMEOUT = 3.0  # seconds to wait for an answer from Redis
 REPLICAS_TIMEOUT = 1.5  # seconds to wait for replicas
-LONGEST_BLOCK = 5.0  # longest blocking read, in seconds
+LONGEST_BLOCK = 2.0  # longest blocking read, in seconds; the longer, the later a silent server is noticed
 EVENTS_KEPT = 512  # most events kept for one job, unless more of them are no previews
 DEAD_LETTERS_KEPT = 1000
 MAX_OPEN_BATCHES = 100  # of one API key
@@ -34,7 +33,10 @@ REVIEW_SECONDS = 60  # between looks whether a reservation's job has ended unnot
 REVIEWED = 100  # reservations that one call looks at
 ADMITTING = frozenset({"submit", "feed_line", "create_batch", "admit_file", "add_file"})  # refused when Redis is full
 PROMISED = ADMITTING - {"feed_line", "admit_file"}  # on replicas before the caller hears; others are simply repeated
-SCRIPTS = ("queue.lua", "reservations.lua", "batches.lua", "scaling.lua", "dispatch.lua")
+LOOK_SECONDS = 1.0  # between two looks for jobs of silent workers, over all workers
+RINGS = 64  # most workers that find a bell rung without having waited at it
+BELL_MS = 5000  # how long a bell stays rung
+CHANGES_KEPT = 5000  # workers whose last change is known
 SKIPS = 1000  # stale entries that one claim may skip in each stream; takes Redis about 10 ms
 
 
@@ -61,10 +63,11 @@ class QueueConnection:
     def __init__(self, redis: Redis, blocking: Redis, settings: Settings) -> None:
         self._redis = redis
         self._blocking = blocking
-        script = _script(settings)
-        # When Redis is full, new jobs are refused, but accepted jobs may still finish.
-        self._admit = redis.register_script("#!lua\n" + script)
-        self._advance = redis.register_script("#!lua flags=allow-oom\n" + script)
+        self._scripts = {
+            # When Redis is full, new jobs are refused, but accepted jobs may still finish.
+            command: redis.register_script(f"#!lua{'' if command in ADMITTING else ' flags=allow-oom'}\n{text}")
+            for command, text in build_scripts(_constants(settings)).items()
+        }
         self._wait_replicas = settings.redis_wait_replicas
         self.on_ended: Callable[[Job], None] = lambda job: None
         self.on_no_room: Callable[[], None] = lambda: None
@@ -98,7 +101,7 @@ class QueueConnection:
             Unavailable: the server is older than Redis 7, which cannot run the queue's script; or it is configured to
                 evict keys when it is full, which would lose accepted jobs without a sign.
         """
-        info = await self._do("INFO")
+        info = await self._do("INFO", "server", "memory")
         version, policy = str(info.get("redis_version")), info.get("maxmemory_policy")
         if int(version.partition(".")[0]) < 7:
             raise Unavailable(f"the queue server must be Valkey, or Redis 7 or newer, not Redis {version}")
@@ -134,7 +137,7 @@ class QueueConnection:
     async def _run(self, command: str, *args: Any, streams: Sequence[str] = (keys.WAITING,)) -> Any:
         """Runs one command of the scripts, and reports the jobs that ended as a side effect."""
         replicas = missing = self._wait_replicas if command in PROMISED else 0
-        script = self._admit if command in ADMITTING else self._advance
+        script = self._scripts[command]
         with redis_call():
             if replicas:
                 async with self._redis.client() as connection:  # WAIT is about what its own connection wrote
@@ -176,13 +179,13 @@ def unlost_cancellation() -> Iterator[None]:
         raise asyncio.CancelledError
 
 
-def _script(settings: Settings) -> str:
-    """Returns the text of the script, with a first line that defines the key names and limits."""
+def _constants(settings: Settings) -> dict[str, str | int | float]:
+    """Returns the key names and limits that the scripts use."""
     error = JobError(
         code="dead_letter",
         message=f"given up after {settings.max_attempts} attempts: each time, its worker stopped responding",
     )
-    constants: dict[str, str | int] = {
+    return {
         **{name: value for name, value in vars(keys).items() if name.isupper()},
         "MAX_WAITING": settings.max_waiting,
         "MAX_ATTEMPTS": settings.max_attempts,
@@ -203,11 +206,13 @@ def _script(settings: Settings) -> str:
         "BATCH_LINE_BYTES": BATCH_LINE_BYTES,
         "REVIEW_SECONDS": REVIEW_SECONDS,
         "REVIEWED": REVIEWED,
+        "LOOK_SECONDS": LOOK_SECONDS,
+        "RINGS": RINGS,
+        "BELL_MS": BELL_MS,
+        "CHANGES_KEPT": CHANGES_KEPT,
         "QUEUED": Queued().model_dump_json(),
         "CANCELLED": Cancelled().model_dump_json(),
         "EXPIRED": Expired().model_dump_json(),
         "DEAD_LETTER": Failed(error=error).model_dump_json(),
         "DEAD_LETTER_ERROR": error.model_dump_json(),
     }
-    header = " ".join(f"local {name} = {json.dumps(value)}" for name, value in constants.items())
-    return "\n".join([header, *(files(__package__).joinpath(name).read_text("utf-8") for name in SCRIPTS)])

@@ -1,6 +1,9 @@
--- The end of the script: runs one command.
+-- The end of every script: runs its command, whose name stands for COMMAND.
 
 expire_overdue()
-local command = table.remove(ARGV, 1)
-local result = commands[command](unpack(ARGV))
+table.remove(ARGV, 1) -- the command's name, for whoever looks on with MONITOR
+local result = COMMAND(unpack(ARGV))
+for id in pairs(news) do
+  call('PUBLISH', NEWS, id)
+end
 return { result, ended }

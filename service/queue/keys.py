@@ -25,6 +25,11 @@ WORKER_MODELS = f"{TAG}:models:"  # + worker id: JSON list of model cards, expir
 ANNOUNCEMENT = f"{TAG}:announcement:"  # + worker id: JSON, the worker's protocol and capabilities, expires soon
 WORKER_METRICS = f"{TAG}:metrics:"  # + worker id: Prometheus exposition, expires soon
 TAKEN = f"{TAG}:taken:"  # + worker id: hash, the last job it claimed, and the token of that call
+BELL = f"{TAG}:bell:"  # + model, after SPECIAL for special jobs: list, an item for each job that may wait; expires soon
+CALL = f"{TAG}:call:"  # + worker id: list, an item if a job of this worker was cancelled; expires soon
+LOOKED = f"{TAG}:looked"  # hash: queue stream → when someone last looked for jobs of silent workers
+FLEET = f"{TAG}:fleet"  # string: version of what the workers announce
+CHANGES = f"{TAG}:changes"  # sorted set: worker ids by the version in which their announcement last changed
 WORKERS = f"{TAG}:workers"  # sorted set: worker ids by the time their announcement expires
 WAITING = f"{TAG}:waiting"  # sorted set: "id:model" of every waiting job, by deadline
 RESERVED = f"{TAG}:reserved"  # hash: key of a job, batch or file → bytes it may still come to hold; `total`
@@ -72,6 +77,15 @@ def sources(job_id: str) -> str:
 def queue(model: str, priority: str, *, special: bool = False) -> str:
     """Returns the stream of one model and one priority, or of `RETURNED`."""
     return f"{QUEUE}{SPECIAL if special else ''}{priority}:{model}"
+
+
+def bell(model: str, *, special: bool = False) -> str:
+    """Returns the list that wakes a worker for a job of a model."""
+    return f"{BELL}{SPECIAL if special else ''}{model}"
+
+
+def call(worker_id: str) -> str:
+    return CALL + worker_id
 
 
 def is_returned(stream: str) -> bool:

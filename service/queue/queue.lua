@@ -1,5 +1,6 @@
--- Every atomic step of the queue. service/queue/connection.py prepends the constants, and appends reservations.lua,
--- batches.lua, scaling.lua and dispatch.lua, which calls `commands[ARGV[1]]`.
+-- Every atomic step of the queue. service/queue/scripts.py makes a script of each command: the constants, the lines up to
+-- the first function, what the command needs of this file, reservations.lua, batches.lua and scaling.lua, and
+-- dispatch.lua. Each function, and each constant after the first function, begins at the left margin; nothing else does.
 --
 -- A job is a hash with a status. WAITING lists exactly the jobs whose status is waiting. An entry of a queue stream is
 -- pending in the consumer group exactly while its job runs. Each command keeps these three consistent and uses Redis's
@@ -9,7 +10,8 @@ local call = redis.call
 local time = call('TIME')
 local now = string.format('%d.%06d', time[1], time[2])
 local ended = {}
-local reserve, unreserve, refuse_without_room -- in reservations.lua
+local news = {} -- ids of jobs with new events
+local commands = {}
 
 local function record(id)
   return call('HGETALL', JOB .. id)
@@ -24,9 +26,8 @@ local function member(id)
 end
 
 local function emit(id, event)
-  local event_id = call('XADD', EVENTS .. id, '*', 'event', event)
-  call('PUBLISH', NEWS, id)
-  return event_id
+  news[id] = true
+  return call('XADD', EVENTS .. id, '*', 'event', event)
 end
 
 -- The index of the picture that an event previews, or nil for other events. Fields of messages have a fixed order.
@@ -82,6 +83,15 @@ local function able(can, needs)
   return true
 end
 
+-- Wakes one of the clients that wait at this bell. If none waits, the next one that comes does not have to. Bells are
+-- only hints: whoever waits also looks every second. So few of them need to be kept, and not for long.
+local function ring(bell)
+  if call('RPUSH', bell, 1) > RINGS then
+    call('LPOP', bell)
+  end
+  call('PEXPIRE', bell, BELL_MS)
+end
+
 local function enqueue(id, class, deadline)
   local model, needs = fields(id, 'model', 'needs')
   local stream = QUEUE .. (needs and SPECIAL or '') .. class .. ':' .. model
@@ -89,6 +99,7 @@ local function enqueue(id, class, deadline)
   call('SADD', STREAMS, stream)
   call('HSET', JOB .. id, 'status', 'waiting', 'stream', stream, 'entry', entry)
   call('ZADD', WAITING, deadline, member(id))
+  ring(BELL .. (needs and SPECIAL or '') .. model)
 end
 
 -- Use only for delivered entries: deleting others would make the group's lag unknown.
@@ -240,8 +251,6 @@ local function seconds_to_wait(tenant, pictures, reserve)
   return 0
 end
 
-local commands = {}
-
 -- What a submit may use of each limit: everything, or for batches half, so that other callers always find room. The
 -- limit for memory is a share of the server's, which needs some for itself.
 local WHOLE = { waiting = MAX_WAITING, in_flight = MAX_IN_FLIGHT, reserve = 0, memory = 0.9 }
@@ -316,52 +325,43 @@ function commands.read(id)
   return record(id)
 end
 
--- Events after an id. A watcher that has more to read than these limits has fallen behind, and gets only the newest
--- preview of each picture.
+-- Events after an id, and whether there may be more. A watcher that has more to read than these limits has fallen
+-- behind, and gets only the newest preview of each picture.
 function commands.news(id, after, count, bytes)
-  local status, last_event, digest = fields(id, 'status', 'last_event', 'digest')
+  local status, last_event = fields(id, 'status', 'last_event')
   local entries, size = call('XRANGE', EVENTS .. id, '(' .. after, '+', 'COUNT', count), 0
   for _, entry in ipairs(entries) do
     size = size + #entry[2][2]
   end
-  if #entries == tonumber(count) or size > tonumber(bytes) then
+  local more = #entries == tonumber(count) and 1 or 0
+  if more == 1 or size > tonumber(bytes) then
     entries = without_stale_previews(entries)
   end
-  return { status, last_event, digest, entries }
+  return { status, last_event, entries, more }
 end
 
--- All waiting jobs; with `hurried` without those of batches, for which nobody waits.
-function commands.waiting(hurried)
-  local all = call('ZRANGE', WAITING, 0, -1)
-  if hurried == '' then
-    return all
-  end
-  local found = {}
-  for _, waiting in ipairs(all) do
-    if call('SISMEMBER', BATCH_JOBS, string.match(waiting, '^[^:]+')) == 0 then
-      table.insert(found, waiting)
+-- {model, number of its waiting jobs, those among them that are not of batches, seconds that the oldest of these has
+-- waited} for each model that has any: nobody waits for batches. Ids sort by creation time.
+local function lines()
+  local first, jobs, hurried, found = {}, {}, {}, {}
+  for _, waiting in ipairs(call('ZRANGE', WAITING, 0, -1)) do
+    local id, model = string.match(waiting, '^([^:]+):(.*)$')
+    jobs[model] = (jobs[model] or 0) + 1
+    if call('SISMEMBER', BATCH_JOBS, id) == 0 then
+      hurried[model] = (hurried[model] or 0) + 1
+      first[model] = first[model] and first[model] < id and first[model] or id
     end
+  end
+  for model, count in pairs(jobs) do
+    local created_at = first[model] and tonumber(fields(first[model], 'created_at')) -- missing if deleted by hand
+    local age = created_at and string.format('%.6f', now - created_at) or ''
+    table.insert(found, { model, count, hurried[model] or 0, age })
   end
   return found
 end
 
--- {model, seconds that its oldest waiting job has waited} for each model that has any, batches apart. Ids sort by
--- creation time.
-function commands.oldest()
-  local first, ages = {}, {}
-  for _, waiting in ipairs(commands.waiting('1')) do
-    local id, model = string.match(waiting, '^([^:]+):(.*)$')
-    if not first[model] or id < first[model] then
-      first[model] = id
-    end
-  end
-  for model, id in pairs(first) do
-    local created_at = tonumber(fields(id, 'created_at'))
-    if created_at then -- missing if someone deleted the job by hand
-      table.insert(ages, { model, string.format('%.6f', now - created_at) })
-    end
-  end
-  return ages
+function commands.backlog()
+  return { call('ZCARD', WORKERS), lines() }
 end
 
 function commands.cancel(id)
@@ -370,57 +370,15 @@ function commands.cancel(id)
     finish_as_side_effect(id, 'cancelled', CANCELLED)
   elseif status == 'running' then
     call('HSET', JOB .. id, 'cancel', 1)
+    ring(CALL .. fields(id, 'owner'))
   end
   return record(id)
 end
 
--- The newest entry of a stream; claims wait for later ones.
-local function newest(stream)
-  local entry = call('XREVRANGE', stream, '+', '-', 'COUNT', 1)[1]
-  return entry and entry[1] or '0-0'
-end
-
--- KEYS: queue streams, most urgent first. `can`: the worker's special capabilities. Returns {the started job, nothing},
--- or without a job {nothing, for each stream the entry after which to wait for more}.
-function commands.claim(worker, token, can)
-  local before, seen = started_before(worker, token), {}
-  if before then
-    return { before, {} }
-  end
-  for index, stream in ipairs(KEYS) do
-    local is_special = special(stream)
-    if is_special then
-      local entry, id = read_special(stream, can)
-      if entry then
-        return { start(id, stream, entry, worker, token), {} }
-      end
-      seen[index] = newest(stream)
-    end
-    for _ = 1, is_special and 0 or SKIPS do
-      local entry, id = read_new(stream)
-      if not entry then
-        seen[index] = newest(stream)
-        break
-      end
-      local status, current = fields(id, 'status', 'entry')
-      if status == 'waiting' and current == entry then
-        return { start(id, stream, entry, worker, token), {} }
-      elseif status ~= 'running' then -- it ended before its turn; running jobs appear here again if the group was lost
-        drop(stream, entry)
-      end
-      seen[index] = entry
-    end
-  end
-  return { {}, seen }
-end
-
--- KEYS as for claim. Returns {the restarted job, nothing}, or two empty tables if no entry is idle.
-function commands.reclaim(worker, token, can)
-  local before = started_before(worker, token)
-  if before then
-    return { before, {} }
-  end
-  for _, stream in ipairs(KEYS) do
+-- Restarts the job of a silent worker: returns its record, or nothing if these streams have none. Ends such jobs if they
+-- are cancelled or out of attempts.
+local function take_over(streams, worker, token, can)
+  for _, stream in ipairs(streams) do
     local from = '-'
     local function idle()
       local pending = redis.pcall('XPENDING', stream, GROUP, 'IDLE', CLAIM_IDLE_MS, from, '+', 1)
@@ -448,24 +406,111 @@ function commands.reclaim(worker, token, can)
           'attempts', attempt, 'error', DEAD_LETTER_ERROR, 'request', fields(id, 'request'))
       elseif able(can, needs) then
         call('XCLAIM', stream, GROUP, CONSUMER, 0, entry, 'JUSTID')
-        return { start(id, stream, entry, worker, token), {} }
+        return start(id, stream, entry, worker, token)
       end
     end
   end
-  return { {}, {} }
 end
 
-function commands.heartbeat(id, worker, attempt, stream, entry)
-  if not owned(id, worker, attempt, stream, entry) then
-    return 'lost'
+-- What `take_over` finds, but with one look a second at each stream, whoever looks: a look can take as long as many
+-- jobs. In special streams, workers with other capabilities find other jobs, so they look by themselves.
+local function take_over_in_turn(worker, token, can)
+  local names, due, looked_now = {}, {}, {}
+  for index, stream in ipairs(KEYS) do
+    names[index] = special(stream) and stream .. ' ' .. can or stream
   end
-  local cancel = fields(id, 'cancel')
-  heard(stream, entry)
-  return cancel and 'cancelled' or 'ok'
+  for index, looked in ipairs(call('HMGET', LOOKED, unpack(names))) do
+    local ago = now - (looked or 0)
+    if ago < 0 or ago >= LOOK_SECONDS then
+      due[#due + 1] = KEYS[index]
+      looked_now[#looked_now + 1] = names[index]
+      looked_now[#looked_now + 1] = now
+    end
+  end
+  local found = #due > 0 and take_over(due, worker, token, can)
+  if #due > 0 and not found then -- otherwise there may be more
+    call('HSET', LOOKED, unpack(looked_now))
+    call('EXPIRE', LOOKED, RESULT_TTL)
+  end
+  return found
+end
+
+-- The first waiting job of a stream, started; or nothing. The second result tells whether there may be more behind
+-- entries that were skipped.
+local function take_waiting(stream, worker, token, can)
+  if special(stream) then
+    local entry, id = read_special(stream, can)
+    return entry and start(id, stream, entry, worker, token), false
+  end
+  for _ = 1, SKIPS do
+    local entry, id = read_new(stream)
+    if not entry then
+      return nil, false
+    end
+    local status, current = fields(id, 'status', 'entry')
+    if status == 'waiting' and current == entry then
+      return start(id, stream, entry, worker, token), false
+    elseif status ~= 'running' then -- it ended before its turn; running jobs appear here again if the group was lost
+      drop(stream, entry)
+    end
+  end
+  return nil, true
+end
+
+-- KEYS: queue streams, most urgent first. `can`: the worker's special capabilities. `look`: whether to take over jobs of
+-- silent workers. The bells are those of the worker's models. Returns {the started job, how}: 'again' if it was taken
+-- over, 'last' if no other job waits, else 'new'. Or without a job {nothing, 'more' or 'none'}; with 'more', call again.
+function commands.claim(worker, token, can, look, ...)
+  local before = started_before(worker, token)
+  if before then
+    return { before, 'new' }
+  end
+  local again = look == '1' and take_over_in_turn(worker, token, can)
+  if again then
+    return { again, 'again' }
+  end
+  local skipped = false
+  for _, stream in ipairs(KEYS) do
+    local started, more = take_waiting(stream, worker, token, can)
+    if started and call('ZCARD', WAITING) == 0 then
+      call('DEL', ...) -- nothing waits, so nobody needs to wake for what rang before
+      return { started, 'last' }
+    elseif started then
+      return { started, 'new' }
+    end
+    skipped = skipped or more
+  end
+  if skipped then
+    return { {}, 'more' }
+  end
+  call('DEL', ...)
+  return { {}, 'none' }
+end
+
+-- KEYS as for claim. Returns {the restarted job, 'again'}, or without one {nothing, 'none'}. Looks at once.
+function commands.reclaim(worker, token, can)
+  local found = started_before(worker, token) or take_over(KEYS, worker, token, can)
+  return { found or {}, found and 'again' or 'none' }
+end
+
+-- The heartbeats of a worker for the jobs that it holds: for each id, attempt, stream and entry. Returns for each
+-- whether the claim is 'ok', 'cancelled' or 'lost'.
+function commands.keep(worker, ...)
+  local claims, verdicts = { ... }, {}
+  for at = 1, #claims, 4 do
+    local id, attempt, stream, entry = unpack(claims, at, at + 3)
+    local verdict = 'lost'
+    if owned(id, worker, attempt, stream, entry) then
+      verdict = fields(id, 'cancel') and 'cancelled' or 'ok'
+      heard(stream, entry)
+    end
+    verdicts[#verdicts + 1] = verdict
+  end
+  return verdicts
 end
 
 -- Adds an event. A preview that is larger than all of them together may be is left out.
-function commands.publish(id, worker, attempt, stream, entry, event)
+local function publish(id, worker, attempt, stream, entry, event)
   if not owned(id, worker, attempt, stream, entry) then
     return 0
   end
@@ -479,7 +524,7 @@ function commands.publish(id, worker, attempt, stream, entry, event)
   return 1
 end
 
-function commands.store_image(id, worker, attempt, stream, entry, index, data, event)
+local function store_image(id, worker, attempt, stream, entry, index, data, event)
   if not owned(id, worker, attempt, stream, entry) then
     return 0
   end
@@ -488,12 +533,25 @@ function commands.store_image(id, worker, attempt, stream, entry, index, data, e
   return 1
 end
 
-function commands.finish(id, worker, attempt, stream, entry, status, event, ...)
+local function finish_owned(id, worker, attempt, stream, entry, status, event, ...)
   if not owned(id, worker, attempt, stream, entry) then
     return 0
   end
   finish(id, status, event, ...)
   return 1
+end
+
+-- What a worker delivers, in order: events, pictures and ends of jobs. Each begins with the number of its words. Returns
+-- for each 1, or 0 if its claim is lost.
+function commands.deliver(...)
+  local known = { publish = publish, store_image = store_image, finish = finish_owned }
+  local words, results, at = { ... }, {}, 1
+  while at <= #words do
+    local last = at + tonumber(words[at])
+    results[#results + 1] = known[words[at + 1]](unpack(words, at + 2, last))
+    at = last + 1
+  end
+  return results
 end
 
 function commands.release(id, worker, attempt, stream, entry)
@@ -526,13 +584,56 @@ function commands.announced(...)
   return found
 end
 
--- Stores keys and values, given in turn, for `ttl` seconds.
-function commands.announce(worker, ttl, ...)
-  call('ZREMRANGEBYSCORE', WORKERS, '-inf', now)
-  call('ZADD', WORKERS, now + ttl, worker)
-  local texts = { ... }
-  for index = 1, #texts, 2 do
-    call('SET', texts[index], texts[index + 1], 'EX', ttl)
+-- Notes that what a worker serves has changed. Versions begin at the clock, so that a server which lost them does not
+-- repeat any. Gateways also read everything now and then, so that few changes need to be kept.
+local function keep_changes()
+  call('EXPIRE', FLEET, RESULT_TTL)
+  call('EXPIRE', CHANGES, RESULT_TTL)
+end
+
+local function changed(worker)
+  call('SET', FLEET, string.format('%.0f', now * 1000), 'NX')
+  call('ZADD', CHANGES, call('INCR', FLEET), worker)
+  call('ZREMRANGEBYRANK', CHANGES, 0, -1 - CHANGES_KEPT)
+  keep_changes()
+end
+
+-- {version, {worker, models, announcement} for each worker that changed after version `since`}. Those that are gone have
+-- empty texts.
+function commands.changes(since)
+  local version, rows = call('GET', FLEET), {}
+  if version and version ~= since then
+    for _, worker in ipairs(call('ZRANGE', CHANGES, '(' .. since, '+inf', 'BYSCORE')) do
+      rows[#rows + 1] = { worker, unpack(call('MGET', WORKER_MODELS .. worker, ANNOUNCEMENT .. worker)) }
+    end
   end
+  return { version, rows }
+end
+
+-- Stores keys and values, given in turn, for `ttl` seconds. `kept` of these texts are what gateways keep.
+function commands.announce(worker, ttl, kept, ...)
+  for _, gone in ipairs(call('ZRANGE', WORKERS, '-inf', now, 'BYSCORE')) do
+    call('ZREM', WORKERS, gone)
+    changed(gone)
+  end
+  local texts, news_of_worker = { ... }, call('ZADD', WORKERS, now + ttl, worker) == 1
+  for index = 1, #texts, 2 do
+    local key, text = texts[index], texts[index + 1]
+    if index < 2 * kept then
+      news_of_worker = call('GET', key) ~= text or news_of_worker
+    end
+    call('SET', key, text, 'EX', ttl)
+  end
+  if news_of_worker and tonumber(kept) > 0 then
+    changed(worker)
+  end
+  keep_changes()
+  return 1
+end
+
+function commands.retire(worker)
+  call('DEL', WORKER_MODELS .. worker, ANNOUNCEMENT .. worker, WORKER_METRICS .. worker, CALL .. worker)
+  call('ZREM', WORKERS, worker)
+  changed(worker)
   return 1
 end

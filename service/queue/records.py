@@ -57,7 +57,7 @@ def announced(cards: Sequence[ModelCard], capabilities: Collection[str]) -> tupl
     return f"[{plain}]", written(about)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2048)
 def served_from(cards: bytes, announcement: bytes) -> Served:
     """Returns what a worker announced. Cached, because every submit reads it and it rarely changes.
 

@@ -22,7 +22,7 @@ local function reserved()
   return tonumber(call('HGET', RESERVED, 'total') or 0)
 end
 
-unreserve = function(key)
+local function unreserve(key)
   local bytes = call('HGET', RESERVED, key)
   if bytes then
     call('HDEL', RESERVED, key)
@@ -32,7 +32,7 @@ unreserve = function(key)
 end
 
 -- Reserves bytes until `unreserve`; at most for `seconds`, unless a record that does not expire is under `key` then.
-reserve = function(key, bytes, seconds)
+local function reserve(key, bytes, seconds)
   if bytes > 0 then
     unreserve(key)
     call('HSET', RESERVED, key, string.format('%.0f', bytes))
@@ -53,7 +53,7 @@ local function review_reservations()
 end
 
 -- A refusal if `bytes` more do not fit into a share of the memory: {'crowded', bytes, free, most}. Otherwise nil.
-refuse_without_room = function(bytes, share)
+local function refuse_without_room(bytes, share)
   review_reservations()
   local used, _, limit = memory()
   local most = share * limit

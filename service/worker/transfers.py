@@ -44,12 +44,6 @@ class Transfers:
             if task is not asyncio.current_task():
                 task.cancel()
 
-    async def progress(self, seconds: float | None = None) -> bool:
-        """Wait up to so many seconds until a task is done. Return whether there were any."""
-        if going := [task for tasks in self._tasks.values() for task in tasks]:
-            await asyncio.wait(going, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        return bool(going)
-
     def _forget(self, job_id: str, done: asyncio.Task[None]) -> None:
         tasks = self._tasks.get(job_id, [])
         if done in tasks:

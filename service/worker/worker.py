@@ -7,7 +7,8 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -17,7 +18,7 @@ from ulid import ULID
 from patchforge.model.flops import patch_flops
 from patchforge.model.pipeline import Pipeline
 from patchforge.service import tracing
-from patchforge.service.errors import InvalidRequest, NotFound
+from patchforge.service.errors import InvalidRequest, NotFound, Unavailable
 from patchforge.service.messages.endings import terminal_event, unsupported
 from patchforge.service.messages.events import Cancelled, Completed, Failed, Started
 from patchforge.service.messages.protocol import digest_need
@@ -31,7 +32,8 @@ from patchforge.service.worker.cards import model_card
 from patchforge.service.worker.device_metrics import register_host
 from patchforge.service.worker.engine import Engine
 from patchforge.service.worker.metrics import WorkerMetrics
-from patchforge.service.worker.outages import Outages
+from patchforge.service.worker.outages import RETRY_SECONDS, Outages
+from patchforge.service.worker.outbox import Message, Outbox
 from patchforge.service.worker.outcomes import JobBroken, JobDone, Outcome, PatchesMade, PictureMade, PreviewMade
 from patchforge.service.worker.pace import Backlog
 from patchforge.service.worker.pacer import Pacer
@@ -45,8 +47,12 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 ANNOUNCE_SECONDS = 2.0
-CLAIM_CHECK_SECONDS = 0.1
-IDLE_BLOCK_SECONDS = 1.0
+NEWS_SECONDS = 1.0  # between two announcements, if jobs ended meanwhile
+KEEP_SECONDS = 1.0  # between heartbeats
+LOOK_SECONDS = 1.0  # between looks for jobs, if nobody rings
+YIELD_SECONDS = 0.2  # how long a busy worker waits for a job before it goes to the back of the line of workers
+BACKLOG_SECONDS = 0.25
+CALL_SECONDS = 2.0
 
 
 class Worker:
@@ -78,14 +84,22 @@ class Worker:
         self.claims: dict[str, Claim] = {}
         self.draining = asyncio.Event()
         self.outages = Outages()
+        self.outbox = Outbox(self._send)
         self.transfers = Transfers()
         self._fetched: list[tuple[str, Source | NotFound]] = []
         """Jobs to admit, with the pictures that they edit."""
         self._parent = parent
         self._news = asyncio.Event()
+        self._work = asyncio.Event()
+        """Set when the main loop may have something to do: it sleeps only without jobs."""
+        self._room = asyncio.Event()
+        """Set when the worker may have room for another job."""
+        self._called = asyncio.Event()
+        """Set when a job may have been cancelled."""
+        self._new: deque[Claim] = deque()
+        """Claimed jobs that are not prepared yet."""
         self._verdicts: dict[str, tuple[Claim, Heartbeat]] = {}
         self._making_room = False
-        self._look_again = 0.0
         queue.on_ended = self._record_ended_in_queue
         queue.capabilities |= {digest_need(pipeline.digest) for pipeline in pipelines.values()}
 
@@ -111,38 +125,40 @@ class Worker:
         """Work until `draining` is set. Then finish the running jobs within the grace period, or give them back."""
         await self._unless_drained(self.outages.outlast(self.queue.check_server), grace=0)
         if not self.draining.is_set():
-            async with self._background(self._announce_models(), self._keep_claims()) as self.transfers.group:
+            async with self._background(
+                self._announce_models(), self._keep_claims(), self._listen_for_calls(), self._look_at_backlog()
+            ) as self.transfers.group:
                 log.info("worker ready", worker=self.id, models=list(self.engine.pipelines))
-                await self._unless_drained(self._main_loop(), grace=self.settings.drain_seconds)
+                async with self._background(self.outbox.run()):
+                    await self._unless_drained(self._main_loop(), grace=self.settings.drain_seconds)
                 await asyncio.gather(*map(self._give_back_job, self.claims.values()))
             await self.outages.attempt(self.queue.retire, self.id)
         log.info("worker stopped", worker=self.id)
 
     async def _main_loop(self) -> None:
-        while not self.draining.is_set():
-            await self._tick()
+        async with self._background(self._take_jobs()):
+            while not self.draining.is_set():
+                if not await self._work_once():
+                    await self._unless_drained(self._work.wait(), grace=0)
         log.info("draining", jobs=len(self.claims))
-        while self.engine.jobs:
-            await self._step_engine()
-        while await self.transfers.progress(CLAIM_CHECK_SECONDS):
-            await self._apply_verdicts()
+        while self.claims:
+            if not await self._work_once():
+                await self._work.wait()
 
-    async def _tick(self) -> None:
-        if self.outages.reason is None:
-            await self.outages.attempt(self._take_jobs)
-            await self._admit_fetched()
-            await self.outages.attempt(self._look_at_backlog)
-        elif not self.claims:
-            await self._unless_drained(self.outages.outlast(self.queue.ping), grace=0)
-        await self._step_engine()  # continues during an outage; heartbeats notice when it is over
+    async def _work_once(self) -> bool:
+        """Drop and prepare jobs, and make one step. Returns False if there was nothing to do."""
+        self._work.clear()
+        await self._apply_verdicts()
+        while self._new:
+            await self._start_job(self._new.popleft())
+        await self._admit_fetched()
         if not self.engine.jobs:
-            await self.transfers.progress(CLAIM_CHECK_SECONDS)
+            return False
+        await self._step_engine()  # continues during an outage; heartbeats notice when it is over
+        return True
 
     async def _step_engine(self) -> None:
         """Make one engine step and deliver its results."""
-        await self._apply_verdicts()
-        if not self.engine.jobs:
-            return
         began, began_ns = time.monotonic(), time.time_ns()
         outcomes = await in_thread(self.engine.step)
         if self.engine.last_shares:  # otherwise nothing was evaluated: all patches were known
@@ -154,36 +170,89 @@ class Worker:
             await self._deliver_outcome(outcome)
 
     async def _take_jobs(self) -> None:
-        """Claim jobs while there is room. Wait for jobs only if there is nothing else to do."""
-        self._making_room = self._making_room and bool(self.claims)
-        while self._has_room():
-            claim = await self._reclaim_job() or await self._claim_job()
-            if claim is None:
-                return
-            if claim.job.id in self.claims:
-                self.claims[claim.job.id] = claim  # it was already ours, but idle during an outage: continue with it
+        """Claim jobs while there is room, beside the engine. Wait for a bell if there are none."""
+        while True:
+            self._room.clear()
+            if self._has_room() and self.outages.reason is None and await self._take_job():
                 continue
-            if self._on_last_attempt(claim) and self.claims:
-                # It must run alone: if the worker dies then, this job is the cause. So it waits until the running jobs
-                # are finished, or goes to a worker that is idle.
-                await self.outages.outlast(self.queue.release, claim)
-                self._making_room = True
+            self._work.set()  # only now, so that jobs which waited together begin together
+            if not self._has_room():
+                await self._room.wait()
+            elif self.outages.reason is not None:
+                await self._await_server()
+            else:
+                await self._wait_for_job()
+
+    async def _take_job(self) -> bool:
+        """Claim a job. Returns False if no other job waits, or the queue is away."""
+        # During an outage all workers seemed silent. So let the live ones send heartbeats first.
+        take_over = self.outages.seconds_since >= self.settings.claim_idle_seconds
+        models = list(self.engine.pipelines)
+        claim = await self.outages.attempt(self.queue.claim, self.id, models, block_seconds=0, take_over=take_over)
+        if claim is None:
+            return False
+        if claim.taken_over:
+            self.metrics.request_reclaimed(claim.job)
+            log.warning("job taken over: its worker stopped responding", job=claim.job.id, attempt=claim.attempt)
+        if claim.job.id in self.claims:
+            self.claims[claim.job.id] = claim  # it was already ours, but idle during an outage: continue with it
+        elif self._on_last_attempt(claim) and self.claims:
+            # It must run alone: if the worker dies then, this job is the cause. So it waits until the running jobs
+            # are finished, or goes to a worker that is idle.
+            await self._pass_on(claim)
+            self._making_room = True
+        else:
+            self.claims[claim.job.id] = claim
+            self._new.append(claim)
+        return not claim.last
+
+    async def _pass_on(self, claim: Claim) -> None:
+        """Give back a job before it has started. Draining must not interrupt that: the job would lose an attempt."""
+        try:
+            await self.outages.outlast(self.queue.release, claim)
+        except asyncio.CancelledError:
+            await self.outages.attempt(self.queue.release, claim)
+            raise
+
+    async def _wait_for_job(self) -> None:
+        """Wait for a bell, but not for longer than `LOOK_SECONDS`.
+
+        The queue server wakes the worker that has waited longest. A busy worker waits in short turns, so that jobs go
+        to idle workers first.
+        """
+        look_at = time.monotonic() + LOOK_SECONDS
+        while (left := look_at - time.monotonic()) > 0:
+            turn = min(left, YIELD_SECONDS) if self.claims else left
+            try:
+                if await self.queue.wait_for_job(list(self.engine.pipelines), turn):
+                    return
+            except Unavailable as error:  # all workers seem silent then, so nobody's job is to be taken over
+                self.outages.failed(error)
                 return
-            await self._start_job(claim)
+
+    async def _await_server(self) -> None:
+        """Wait until the queue can be used again. With jobs, heartbeats notice that."""
+        if self.claims:
+            await asyncio.sleep(RETRY_SECONDS)
+        else:
+            await self.outages.outlast(self.queue.ping)
 
     async def _look_at_backlog(self) -> None:
         """Tell the pacer what waits. Only a full worker asks: any other takes what waits."""
-        if len(self.claims) < self.settings.max_running:
-            self.pacer.backlogs = {}
-        elif time.monotonic() >= self._look_again:
-            waiting, ages = await self.queue.waiting(batches=False), await self.queue.oldest_waiting()
-            workers = max(1, await self.queue.count_workers())
-            self.pacer.backlogs = {
-                model: Backlog(jobs / workers, ages.get(model, 0.0)) for model, jobs in waiting.items()
-            }
-            self._look_again = time.monotonic() + CLAIM_CHECK_SECONDS
+        while True:
+            backlogs = {}
+            if len(self.claims) >= self.settings.max_running and (
+                seen := await self.outages.attempt(self.queue.backlog)
+            ):
+                workers = max(1, seen.workers)
+                backlogs = {
+                    model: Backlog(jobs / workers, seen.oldest.get(model, 0.0)) for model, jobs in seen.hurried.items()
+                }
+            self.pacer.backlogs = backlogs
+            await asyncio.sleep(BACKLOG_SECONDS)
 
     def _has_room(self) -> bool:
+        self._making_room = self._making_room and bool(self.claims)
         if self._making_room or self.draining.is_set() or any(map(self._on_last_attempt, self.claims.values())):
             return False
         return len(self.claims) < self.settings.max_running
@@ -192,28 +261,13 @@ class Worker:
         """Whether all earlier attempts ended with their worker. If only one attempt is allowed, there are none."""
         return 1 < self.settings.max_attempts <= claim.attempt
 
-    async def _reclaim_job(self) -> Claim | None:
-        if self.outages.seconds_since < self.settings.claim_idle_seconds:
-            return None  # during the outage all workers seemed silent; let the live ones send heartbeats first
-        claim = await self.queue.reclaim(self.id, list(self.engine.pipelines))
-        if claim is not None:
-            self.metrics.request_reclaimed(claim.job)
-            log.warning("job taken over: its worker stopped responding", job=claim.job.id, attempt=claim.attempt)
-        return claim
-
-    async def _claim_job(self) -> Claim | None:
-        block = 0 if self.claims else IDLE_BLOCK_SECONDS
-        claiming = self.queue.claim(self.id, list(self.engine.pipelines), block_seconds=block)
-        return await self._unless_drained(claiming, grace=0)
-
     async def _start_job(self, claim: Claim) -> None:
         job = claim.job
-        self.claims[job.id] = claim
         self.metrics.request_started(job)
         self.spans.begin(claim)
         log.info("job started", job=job.id, attempt=claim.attempt, model=job.request.model, n=job.request.n)
         if job.unreadable is not None:
-            await self._fail_job(job.id, unsupported(job.unreadable))
+            await self._tell_failure(job.id, unsupported(job.unreadable))
         elif job.request.image and self.queue.objects is not None:
             self.transfers.begin(job.id, self._fetch_source(job.id))
         else:
@@ -226,6 +280,7 @@ class Worker:
         except NotFound as error:
             source = error
         self._fetched.append((job_id, source))
+        self._work.set()
 
     async def _admit_fetched(self) -> None:
         while self._fetched:
@@ -243,114 +298,147 @@ class Worker:
                 source = await self.outages.outlast(self.queue.source, job.id)
             live = await in_thread(self.engine.admit, job, source)
         except NotFound as error:
-            await self._fail_job(job.id, JobError(code="source_lost", message=error.message))
+            await self._tell_failure(job.id, JobError(code="source_lost", message=error.message))
             return
         except InvalidRequest as error:
-            await self._fail_job(job.id, JobError(code=error.code, message=f"{error.field}: {error.message}"))
+            await self._tell_failure(job.id, JobError(code=error.code, message=f"{error.field}: {error.message}"))
             return
         except Exception as error:  # a faulty job must not stop the worker
-            await self._fail_job(job.id, job_error(job.id, error, otherwise="preparation_failed"))
+            await self._tell_failure(job.id, job_error(job.id, error, otherwise="preparation_failed"))
             return
         steps = live.pictures[0].trajectory.sampler.evaluations
-        if not await self.outages.outlast(self.queue.publish, claim, Started(attempt=claim.attempt, steps=steps)):
-            self._drop_lost_job(job.id)
+        await self.outbox.put(Message(job.id, Started(attempt=claim.attempt, steps=steps)))
 
     async def _deliver_outcome(self, outcome: Outcome) -> None:
-        claim = self.claims.get(outcome.job_id)
-        if claim is None:
-            return
         if isinstance(outcome, PreviewMade | PatchesMade):
             event = outcome.preview if isinstance(outcome, PreviewMade) else outcome.finished
-            if self.outages.reason is None:  # clients may miss it: the report at the end has everything
-                await self.outages.attempt(self.queue.publish, claim, event)
+            if self.outages.reason is None and (claim := self.claims.get(outcome.job_id)) is not None:
+                await self.outbox.put(Message(outcome.job_id, event, patient=not claim.job.request.previews))
         elif isinstance(outcome, PictureMade):
             if self.queue.objects is None:
-                await self.outages.outlast(self.queue.store_image, claim, outcome.index, outcome.data)
-            else:
+                await self.outbox.put(Message(outcome.job_id, (outcome.index, outcome.data)))
+            elif (claim := self.claims.get(outcome.job_id)) is not None:
                 self.transfers.begin(outcome.job_id, self._upload(claim, outcome))
         elif isinstance(outcome, JobDone):
+            done = Message(outcome.job_id, Completed(report=outcome.report))
             if self.queue.objects is None:
-                await self._complete_job(claim, outcome.report)
+                await self.outbox.put(done)
             else:  # its pictures may still be on their way
-                self.engine.drop(outcome.job_id)
-                self.transfers.follow(outcome.job_id, lambda: self._complete_uploaded(outcome))
+                self.transfers.follow(outcome.job_id, lambda: self.outbox.put(done))
         elif isinstance(outcome, JobBroken):
-            await self._fail_job(outcome.job_id, outcome.error)
+            await self._tell_failure(outcome.job_id, outcome.error)
 
     async def _upload(self, claim: Claim, made: PictureMade) -> None:
         """Put a picture into the object store, then tell the queue where it is."""
-        reference = await outlast_store(self.queue.put_picture, claim, made.index, made.data)
-        now = self.claims.get(made.job_id, claim)  # another one if an outage made the first idle
-        if not await self.outages.outlast(self.queue.store_image, now, made.index, reference):
-            await self.queue.discard_picture(reference)
+        picture = await outlast_store(self.queue.put_picture, claim, made.index, made.data)
+        await self.outbox.put(Message(made.job_id, (made.index, picture)))
 
-    async def _complete_uploaded(self, done: JobDone) -> None:
-        if (claim := self.claims.get(done.job_id)) is not None:
-            await self._complete_job(claim, done.report)
+    async def _tell_failure(self, job_id: str, error: JobError) -> None:
+        self.transfers.drop(job_id)
+        await self.outbox.put(Message(job_id, Failed(error=error)))
 
-    async def _complete_job(self, claim: Claim, report: SavingsReport) -> None:
-        if await self._finish_job(claim, Completed(report=report)):
-            self._end_job(claim.job, JobStatus.COMPLETED, report)
-            log.info(
-                "job completed",
-                job=claim.job.id,
-                seconds=round(report.duration_seconds, 3),
-                savings=round(report.savings_ratio, 3),
-            )
-        else:
-            self._drop_lost_job(claim.job.id)
+    async def _send(self, messages: Sequence[Message]) -> None:
+        """Deliver messages about jobs that are still ours. Repeat that after an outage: all of it is safe to repeat."""
+        while True:
+            ours = [(each, claim) for each in messages if (claim := self.claims.get(each.job_id)) is not None]
+            for each in messages:
+                if each.job_id not in self.claims:
+                    await self._discard(each)
+            messages = [each for each, _ in ours]
+            try:
+                results = await self.queue.deliver([each.delivery(claim) for each, claim in ours]) if ours else []
+            except Unavailable as error:
+                self.outages.failed(error)
+                messages = [each for each in messages if not each.may_be_lost]
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            if ours:
+                self.outages.answered()
+            for (message, claim), accepted in zip(ours, results, strict=True):
+                await self._note_answer(message, claim, accepted)
+            return
 
-    async def _fail_job(self, job_id: str, error: JobError) -> None:
-        claim = self.claims[job_id]
-        if await self._finish_job(claim, Failed(error=error)):
-            self._end_job(claim.job, JobStatus.FAILED, error=error)
-            log.warning("job failed", job=job_id, code=error.code, reason=error.message)
-        else:
-            self._drop_lost_job(job_id)
+    async def _note_answer(self, message: Message, claim: Claim, accepted: bool) -> None:
+        if not accepted:
+            await self._discard(message)
+        if self.claims.get(message.job_id) is not claim:
+            return  # an earlier message has ended the job, or there is a new claim
+        if isinstance(message.content, Completed | Failed | Cancelled):
+            if accepted or await self._ended_so(claim, message.content):
+                self._record_end(claim, message.content)
+            else:
+                self._drop_lost_job(message.job_id)
+        elif not accepted and not self.outbox.ends(message.job_id):
+            self._note_verdict(claim, Heartbeat.LOST)
 
-    async def _finish_job(self, claim: Claim, event: Completed | Failed | Cancelled) -> bool:
-        """End the job. Returns False if it is not ours any more. Safe to repeat after an outage."""
-        if await self.outages.outlast(self.queue.finish, claim, event):
-            return True
+    async def _discard(self, message: Message) -> None:
+        """Delete the picture of a message that the queue did not take, if it is in the object store."""
+        if isinstance(message.content, tuple):
+            await self.queue.discard_picture(message.content[1])
+
+    async def _ended_so(self, claim: Claim, event: Completed | Failed | Cancelled) -> bool:
+        """Tell whether an earlier attempt to end the job succeeded, but its answer was lost."""
         try:
             job = await self.outages.outlast(self.queue.get, claim.job.id)
         except NotFound:
             return False
         return job.status.terminal and job.attempt == claim.attempt and terminal_event(job) == event
 
+    def _record_end(self, claim: Claim, event: Completed | Failed | Cancelled) -> None:
+        job = claim.job
+        if isinstance(event, Completed):
+            report = event.report
+            self._end_job(job, JobStatus.COMPLETED, report)
+            took, saved = round(report.duration_seconds, 3), round(report.savings_ratio, 3)
+            log.info("job completed", job=job.id, seconds=took, savings=saved)
+        elif isinstance(event, Failed):
+            self._end_job(job, JobStatus.FAILED, error=event.error)
+            log.warning("job failed", job=job.id, code=event.error.code, reason=event.error.message)
+        else:
+            self._end_job(job, JobStatus.CANCELLED)
+            log.info("job cancelled", job=job.id)
+
+    def _note_verdict(self, claim: Claim, verdict: Heartbeat) -> None:
+        """Let the main loop drop a job before its next step."""
+        self._verdicts[claim.job.id] = claim, verdict
+        self._work.set()
+
     async def _apply_verdicts(self) -> None:
         """Drop cancelled and lost jobs before the next step."""
         verdicts, self._verdicts = self._verdicts, {}
         for job_id, (heard_for, verdict) in verdicts.items():
             claim = self.claims.get(job_id)
-            if claim is None or claim != heard_for:
-                continue  # the verdict was about an earlier claim
+            if claim is None or claim != heard_for or self.outbox.ends(job_id):
+                continue  # the verdict was about an earlier claim, or comes after the job's end
             self.engine.drop(job_id)
-            if verdict is Heartbeat.LOST or not await self._finish_job(claim, Cancelled()):
+            self.transfers.drop(job_id)
+            self._new = deque(each for each in self._new if each.job.id != job_id)
+            self._fetched = [each for each in self._fetched if each[0] != job_id]
+            if verdict is Heartbeat.LOST:
                 self._drop_lost_job(job_id)
             else:
-                self._end_job(claim.job, JobStatus.CANCELLED)
-                log.info("job cancelled", job=job_id)
+                await self.outbox.put(Message(job_id, Cancelled()))
 
     def _end_job(
         self, job: Job, status: JobStatus, report: SavingsReport | None = None, error: JobError | None = None
     ) -> None:
         self.claims.pop(job.id, None)
         self.transfers.drop(job.id)
-        self.engine.drop(job.id)
         self.metrics.request_finished(job, report, status, error.code if error else None)
         self.spans.end(job.id, status.value, report, error)
-        self._news.set()
+        for event in (self._news, self._room, self._work):
+            event.set()
 
     def _drop_lost_job(self, job_id: str) -> None:
         """Drop a job that is no longer ours; its new owner will end it."""
         claim = self.claims.pop(job_id, None)
         self.transfers.drop(job_id)
-        self.engine.drop(job_id)
         if claim is not None:
             self.metrics.request_lost(claim.job)
             self.spans.end(job_id, "lost")
             log.warning("claim lost", job=job_id, attempt=claim.attempt)
+        for event in (self._room, self._work):
+            event.set()
 
     async def _give_back_job(self, claim: Claim) -> None:
         """Return the job to the queue without using up an attempt. If the queue is away, its claim simply expires."""
@@ -381,13 +469,27 @@ class Worker:
         return None if working.cancelled() else working.result()
 
     async def _keep_claims(self) -> None:
-        """Send heartbeats for all claims. Note cancelled and lost ones: the main loop drops them before a step."""
+        """Send heartbeats for all claims, in one call. The main loop drops cancelled and lost ones before a step."""
         while True:
-            for claim in list(self.claims.values()):
-                verdict = await self.outages.attempt(self.queue.heartbeat, claim)
-                if verdict is not None and verdict is not Heartbeat.OK:
-                    self._verdicts[claim.job.id] = claim, verdict
-            await asyncio.sleep(min(CLAIM_CHECK_SECONDS, self.settings.claim_idle_seconds / 4))
+            self._called.clear()
+            if claims := list(self.claims.values()):
+                verdicts = await self.outages.attempt(self.queue.keep, claims) or [Heartbeat.OK] * len(claims)
+                for claim, verdict in zip(claims, verdicts, strict=True):
+                    if verdict is not Heartbeat.OK:
+                        self._note_verdict(claim, verdict)
+            pause = KEEP_SECONDS if self.outages.reason is None else RETRY_SECONDS
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(pause, self.settings.claim_idle_seconds / 4)):
+                    await self._called.wait()
+
+    async def _listen_for_calls(self) -> None:
+        """Notice cancelled jobs at once. If this fails, heartbeats notice them later."""
+        while True:
+            try:
+                if await self.queue.wait_for_call(self.id, CALL_SECONDS):
+                    self._called.set()
+            except Unavailable:
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _announce_models(self) -> None:
         """Tell gateways what this worker serves, and its metrics."""
@@ -395,12 +497,11 @@ class Worker:
             if self._parent is not None and os.getppid() != self._parent:
                 log.warning("the process that started this worker is gone")
                 self.draining.set()
-            await self.outages.attempt(self.queue.announce, self.id, self.cards)
-            await self.outages.attempt(self.queue.announce_metrics, self.id, self.metrics.exposition())
             self._news.clear()
+            await self.outages.attempt(self.queue.announce, self.id, self.cards, self.metrics.exposition())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ANNOUNCE_SECONDS):
-                    await self._news.wait()
+                    await asyncio.gather(self._news.wait(), asyncio.sleep(NEWS_SECONDS))
 
     @contextlib.asynccontextmanager
     async def _background(self, *loops: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.TaskGroup]:

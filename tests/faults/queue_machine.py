@@ -25,7 +25,7 @@ from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Faile
 from patchforge.service.messages.schemas import Job as RealJob
 from patchforge.service.messages.schemas import JobError, Priority
 from patchforge.service.queue import keys
-from patchforge.service.queue.job_queue import Claim, Heartbeat, _claim_arguments
+from patchforge.service.queue.claims import Claim, Heartbeat, claim_arguments
 from patchforge.service.queue.records import EVENT
 from tests.faults.queue_model import Job, Model, require
 from tests.faults.queue_rig import CAP, MAX_ATTEMPTS, MEMORY, Rig
@@ -145,6 +145,7 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             self.model.accept(Job(answer.id, model, priority.value, deadline, special, room), key, fingerprint)
             self.jobs.append(answer.id)
+            require(self.rig.client.exists(keys.bell(model, special=special)), "a new job rings for a worker")
 
     @once_submitted
     @rule(which=WHICH, running=st.booleans())
@@ -154,21 +155,28 @@ class QueueMachine(RuleBasedStateMachine):
         require((answer is NotFound) == (job_id not in self.model.jobs), "known to both or to neither")
         self.model.cancel(job_id)
         self.check_ended()
+        job = self.model.jobs.get(job_id)
+        if job is not None and job.holder is not None:
+            require(self.rig.client.exists(keys.call(job.holder.worker_id)), "a cancel calls the worker")
 
     @once_submitted
     @rule(which=WHICH, skip=st.integers(0, 3))
     def look(self, which: tuple[bool, int], skip: int) -> None:
         """Watches the picture and, if the job has ended, its events from some position."""
         job_id = self.a_job(which)
+        self.ask(self.rig.gateway.get(job_id))  # overdue jobs expire; a picture is read without a script
+        self.check_ended()
         picture = self.ask(self.rig.gateway.image(job_id, 0))
         known = self.model.jobs.get(job_id)
         expected = NotFound if known is None else b"0" if known.pictures else NotReady
         require(picture == expected, "the picture is there once it was stored")
-        if known is not None and known.ended:
+        if known is not None and known.ended and not known.collected:
             ids = [entry.decode() for entry, _ in self.rig.client.xrange(keys.events(job_id))]
             seen = min(skip, len(ids))
             events = self.call(watched(self.rig.gateway, job_id, ids[seen - 1] if seen else "0"))
             require([event.type for _, event in events] == known.events[seen:], "a watcher sees what follows its place")
+            end = self.call(self.rig.gateway.wait_for_end(job_id))
+            require(end.type == known.status, "who waits only for the end gets it")
             self.rig.tally["watched to the end"] += 1
 
     # Workers.
@@ -229,7 +237,7 @@ class QueueMachine(RuleBasedStateMachine):
         job = untold and self.model.owned(untold)
         if not untold or not job:
             return False
-        require(taken and _claim_arguments(taken) == _claim_arguments(untold), "the same claim, told at last")
+        require(taken and claim_arguments(taken) == claim_arguments(untold), "the same claim, told at last")
         job.idle = False
         self.rig.tally["told at last"] += 1
         return True
@@ -291,8 +299,11 @@ class QueueMachine(RuleBasedStateMachine):
     def release(self, which: tuple[bool, int]) -> None:
         claim = self.a_claim(which)
         done = self.call(self.rig.worker.release(claim))
-        require(done == self.model.release(self.owned(claim)), "only the holder releases")
+        job = self.owned(claim)
+        require(done == self.model.release(job), "only the holder releases")
         self.check_ended()
+        if job is not None and not job.ended:
+            require(self.rig.client.exists(keys.bell(job.model, special=job.special)), "who is given back rings")
 
     def owned(self, claim: Claim) -> Job | None:
         job = self.model.owned(claim)
@@ -333,13 +344,17 @@ class QueueMachine(RuleBasedStateMachine):
         """Rarely, empties or kills the server. Then a submit is refused, and accepted jobs are kept."""
         if chance == 17:
             self.rig.client.flushall()
-            self.model.forget_all()
+            self.forget_all()
             self.rig.tally["flushes"] += 1
         elif chance in (5, 29):
             self.rig.kill_server()
             with pytest.raises(Unavailable):
                 self.rig.run(self.rig.gateway.submit(a_request(model="a"), idempotency_key="k1", fingerprint="one"))
             self.rig.start_server()
+
+    def forget_all(self) -> None:
+        """Someone emptied the server."""
+        self.model.forget_all()
 
     @invariant()
     def model_and_queue_agree(self) -> None:
@@ -353,8 +368,9 @@ class QueueMachine(RuleBasedStateMachine):
             require(bool(cancel) == job.cancel, "who is to be cancelled")
             published = [EVENT.validate_json(text) for text in events]
             terminal = [event for event in published if isinstance(event, TERMINAL_EVENTS)]
-            require(len(terminal) == job.ended, "one terminal event once ended, none before")
-            require([event.type for event in published] == job.events, f"events {published}, expected {job.events}")
+            watched, expected = job.ended and not job.collected, [] if job.collected else job.events
+            require(len(terminal) == watched, "one terminal event once ended, none before")
+            require([event.type for event in published] == expected, f"events {published}, expected {expected}")
             require(bool(pictures) == bool(job.pictures), "the pictures stored")
             require({ttl > 0 for ttl in ttls if ttl != -2} == {job.ended}, "what has ended lapses, and nothing else")
             if not job.ended:

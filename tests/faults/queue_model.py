@@ -41,6 +41,8 @@ class Job:
     idle: bool = False
     events: list[str] = field(default_factory=lambda: ["queued"])
     pictures: set[int] = field(default_factory=set)
+    collected: bool = False
+    """Its batch has seen it end: nobody watches, and its events are gone."""
 
     @property
     def ended(self) -> bool:

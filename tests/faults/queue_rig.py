@@ -15,8 +15,9 @@ import redis
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.errors import Unavailable
 from patchforge.service.messages.protocol import CAPABILITIES
-from patchforge.service.queue import keys
-from patchforge.service.queue.job_queue import Claim, JobQueue, _claim_from
+from patchforge.service.queue import JobQueue, keys
+from patchforge.service.queue.claims import Claim, claim_from
+from patchforge.service.queue.roster import Roster
 from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
 
@@ -25,6 +26,7 @@ T = TypeVar("T")
 CAP, MAX_ATTEMPTS, IDLE_MS = 4, 3, 3_600_000
 MEMORY = 1 << 40
 """That the queue server may hold: next to it, what it does hold is nothing."""
+BATCH_IN_FLIGHT = 1
 PREFIXES = (keys.JOB, keys.EVENTS, keys.IMAGES, keys.QUEUE)
 
 # Everything about the given jobs, the waiting list and the queues, in one atomic call.
@@ -64,6 +66,7 @@ class Rig:
             max_attempts=MAX_ATTEMPTS,
             claim_idle_seconds=IDLE_MS / 1000,
             redis_memory_bytes=MEMORY,
+            batch_in_flight=BATCH_IN_FLIGHT,
         )
         self.gateway, self.worker = (JobQueue.connect(self.server.url, limits) for _ in range(2))
         self.client = redis.Redis.from_url(self.server.url)
@@ -101,8 +104,8 @@ class Rig:
 
         async def carried_out(*args: Any, **kwargs: Any) -> Any:
             nonlocal taken
-            record, _ = await carry_out(*args, **kwargs)
-            taken = _claim_from(worker, record) if record else None
+            record, how = await carry_out(*args, **kwargs)
+            taken = claim_from(worker, record, how) if record else None
             raise Unavailable("no answer")
 
         queue._run = carried_out  # type: ignore[method-assign]
@@ -114,8 +117,9 @@ class Rig:
         return taken
 
     def forget_calls(self) -> None:
-        """Makes all workers forget their unanswered calls, as after a restart."""
+        """Makes all workers forget their unanswered calls, and gateways the workers, as after a restart."""
         self.worker._unanswered.clear()
+        self.gateway._roster = Roster(self.gateway)
 
     def kill_server(self) -> None:
         self.server.kill()

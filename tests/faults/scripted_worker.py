@@ -43,12 +43,12 @@ class PatientQueue(JobQueue):
             with suppress(Unavailable):
                 return await super()._do(*command)
 
-    async def claim(self, worker_id: str, models: Sequence[str], *, block_seconds: float) -> Claim | None:
+    async def claim(
+        self, worker_id: str, models: Sequence[str], *, block_seconds: float, take_over: bool = True
+    ) -> Claim | None:
         """Returns a job, possibly one that was claimed by an earlier call whose answer was lost."""
         with suppress(Unavailable):
-            return await self.reclaim(worker_id, models) or await super().claim(
-                worker_id, models, block_seconds=block_seconds
-            )
+            return await super().claim(worker_id, models, block_seconds=block_seconds, take_over=take_over)
         return None
 
 

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 from patchforge.service.cli.main import app
 from patchforge.service.queue import Claim, JobQueue
 
 
-def stop_before(method: str) -> None:
-    """`method` is the JobQueue method that the worker is about to call. Its claim exists and is known by then."""
-    tell, publish = getattr(JobQueue, method), JobQueue.publish
-    published = told = False
+def stop_before(call: str) -> None:
+    """`call`: what the worker is about to tell the queue: heartbeat, store_image or finish. A job has started then."""
+    keep, deliver = JobQueue.keep, JobQueue.deliver
+    begun = stopped = False
 
-    async def published_first(queue: JobQueue, *event: Any) -> Any:
-        nonlocal published
-        answer = await publish(queue, *event)
-        published = True
+    def stop() -> None:
+        nonlocal stopped
+        if begun and not stopped:
+            stopped = True
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    async def watched_keep(queue: JobQueue, claims: Sequence[Claim]) -> Any:
+        if call == "heartbeat":
+            stop()
+        return await keep(queue, claims)
+
+    async def watched_deliver(queue: JobQueue, deliveries: Sequence[Any]) -> Any:
+        nonlocal begun
+        if any(command == call for command, *_ in deliveries):
+            stop()
+        answer = await deliver(queue, deliveries)
+        begun = True
         return answer
 
-    async def stopped_first(queue: JobQueue, claim: Claim, *rest: Any) -> Any:
-        nonlocal told
-        if published and not told:
-            told = True
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return await tell(queue, claim, *rest)
-
-    for name, wrapped in (("publish", published_first), (method, stopped_first)):
-        setattr(JobQueue, name, wrapped)
+    JobQueue.keep, JobQueue.deliver = watched_keep, watched_deliver  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ class Tap:
         self._wanted, self._callback, self._on_answer = wanted, callback, False
 
     def once_answered(self, wanted: bytes, callback: Callable[[], None]) -> None:
-        """Runs the callback when the server has answered the next request with these bytes, before the client knows."""
+        """Runs the callback when the server has answered the next request with these bytes, before the client knows.
+
+        If the server does not have the request's script yet, the client sends it again; only the second answer counts.
+        """
         self._wanted, self._callback, self._on_answer = wanted, callback, True
 
     def _accept(self) -> None:
@@ -43,19 +46,22 @@ class Tap:
         """Copies bytes until either side closes. Bytes sent before that still arrive."""
         address = str(self._server.hostname), self._server.port or 0
         with contextlib.suppress(OSError), client, socket.create_connection(address) as server:
-            answering = False
+            answering: bytes | None = None
             while True:
                 for source in select.select([client, server], [], [])[0]:
                     data = source.recv(1 << 16)
                     if not data:
                         return
                     if source is client and self._wanted is not None and self._wanted in data:
-                        self._wanted, answering = None, self._on_answer
-                        if not answering:
+                        self._wanted, answering = None, self._wanted if self._on_answer else None
+                        if not self._on_answer:
                             self._callback()
-                    elif source is server and answering:
-                        answering = False
-                        self._callback()
+                    elif source is server and answering is not None:
+                        if data.startswith(b"-NOSCRIPT "):
+                            self._wanted = answering
+                        else:
+                            self._callback()
+                        answering = None
                     (server if source is client else client).sendall(data)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.faults.queue_machine import QueueMachine
+from tests.faults.batch_machine import BatchMachine
 from tests.faults.queue_rig import Rig
 
 
@@ -33,7 +33,7 @@ def explore(rig: Rig, runs: int, steps: int, *, derandomize: bool) -> Counter[st
         phases=[Phase.generate, Phase.shrink],
         print_blob=True,
     )
-    run_state_machine_as_test(lambda: QueueMachine(rig), settings=profile)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(lambda: BatchMachine(rig), settings=profile)  # type: ignore[no-untyped-call]
     assert rig.tally["runs"] >= runs
     return rig.tally
 
@@ -50,6 +50,13 @@ def test_random_interleavings(rig: Rig) -> None:
         "cancelled unasked",
         "submit: full",
         "submit: crowded",
+        "taken over in turn",
+        "deliveries together",
+        "rosters",
+        "feed: queued",
+        "feed: stale",
+        "feed: enough",
+        "batch: finalizing",
     ):
         assert tally[kind], f"no {kind}: the runs were in vain"
 
@@ -62,3 +69,6 @@ def test_two_thousand_random_interleavings(rig: Rig, capsys: pytest.CaptureFixtu
         print("\nqueue model, no violation:", ", ".join(f"{count} {kind}" for kind, count in sorted(tally.items())))
     assert tally["failed unasked"], "no job was dead-lettered"
     assert tally["server kills"]
+    assert tally["batch: completed"]
+    assert tally["batch: cancelled"]
+    assert tally["batches deleted"]

@@ -10,6 +10,7 @@ from patchforge.service.cli.bench.engine import engine
 from patchforge.service.cli.bench.forward import forward
 from patchforge.service.cli.bench.gateway import gateway
 from patchforge.service.cli.bench.memory import memory
+from patchforge.service.cli.bench.queue import queue
 from patchforge.service.cli.bench.recipe import recipe
 from patchforge.service.cli.bench.sampler import sampler
 from patchforge.service.cli.bench.threads import threads
@@ -17,5 +18,6 @@ from patchforge.service.cli.errors import needs
 
 bench_app = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
 
-for command in (sampler, budget, forward, memory, engine, gateway, claims, recipe, threads):
-    bench_app.command(command.__name__)(needs("server" if command is gateway else "worker")(command))
+for command in (sampler, budget, forward, memory, engine, gateway, queue, claims, recipe, threads):
+    extra = {gateway: "server", queue: "all"}.get(command, "worker")
+    bench_app.command(command.__name__)(needs(extra)(command))

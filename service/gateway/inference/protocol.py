@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,8 @@ from PIL import Image
 
 from patchforge.service.errors import InvalidRequest, NotFound, Unavailable, Unsupported
 from patchforge.service.gateway.inference.tensors import BYTES, Input, Output, pack_output
-from patchforge.service.gateway.jobs import EVENTS_BROKE_OFF, JobService
+from patchforge.service.gateway.jobs import JobService
 from patchforge.service.gateway.validation import parse_json, printable, validated
-from patchforge.service.messages.endings import raise_if_lost
-from patchforge.service.messages.events import Completed
 from patchforge.service.messages.schemas import GenerationRequest, ModelCard, SavingsReport
 from patchforge.service.threads import in_thread
 
@@ -206,14 +205,10 @@ async def infer(service: JobService, tenant: str | None, card: ModelCard, wish: 
 
 async def _draw(service: JobService, tenant: str | None, card: ModelCard, wish: Wish) -> Result:
     async with await service.run(build_generation(card, wish), tenant) as run:
-        async for _, event in run:
-            raise_if_lost(event)
-            if isinstance(event, Completed):
-                pictures = []
-                if "image" in wish.outputs:
-                    pictures = [await service.image(run.job, index) for index in range(run.job.request.n)]
-                return Result(pictures, event.report)
-    raise Unavailable(EVENTS_BROKE_OFF)
+        report, pictures = (await run.completed()).report, []
+        if "image" in wish.outputs:
+            pictures = await asyncio.gather(*(service.image(run.job, index) for index in range(run.job.request.n)))
+        return Result(pictures, report)
 
 
 def make_outputs(result: Result, names: Sequence[str]) -> list[Output]:

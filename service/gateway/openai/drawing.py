@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from base64 import b64encode
@@ -11,8 +12,8 @@ from typing import Any
 
 from sse_starlette import ServerSentEvent
 
-from patchforge.service.errors import PatchforgeError, Unavailable
-from patchforge.service.gateway.jobs import EVENTS_BROKE_OFF, JobService, Run
+from patchforge.service.errors import PatchforgeError
+from patchforge.service.gateway.jobs import JobService, Run
 from patchforge.service.gateway.openai.requests import OpenAIRequest
 from patchforge.service.gateway.problems import Problem
 from patchforge.service.messages.endings import raise_if_lost
@@ -51,11 +52,7 @@ class Drawing:
 
     async def complete(self) -> dict[str, Any]:
         async with await self.begin() as run:
-            async for _, event in run:
-                if isinstance(event, Completed):
-                    return await self._build_response(run, event.report)
-                raise_if_lost(event)
-        raise Unavailable(EVENTS_BROKE_OFF)
+            return await self._build_response(run, (await run.completed()).report)
 
     async def stream(self, run: Run) -> AsyncIterator[ServerSentEvent]:
         partials = PartialImages(self.body.partial_images or 0)
@@ -78,7 +75,7 @@ class Drawing:
 
     async def _build_response(self, run: Run, report: SavingsReport) -> dict[str, Any]:
         links = {} if self.body.response_format == "b64_json" else await self.service.picture_links(run.job)
-        images = [await self._build_image(run, index, links) for index in range(self.generation.n)]
+        images = await asyncio.gather(*(self._build_image(run, index, links) for index in range(self.generation.n)))
         return build_response(run.job, report, images, int(time.time())) | self._repeat_options(run)
 
     async def _build_image(self, run: Run, index: int, links: Mapping[int, str]) -> dict[str, str]:

@@ -56,6 +56,7 @@ COMMANDS = {
     "bench claims": "worker",
     "bench recipe": "worker",
     "bench gateway": "server",
+    "bench queue": "all",
     "soak": "all",
 }
 PROGRAM = """

@@ -16,7 +16,8 @@ from patchforge.service.gateway.app import Gateway
 from patchforge.service.messages.events import Cancelled, Completed, Failed, Preview, Started
 from patchforge.service.messages.samplers import DualLoop, Euler
 from patchforge.service.messages.schemas import ImageReport, JobError, ModelCard, SavingsReport
-from patchforge.service.queue.job_queue import ANNOUNCED, Claim, Heartbeat, JobQueue
+from patchforge.service.queue import Claim, Heartbeat, JobQueue
+from patchforge.service.queue.work import ANNOUNCED
 from tests.patience import PATIENCE
 
 ROWS, COLUMNS = 2, 3

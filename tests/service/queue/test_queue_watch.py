@@ -11,9 +11,9 @@ from redis.asyncio import Redis
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.errors import InvalidRequest, NotFound
 from patchforge.service.messages.events import Event, ImageReady, Preview, Queued, Started
-from patchforge.service.queue import job_queue as queue_module
-from patchforge.service.queue import keys
-from patchforge.service.queue.job_queue import BATCH, Claim, JobQueue
+from patchforge.service.queue import Claim, JobQueue, keys
+from patchforge.service.queue import watching as queue_module
+from patchforge.service.queue.watching import BATCH
 from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
 from tests.service.queue.kit import (

@@ -14,7 +14,7 @@ from patchforge.service.messages.events import TERMINAL_EVENTS, Failed
 from patchforge.service.messages.schemas import Job, JobStatus, Priority
 from patchforge.service.queue import Claim, Heartbeat, JobQueue, keys
 from patchforge.service.queue import connection as queue_redis
-from patchforge.service.queue import job_queue as queue_module
+from patchforge.service.queue import work as queue_module
 from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
 from tests.service.queue.kit import (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -270,10 +271,10 @@ async def test_a_job_on_its_last_attempt_runs_alone(
 async def test_a_worker_that_cannot_keep_its_claims_ends(
     worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(claim: Claim) -> Heartbeat:
+    async def broken(claims: Sequence[Claim]) -> list[Heartbeat]:
         raise ResponseError("WRONGTYPE")
 
-    monkeypatch.setattr(queue, "heartbeat", broken)
+    monkeypatch.setattr(queue, "keep", broken)
     await queue.submit(request(steps=200, n=10))
     with pytest.raises(ExceptionGroup):
         await asyncio.wait_for(worker.run(), PATIENCE)
@@ -298,20 +299,20 @@ async def test_no_one_is_taken_for_dead_after_an_outage(
 async def test_a_worker_that_takes_over_its_own_job_goes_on_with_it(
     worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard, heartbeat, reclaimed, reclaim = asyncio.Event(), queue.heartbeat, asyncio.Event(), queue.reclaim
+    heard, keep, reclaimed, claim = asyncio.Event(), queue.keep, asyncio.Event(), queue.claim
 
-    async def watched_reclaim(worker_id: str, models: list[str]) -> Claim | None:
-        claim = await reclaim(worker_id, models)
-        if claim is not None:
+    async def watched_claim(*args: Any, **options: Any) -> Claim | None:
+        taken = await claim(*args, **options)
+        if taken is not None and taken.taken_over:
             reclaimed.set()
-        return claim
+        return taken
 
-    async def held_up(claim: Claim) -> Heartbeat:
+    async def held_up(claims: Sequence[Claim]) -> list[Heartbeat]:
         await heard.wait()
-        return await heartbeat(claim)
+        return await keep(claims)
 
-    monkeypatch.setattr(queue, "heartbeat", held_up)
-    monkeypatch.setattr(queue, "reclaim", watched_reclaim)
+    monkeypatch.setattr(queue, "keep", held_up)
+    monkeypatch.setattr(queue, "claim", watched_claim)
     async with running(worker):
         job = await queue.submit(request(steps=100, sampler={"name": "dual_loop", "inner_steps": 4}))
         await first(queue, job.id, Started)

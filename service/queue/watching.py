@@ -1,0 +1,143 @@
+"""Jobs as their callers see them: the record, the events as they happen, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncGenerator
+
+from redis.asyncio import Redis
+
+from patchforge.service.errors import InvalidEventId, NotFound
+from patchforge.service.messages.endings import terminal_event
+from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Event
+from patchforge.service.messages.schemas import Job
+from patchforge.service.queue import keys
+from patchforge.service.queue.connection import QueueConnection
+from patchforge.service.queue.event_hub import EventHub
+from patchforge.service.queue.records import event_from, job_from, with_digest
+from patchforge.service.settings import Settings
+
+BATCH = 64  # events a watcher reads at once; if there are as many, it has fallen behind,
+BATCH_BYTES = 512 << 10  # and so it has if they are larger than this: slow readers must not use up memory
+FEW = 16  # events that a watcher reads without asking whether it has fallen behind
+POLL = 2.0  # seconds after which a watcher reads without a bell, in case the bell was lost
+
+_JOB_ID = re.compile(r"[0-9A-Z]{26}")
+_EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?")
+
+
+class WatchedJobs(QueueConnection):
+    """Reads and watches jobs. Any method may raise `Unavailable`: Redis is full or silent."""
+
+    def __init__(self, redis: Redis, blocking: Redis, settings: Settings) -> None:
+        super().__init__(redis, blocking, settings)
+        self._hub = EventHub(blocking)
+
+    async def close(self) -> None:
+        await self._hub.close()
+        await super().close()
+
+    async def get(self, job_id: str) -> Job:
+        """Returns the job.
+
+        Raises:
+            NotFound: there is no such job.
+        """
+        return await self._run_on_job("read", job_id)
+
+    def watch(self, job_id: str, after: str = "0") -> AsyncGenerator[tuple[str, Event], None]:
+        """Yields (event id, event): past events after the given id, then live ones, up to the terminal event.
+
+        A reader that falls behind misses only previews that newer ones replace, even if its position was trimmed from
+        the stream. Every reader gets the terminal event, unless `after` is its id. Other events that this version
+        cannot read are skipped.
+
+        Raises:
+            InvalidEventId: `after` is malformed; raised by the call itself.
+            NotFound: there is no such job; raised by the iteration.
+        """
+        if not _EVENT_ID.fullmatch(after):
+            raise InvalidEventId("is not an event id", field="Last-Event-ID")
+        return self._watch(job_id, after if "-" in after else f"{after}-0")
+
+    async def wait_for_end(self, job_id: str) -> Event:
+        """Returns the job's terminal event, as soon as there is one. Costs less than to watch all events.
+
+        Raises:
+            NotFound: there is no such job.
+        """
+        check_job_id(job_id)
+        with self._hub.listen(job_id) as bell:
+            while True:
+                bell.clear()
+                known, ended = await self._do("HMGET", keys.job(job_id), "id", "last_event")
+                if known is None:
+                    raise NotFound(f"no job {job_id}")
+                if ended is not None:
+                    return terminal_event(await self.get(job_id))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(POLL):
+                        await bell.wait()
+
+    async def _watch(self, job_id: str, after: str) -> AsyncGenerator[tuple[str, Event], None]:
+        check_job_id(job_id)
+        rung = False
+        with self._hub.listen(job_id) as bell:
+            while True:
+                bell.clear()
+                last_id, more = None, False
+                # Who waited at the bell has seen all before it: a plain read is cheaper, and enough unless it fails.
+                entries = await self._read_few_events(job_id, after) if rung else []
+                if not entries:
+                    status, last_id, entries, more = await self._run("news", job_id, after, BATCH, BATCH_BYTES)
+                    if status is None:
+                        raise NotFound(f"no job {job_id}")
+                for entry_id, fields in entries:
+                    after, event = entry_id.decode(), event_from(fields)
+                    if event is None and entry_id == last_id:
+                        event = terminal_event(await self.get(job_id))
+                    if event is None:
+                        continue
+                    if isinstance(event, Completed):
+                        digest = await self._do("HGET", keys.job(job_id), "digest")
+                        event = Completed(report=with_digest(event.report, digest))
+                    yield after, event
+                    if isinstance(event, TERMINAL_EVENTS):
+                        return
+                if not entries and last_id is not None:
+                    # The job has ended, and its last event was seen before or is gone.
+                    if last_id.decode() != after:
+                        yield last_id.decode(), terminal_event(await self.get(job_id))
+                    return
+                rung = not more and await self._hear(bell)
+
+    async def _hear(self, bell: asyncio.Event) -> bool:
+        """Waits for the bell. Returns False after `POLL` seconds, or if the bell has rung meanwhile."""
+        if bell.is_set():
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(POLL):
+                await bell.wait()
+                return True
+        return False
+
+    async def _read_few_events(self, job_id: str, after: str) -> list[tuple[bytes, list[bytes]]]:
+        """Returns the events after an id, or nothing if there are many, or one cannot be read: then run `news`."""
+        found = await self._do("XRANGE", keys.events(job_id), f"({after}", "+", "COUNT", FEW)
+        entries = [(entry_id, [part for pair in fields.items() for part in pair]) for entry_id, fields in found]
+        legible = all(event_from(fields) is not None for _, fields in entries)
+        return entries if legible and len(entries) < FEW else []
+
+    async def _run_on_job(self, command: str, job_id: str) -> Job:
+        check_job_id(job_id)
+        record = await self._run(command, job_id)
+        if not record:
+            raise NotFound(f"no job {job_id}")
+        return job_from(record)
+
+
+def check_job_id(job_id: str) -> None:
+    if not _JOB_ID.fullmatch(job_id):
+        raise NotFound("no such job")
