@@ -85,7 +85,8 @@ class TestLifeOfAJob:
             assert await redis_client.ttl(key) > 0
         left = {key.decode() async for key in redis_client.scan_iter()}
         assert all(key.startswith(keys.TAG) for key in left)
-        assert {key for key in left if await redis_client.ttl(key) < 0} <= {*queue._list_streams(["emoji"]), keys.STREAMS}
+        lasting = {*queue._list_streams(["emoji"]), keys.STREAMS}
+        assert {key for key in left if await redis_client.ttl(key) < 0} <= lasting
 
     async def test_unknown_jobs_and_pictures(self, queue: JobQueue) -> None:
         job = await queue.submit(a_request())
