@@ -123,6 +123,10 @@ class ResultsUnavailable(Unavailable):
     code = "results_unavailable"
 
 
+class ResultsElsewhere(ResultsUnavailable):
+    """What is wanted is in another object store than this process may use."""
+
+
 class ResultsRefused(ResultsUnavailable):
     """The object store refuses what this process needs; until someone changes its settings or ours, it always will."""
 

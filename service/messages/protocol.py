@@ -97,6 +97,11 @@ def digest_need(digest: str) -> str:
     return f"digest.{digest}"
 
 
+def is_pin(need: str) -> bool:
+    """Tells whether a capability is one of `digest_need`."""
+    return need.startswith("digest.")
+
+
 def needs_of(request: GenerationRequest) -> frozenset[str]:
     """Returns the capabilities that a worker needs to run this request, whose defaults are filled in.
 

@@ -79,9 +79,9 @@ def queue(model: str, priority: str, *, special: bool = False) -> str:
     return f"{QUEUE}{SPECIAL if special else ''}{priority}:{model}"
 
 
-def bell(model: str, *, special: bool = False) -> str:
-    """Returns the list that wakes a worker for a job of a model."""
-    return f"{BELL}{SPECIAL if special else ''}{model}"
+def bell(model: str, *, special: bool = False, pin: str | None = None) -> str:
+    """Returns the list that wakes a worker for a job of a model. `pin`: the job's need for one bundle."""
+    return f"{BELL}{SPECIAL if special else ''}{'' if pin is None else f'{pin}:'}{model}"
 
 
 def call(worker_id: str) -> str:

@@ -99,7 +99,8 @@ local function enqueue(id, class, deadline)
   call('SADD', STREAMS, stream)
   call('HSET', JOB .. id, 'status', 'waiting', 'stream', stream, 'entry', entry)
   call('ZADD', WAITING, deadline, member(id))
-  ring(BELL .. (needs and SPECIAL or '') .. model)
+  local pin = needs and string.match(needs, 'digest%.%x+') -- other workers of the model would only silence its bell
+  ring(BELL .. (needs and SPECIAL or '') .. (pin and pin .. ':' or '') .. model)
 end
 
 -- Use only for delivered entries: deleting others would make the group's lag unknown.

@@ -14,7 +14,7 @@ from ulid import ULID
 
 from patchforge.service.errors import Unavailable
 from patchforge.service.messages.events import Cancelled, Completed, Event, Expired, Failed
-from patchforge.service.messages.protocol import CAPABILITIES, FIRST, OBJECT_STORE
+from patchforge.service.messages.protocol import CAPABILITIES, FIRST, OBJECT_STORE, is_pin
 from patchforge.service.messages.schemas import ModelCard, Priority
 from patchforge.service.queue import keys
 from patchforge.service.queue.claims import (
@@ -165,7 +165,9 @@ class WorkQueue(PictureStore):
 
     def _list_bells(self, models: Sequence[str]) -> list[str]:
         kinds = (False, True) if self._special else (False,)
-        return [keys.bell(name, special=kind) for kind in kinds for name in models]
+        pins = [need for need in self._special if is_pin(need)]
+        bells = [keys.bell(name, special=kind) for kind in kinds for name in models]
+        return bells + [keys.bell(name, special=True, pin=pin) for pin in pins for name in models]
 
     async def _take_or_return(
         self, command: str, worker_id: str, streams: Sequence[str], *options: str

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NewType, TypeVar
 
 import structlog
 
-from patchforge.service.errors import InvalidRequest, NotFound, ResultsRefused, ResultsUnavailable
+from patchforge.service.errors import InvalidRequest, NotFound, ResultsElsewhere, ResultsRefused, ResultsUnavailable
 from patchforge.service.results.reasons import is_missing, reason_of
 from patchforge.service.settings import Settings
 
@@ -149,7 +149,7 @@ class ObjectStore:
     def _key(self, reference: Reference) -> str:
         key = reference.removeprefix(f"{SCHEME}{self.bucket}/")
         if key == reference:
-            raise ResultsUnavailable(f"this is in another object store than {self.place}: {reference}")
+            raise ResultsElsewhere(f"this is in another object store than {self.place}: {reference}")
         return key
 
     async def _call(self, operation: str, working: Awaitable[T], size: int = 0) -> T:
@@ -158,7 +158,7 @@ class ObjectStore:
         try:
             result = await working
         except self._errors as error:
-            missing = is_missing(error)
+            missing = operation == "get" and is_missing(error)
             self.on_call(operation, time.monotonic() - began, 0, missing)
             if missing:
                 self._note(operation, None)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import ParamSpec, TypeVar
 
-from patchforge.service.errors import ResultsUnavailable
+from patchforge.service.errors import ResultsElsewhere, ResultsUnavailable
 from patchforge.service.worker.outages import RETRY_SECONDS
 
 P = ParamSpec("P")
@@ -20,6 +20,11 @@ class Transfers:
         self.group: asyncio.TaskGroup | None = None
         """Where they run. If one raises an error, the worker ends: it would lose pictures."""
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is any work."""
+        return bool(self._tasks)
 
     def begin(self, job_id: str, work: Coroutine[None, None, None]) -> None:
         """Start `work` for a job."""
@@ -53,9 +58,15 @@ class Transfers:
 
 
 async def outlast_store(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Repeat a call until the object store can be used. The store itself logs why it cannot."""
+    """Repeat a call until the object store can be used. The store itself logs why it cannot.
+
+    Raises:
+        ResultsElsewhere: what is wanted is in another store.
+    """
     while True:
         try:
             return await call(*args, **kwargs)
+        except ResultsElsewhere:
+            raise
         except ResultsUnavailable:
             await asyncio.sleep(RETRY_SECONDS)

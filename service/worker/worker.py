@@ -18,7 +18,7 @@ from ulid import ULID
 from patchforge.model.flops import patch_flops
 from patchforge.model.pipeline import Pipeline
 from patchforge.service import tracing
-from patchforge.service.errors import InvalidRequest, NotFound, Unavailable
+from patchforge.service.errors import InvalidRequest, NotFound, ResultsElsewhere, Unavailable
 from patchforge.service.messages.endings import terminal_event, unsupported
 from patchforge.service.messages.events import Cancelled, Completed, Failed, Started
 from patchforge.service.messages.protocol import digest_need
@@ -99,6 +99,8 @@ class Worker:
         self._new: deque[Claim] = deque()
         """Claimed jobs that are not prepared yet."""
         self._verdicts: dict[str, tuple[Claim, Heartbeat]] = {}
+        self._refused: dict[str, Claim] = {}
+        """Held jobs of which the queue refused something: it is gone, so no later claim may continue with them."""
         self._making_room = False
         queue.on_ended = self._record_ended_in_queue
         queue.capabilities |= {digest_need(pipeline.digest) for pipeline in pipelines.values()}
@@ -194,7 +196,9 @@ class Worker:
         if claim.taken_over:
             self.metrics.request_reclaimed(claim.job)
             log.warning("job taken over: its worker stopped responding", job=claim.job.id, attempt=claim.attempt)
-        if claim.job.id in self.claims:
+        if claim.job.id in self._refused:
+            await self._pass_on(claim)
+        elif claim.job.id in self.claims:
             self.claims[claim.job.id] = claim  # it was already ours, but idle during an outage: continue with it
         elif self._on_last_attempt(claim) and self.claims:
             # It must run alone: if the worker dies then, this job is the cause. So it waits until the running jobs
@@ -253,7 +257,9 @@ class Worker:
 
     def _has_room(self) -> bool:
         self._making_room = self._making_room and bool(self.claims)
-        if self._making_room or self.draining.is_set() or any(map(self._on_last_attempt, self.claims.values())):
+        if self._refused or self._making_room or self.draining.is_set():
+            return False
+        if any(map(self._on_last_attempt, self.claims.values())):
             return False
         return len(self.claims) < self.settings.max_running
 
@@ -279,6 +285,8 @@ class Worker:
             source: Source | NotFound = await outlast_store(self.outages.outlast, self.queue.source, job_id)
         except NotFound as error:
             source = error
+        except ResultsElsewhere as error:  # it will not come back
+            source = NotFound(error.message)
         self._fetched.append((job_id, source))
         self._work.set()
 
@@ -339,42 +347,54 @@ class Worker:
 
     async def _send(self, messages: Sequence[Message]) -> None:
         """Deliver messages about jobs that are still ours. Repeat that after an outage: all of it is safe to repeat."""
+        new = True  # otherwise the queue may have taken them without an answer
         while True:
             ours = [(each, claim) for each in messages if (claim := self.claims.get(each.job_id)) is not None]
-            for each in messages:
-                if each.job_id not in self.claims:
-                    await self._discard(each)
+            if new:
+                for each in messages:
+                    if each.job_id not in self.claims:
+                        self._discard(each)
             messages = [each for each, _ in ours]
             try:
                 results = await self.queue.deliver([each.delivery(claim) for each, claim in ours]) if ours else []
             except Unavailable as error:
                 self.outages.failed(error)
+                new = False
                 messages = [each for each in messages if not each.may_be_lost]
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             if ours:
                 self.outages.answered()
+            messages = []
             for (message, claim), accepted in zip(ours, results, strict=True):
-                await self._note_answer(message, claim, accepted)
-            return
+                now = self.claims.get(message.job_id)
+                if not accepted and now is not None and now is not claim:
+                    messages.append(message)  # the job has been ours again meanwhile: tell it for the new claim
+                else:
+                    await self._note_answer(message, claim, accepted, new)
+            if not messages:
+                return
 
-    async def _note_answer(self, message: Message, claim: Claim, accepted: bool) -> None:
-        if not accepted:
-            await self._discard(message)
+    async def _note_answer(self, message: Message, claim: Claim, accepted: bool, new: bool) -> None:
+        if not accepted and new:
+            self._discard(message)
         if self.claims.get(message.job_id) is not claim:
-            return  # an earlier message has ended the job, or there is a new claim
+            return  # an earlier message has ended the job
         if isinstance(message.content, Completed | Failed | Cancelled):
             if accepted or await self._ended_so(claim, message.content):
                 self._record_end(claim, message.content)
             else:
                 self._drop_lost_job(message.job_id)
-        elif not accepted and not self.outbox.ends(message.job_id):
-            self._note_verdict(claim, Heartbeat.LOST)
+        elif not accepted:
+            self._refused[message.job_id] = claim
+            if not self.outbox.ends(message.job_id):
+                self._note_verdict(claim, Heartbeat.LOST)
 
-    async def _discard(self, message: Message) -> None:
+    def _discard(self, message: Message) -> None:
         """Delete the picture of a message that the queue did not take, if it is in the object store."""
-        if isinstance(message.content, tuple):
-            await self.queue.discard_picture(message.content[1])
+        if isinstance(message.content, tuple) and not isinstance(message.content[1], bytes):
+            assert self.transfers.group is not None
+            self.transfers.group.create_task(self.queue.discard_picture(message.content[1]))  # the store may be slow
 
     async def _ended_so(self, claim: Claim, event: Completed | Failed | Cancelled) -> bool:
         """Tell whether an earlier attempt to end the job succeeded, but its answer was lost."""
@@ -423,6 +443,7 @@ class Worker:
         self, job: Job, status: JobStatus, report: SavingsReport | None = None, error: JobError | None = None
     ) -> None:
         self.claims.pop(job.id, None)
+        self._refused.pop(job.id, None)
         self.transfers.drop(job.id)
         self.metrics.request_finished(job, report, status, error.code if error else None)
         self.spans.end(job.id, status.value, report, error)
@@ -432,6 +453,7 @@ class Worker:
     def _drop_lost_job(self, job_id: str) -> None:
         """Drop a job that is no longer ours; its new owner will end it."""
         claim = self.claims.pop(job_id, None)
+        self._refused.pop(job_id, None)
         self.transfers.drop(job_id)
         if claim is not None:
             self.metrics.request_lost(claim.job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -11,8 +12,9 @@ from patchforge.service.messages.events import Completed
 from patchforge.service.messages.protocol import digest_need
 from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import JobStatus
-from patchforge.service.queue import Claim, JobQueue, keys
-from tests.service.queue.kit import DONE, REPORT, a_card, a_request, silenced, watched
+from patchforge.service.queue import Claim, JobQueue, keys, work
+from tests.patience import PATIENCE
+from tests.service.queue.kit import DONE, REPORT, a_card, a_request, eventually, silenced, watched
 
 OLD, NEW = "0" * 64, "1" * 64
 DRAWN = Completed(report=REPORT.model_copy(update={"model_digest": NEW}))
@@ -34,6 +36,11 @@ async def take(queue: JobQueue) -> Claim | None:
     return await queue.claim("w", ["emoji"], block_seconds=0)
 
 
+async def waits(queue: JobQueue, clients: int = 1) -> bool:
+    """Whether so many clients wait for a job."""
+    return int((await queue._redis.info("clients"))["blocked_clients"]) >= clients
+
+
 class TestAPinnedJob:
     async def test_is_claimed_by_a_worker_with_this_bundle_only(self, old: JobQueue, new: JobQueue) -> None:
         job = await old.submit(a_request(model_digest=NEW))
@@ -41,6 +48,21 @@ class TestAPinnedJob:
         claim = await take(new)
         assert claim is not None
         assert (claim.job.id, claim.job.request.model_digest) == (job.id, NEW)
+
+    async def test_wakes_a_worker_with_this_bundle(
+        self, old: JobQueue, new: JobQueue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(work, "LOOK", PATIENCE)
+        other = asyncio.create_task(old.claim("waits longest", ["emoji"], block_seconds=PATIENCE))
+        await eventually(lambda: waits(old))
+        mine = asyncio.create_task(new.claim("w", ["emoji"], block_seconds=PATIENCE))
+        await eventually(lambda: waits(new, clients=2))
+        await old.submit(a_request(model_digest=NEW))
+        claim = await mine
+        assert claim is not None
+        assert claim.job.request.model_digest == NEW
+        assert not other.done()
+        other.cancel()
 
     async def test_does_not_hold_up_the_others(self, old: JobQueue, new: JobQueue) -> None:
         for _ in range(3):

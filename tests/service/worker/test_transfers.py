@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import pytest
 from redis.asyncio import Redis
 
 from patchforge.model.pipeline import Pipeline
-from patchforge.service.errors import QueueFull
+from patchforge.service.errors import QueueFull, Unavailable
 from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Completed, Failed, ImageReady, Started
 from patchforge.service.messages.schemas import JobStatus
 from patchforge.service.queue import JobQueue, keys
+from patchforge.service.queue.claims import Delivery
 from patchforge.service.results import Reference
 from patchforge.service.settings import Settings
 from patchforge.service.worker.worker import Worker
@@ -189,3 +191,55 @@ async def test_a_worker_without_a_store_leaves_such_jobs_to_others(
     await without.close()
     assert claim is not None
     assert claim.job.id == job.id
+
+
+async def test_pictures_of_an_unanswered_delivery_are_kept(
+    worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue took the picture and the end of the job together, so both are refused when they are told again."""
+    deliver, stored, lost = queue.deliver, asyncio.Event(), []
+
+    async def unanswered_once(deliveries: Sequence[Delivery]) -> list[bool]:
+        if not stored.is_set():
+            await stored.wait()  # so that all else is told in one call
+        answer = await deliver(deliveries)
+        if any(kind == "finish" for kind, *_ in deliveries) and not lost:
+            lost.append([kind for kind, *_ in deliveries])
+            raise Unavailable("no answer")
+        return answer
+
+    async def all_done() -> bool:
+        return not worker.engine.jobs and not worker.transfers.busy
+
+    monkeypatch.setattr(queue, "deliver", unanswered_once)
+    async with running(worker):
+        job = await queue.submit(request())
+        await eventually(lambda: is_running(queue, job.id))
+        await eventually(all_done)
+        stored.set()
+        assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
+        await eventually(lambda: gone(worker))
+    assert lost[0][-2:] == ["store_image", "finish"]
+    assert (await queue.image(job.id, 0)).startswith(b"\x89PNG")
+
+
+async def is_running(queue: JobQueue, job_id: str) -> bool:
+    return (await queue.get(job_id)).status is JobStatus.RUNNING
+
+
+async def gone(worker: Worker) -> bool:
+    return not worker.claims
+
+
+async def test_a_picture_to_edit_that_is_in_another_store_fails_its_job(
+    settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline]
+) -> None:
+    moved = settings.model_copy(update={"results": "s3://another-bucket/results"})
+    elsewhere = JobQueue.connect(settings.redis_url or "", moved)
+    async with running(Worker(moved, elsewhere, pipelines, BUDGETS)):
+        job = await queue.submit(request(**EDIT), source=source())
+        end = await first(queue, job.id, TERMINAL_EVENTS)
+    await elsewhere.close()
+    assert isinstance(end, Failed)
+    assert end.error.code == "source_lost"
+    assert "another object store" in end.error.message

@@ -26,6 +26,7 @@ from patchforge.service.messages.events import (
 )
 from patchforge.service.messages.schemas import JobStatus
 from patchforge.service.queue import Claim, Heartbeat, JobQueue, keys
+from patchforge.service.queue.claims import Delivery
 from patchforge.service.settings import Settings
 from patchforge.service.worker.outages import Outages
 from patchforge.service.worker.outcomes import Outcome
@@ -325,3 +326,32 @@ async def test_a_worker_that_takes_over_its_own_job_goes_on_with_it(
     exposition = worker.metrics.exposition().decode()
     assert 'patchforge_requests_running{model="tiny-class",sampler="dual_loop"} 0.0' in exposition
     assert "patchforge_claims_lost_total{" not in exposition
+
+
+async def test_what_was_refused_for_an_old_claim_is_told_again_for_the_new_one(
+    worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a pause, a worker takes over its own job while a delivery for the old claim is on its way."""
+    deliver, refused = queue.deliver, []
+
+    async def taken_over_before(deliveries: Sequence[Delivery]) -> list[bool]:
+        if refused or not any(kind == "store_image" for kind, *_ in deliveries):
+            return await deliver(deliveries)
+        [old] = worker.claims.values()
+        await silenced(queue, old)
+        new = await queue.reclaim(worker.id, ["tiny-class"])
+        assert new is not None
+        refused.append(await deliver(deliveries))
+        worker.claims[old.job.id] = new
+        return refused[0]
+
+    monkeypatch.setattr(queue, "deliver", taken_over_before)
+    async with running(worker):
+        job = await queue.submit(request(n=2, steps=4))
+        end = await first(queue, job.id, TERMINAL_EVENTS)
+    assert refused
+    assert not any(refused[0])
+    assert isinstance(end, Completed)
+    assert (await queue.get(job.id)).attempt == 2
+    for index in range(2):
+        assert (await queue.image(job.id, index)).startswith(b"\x89PNG")
