@@ -59,11 +59,12 @@ class Live:
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory, bundle_dir: Path, object_server: ObjectServer) -> Iterator[Live]:
     port, settings = free_port(), {"models": ["tiny-class", "tiny-text"]}
-    with pytest.MonkeyPatch.context() as patch, Stack(tmp_path_factory.mktemp("live"), bundle_dir, **settings) as stack:
-        for name, value in object_server.variables.items():
-            patch.setenv(name, value)
-        apart = object_server.variables["PATCHFORGE_RESULTS"]
-        gateway, _ = stack.start_pair(worker_metrics_port=port, results=apart)
+    with Stack(tmp_path_factory.mktemp("live"), bundle_dir, **settings) as stack:
+        with pytest.MonkeyPatch.context() as patch:  # for these processes, and for no later test
+            for name, value in object_server.variables.items():
+                patch.setenv(name, value)
+            apart = object_server.variables["PATCHFORGE_RESULTS"]
+            gateway, _ = stack.start_pair(worker_metrics_port=port, results=apart)
         running = Live(gateway, f"http://127.0.0.1:{port}/metrics")
         running.traffic()
         yield running

@@ -12,13 +12,15 @@ from patchforge.service.errors import NotReady, QueueFull
 from patchforge.service.messages.schemas import Priority
 from patchforge.service.queue import keys
 from patchforge.service.queue.batches import StoredBatch
+from patchforge.service.queue.connection import BATCH_LINE_BYTES
 from patchforge.service.queue.job_queue import FeedOutcome
 from tests.faults.fleet_machine import FleetMachine
 from tests.faults.queue_model import Job, require
-from tests.faults.queue_rig import BATCH_IN_FLIGHT, CAP, Rig
+from tests.faults.queue_rig import BATCH_IN_FLIGHT, CAP, MEMORY, Rig
 from tests.service.queue.kit import a_request
 
 MOST_BATCHES = 2
+OF_BATCHES = 0.75  # share of the memory
 BATCHES = st.integers(0, MOST_BATCHES - 1)
 NAMES = st.sampled_from(["one", "two", "three", "four"])
 
@@ -72,6 +74,15 @@ class BatchMachine(FleetMachine):
     def jobs_of_batches(self) -> set[str]:
         return {job_id for batch in self.batches for job_id in batch.flying.values()}
 
+    @property
+    def crowded(self) -> bool:
+        """Whether the jobs have reserved what batches may use. What batches reserve themselves is nothing beside it."""
+        return sum(self.model.reserved().values()) >= OF_BATCHES * MEMORY
+
+    def also_reserved(self) -> dict[str, int]:
+        going = [batch for batch in self.batches if not batch.ended]
+        return {keys.BATCH + batch.key: BATCH_LINE_BYTES * batch.length for batch in going}
+
     def a_batch(self, which: int) -> Batch:
         return self.batches[which % len(self.batches)]
 
@@ -79,8 +90,12 @@ class BatchMachine(FleetMachine):
     @rule(length=st.integers(1, 3))
     def begin_batch(self, length: int) -> None:
         gateway = self.rig.gateway
-        file = self.call(gateway.add_file([b"{}"] * length, "lines.jsonl", None, 3600))
+        file = self.ask(gateway.add_file([b"{}"] * length, "lines.jsonl", None, 3600))
         self.check_ended()
+        require((file is QueueFull) == self.crowded, f"a file was answered with {file}")
+        if file is QueueFull:
+            self.rig.tally["file: crowded"] += 1
+            return
         made = self.call(gateway.create_batch(file.id, None, endpoint=None, window="24h", metadata=None))
         self.check_ended()
         self.batches.append(Batch(made.id, made.id.removeprefix("batch_"), length))
@@ -113,7 +128,7 @@ class BatchMachine(FleetMachine):
             return FeedOutcome.DUPLICATE
         if len(self.jobs_of_batches()) >= BATCH_IN_FLIGHT * max(1, len(self.served)):
             return FeedOutcome.ENOUGH
-        return QueueFull if len(self.model.lines) >= CAP // 2 else FeedOutcome.QUEUED
+        return QueueFull if self.crowded or len(self.model.lines) >= CAP // 2 else FeedOutcome.QUEUED
 
     @with_batches
     @rule(which=BATCHES, late=st.booleans(), name=NAMES, refused=st.booleans())

@@ -65,11 +65,12 @@ class Stage(Stack):
         with self.redis as redis:
             redis.set(keys.worker_models(name), f"[{card.model_dump_json()}]")
             redis.zadd(keys.WORKERS, {name: "+inf"})
+            redis.delete(keys.FLEET)  # gateways read all announcements anew
             try:
                 yield
             finally:
                 redis.zrem(keys.WORKERS, name)
-                redis.delete(keys.worker_models(name))
+                redis.delete(keys.worker_models(name), keys.FLEET)
 
     def stored(self) -> set[bytes]:
         """Returns the keys of everything that callers have created."""

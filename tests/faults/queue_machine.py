@@ -380,10 +380,14 @@ class QueueMachine(RuleBasedStateMachine):
         special = {tuple(real["jobs"][job.id][0][2:4]) for job in model.lines if job.special}
         require(pending - special == running, "an entry is pending exactly while its job runs, or may wait for long")
 
+    def also_reserved(self) -> dict[str, int]:
+        """Bytes that are reserved for other things than jobs, by key."""
+        return {}
+
     def check_reserved(self, found: list[str], reviewed: list[str]) -> None:
         rooms = {name: int(size) for name, size in zip(found[::2], found[1::2], strict=True)}
         total = rooms.pop("total", 0)
         require(total == sum(rooms.values()), "the total is the sum")
         require(sorted(rooms) == sorted(reviewed), "no reservation is without an end")
-        expected = {keys.job(job_id): room for job_id, room in self.model.reserved().items()}
+        expected = {keys.job(job_id): room for job_id, room in self.model.reserved().items()} | self.also_reserved()
         require(rooms == expected, f"reserved for {rooms}, expected {expected}")

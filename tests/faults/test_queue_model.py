@@ -39,7 +39,7 @@ def explore(rig: Rig, runs: int, steps: int, *, derandomize: bool) -> Counter[st
 
 
 def test_random_interleavings(rig: Rig) -> None:
-    tally = explore(rig, 100, 30, derandomize=True)
+    tally = explore(rig, 200, 30, derandomize=True)
     for kind in (
         "reclaims",
         "stale acts refused",

@@ -119,7 +119,7 @@ async def test_so_is_what_nobody_has_foreseen(
     async def broken(*arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(gateway.service, "model", broken)
+    monkeypatch.setattr(gateway.service, "fleet", broken)
     reply = await http.get("/v1/models/tiny-text", headers={"Origin": PAGE})
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
     assert reply.headers["access-control-allow-origin"] == PAGE

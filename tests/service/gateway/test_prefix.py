@@ -151,7 +151,7 @@ async def test_a_request_keeps_its_name(
     async def broken(*arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(gateway.service, "model", broken)
+    monkeypatch.setattr(gateway.service, "fleet", broken)
     with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logged:
         reply = await http.get("/v1/models/x", headers={"X-Request-Id": "find-me"})
     assert (reply.status_code, reply.headers["x-request-id"]) == (500, "find-me")
