@@ -11,6 +11,8 @@ from patchforge.model.trajectory import Trajectory
 from patchforge.service.worker.live import LiveJob, LivePicture
 from patchforge.service.worker.pace import DECAY, Allowance, Backlog, Speed, Work, shares
 
+AIM = 0.6
+"""Share of the target at which half of the answers are to be there under load. The slowest take half as long again."""
 RECENT_SECONDS = 60.0
 """Older measurements refuse no request: otherwise a slow start could refuse all requests that would correct it."""
 
@@ -114,7 +116,7 @@ class Pacer:
 
     def _work(self, live: LiveJob, picture: LivePicture, patches: float, rate: float, gain: float) -> Work:
         seconds = picture.within_budget(patches) * rate + (self.speeds[live.model].decode or 0.0)
-        due = live.due(self.target)
+        due = live.due(None if self.target is None else AIM * self.target)
         return Work(seconds, due, rate > 0 and live.may_be_lowered and not picture.path, gain)
 
     def _waiting(self, rates: Mapping[str, float]) -> list[Work]:
@@ -125,7 +127,7 @@ class Pacer:
                 rate = rates.get(model) or (self._rate(model, self._budgets[model]) if model in self.speeds else 0.0)
                 if rate:
                     seconds = sum(self._usual[model]) * rate + (self.speeds[model].decode or 0.0)
-                    works += backlog.works(seconds, self.target * self._alone[model])
+                    works += backlog.works(seconds, AIM * self.target * self._alone[model])
         return works
 
     def _may_land(self, live: LiveJob, picture: LivePicture, patches: float) -> bool:
