@@ -90,6 +90,12 @@ class QueueSettings(BaseSettings):
         description="Queue server or its Sentinels, with a percent-encoded password; empty = `patchforge serve` starts "
         "its own.",
     )
+    redis_urls: Annotated[list[str], NoDecode] = Field(
+        [],
+        max_length=8,
+        description="Several queue servers that share the jobs, instead of `PATCHFORGE_REDIS_URL`: one list for all "
+        "gateways and workers, in an order that never changes. New ones go to its end.",
+    )
     redis_password_file: Path | None = Field(
         None, description="File with the queue server's password, read for each connection; replaces the URL's."
     )
@@ -212,6 +218,11 @@ class Settings(
     )
 
     @property
+    def queue_urls(self) -> list[str]:
+        """The queue servers, each at the place that is its number; empty if none is named."""
+        return self.redis_urls or ([] if self.redis_url is None else [self.redis_url])
+
+    @property
     def stop_seconds(self) -> int:
         """Time from SIGTERM to the end of a gateway or worker; after that, send SIGKILL."""
         return self.drain_seconds + 10
@@ -234,19 +245,22 @@ class Settings(
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, url: str | None) -> str | None:
-        """Check it here: the Redis client would raise later, with part of the password as the port."""
-        from patchforge.service.redis_url import RedisUrl
+        return url if url is None else _checked_redis_url(url)
 
-        if url is not None:
-            try:
-                RedisUrl.parse(url)
-            except ValueError:
-                raise ValueError(
-                    "must be redis://[[user]:password@]host[:port][/number], or rediss:// or unix://, or "
-                    "redis+sentinel://[[user]:password@]host[:port],host[:port]/name[/number], or rediss+sentinel://; "
-                    "in a password, characters with a meaning in URLs, such as / # ? @, must be percent-encoded"
-                ) from None
-        return url
+    @field_validator("redis_urls", mode="before")
+    @classmethod
+    def _split_urls(cls, value: Any) -> Any:
+        """Split at spaces, and at commas before a URL: others are between Sentinels."""
+        if not isinstance(value, str) or value.lstrip().startswith("["):
+            return json.loads(value) if isinstance(value, str) else value
+        return [url for url in re.split(r"[\s,]+(?=[a-z+]+://)|\s+", value.strip(" ,\n")) if url]
+
+    @field_validator("redis_urls")
+    @classmethod
+    def _check_redis_urls(cls, urls: list[str]) -> list[str]:
+        if len(set(urls)) < len(urls):
+            raise ValueError("names a queue server twice")
+        return [_checked_redis_url(url) for url in urls]
 
     @field_validator("results")
     @classmethod
@@ -276,3 +290,18 @@ class Settings(
         if not isinstance(value, str):
             return value
         return json.loads(value) if value.lstrip().startswith("[") else value.replace(",", " ").split()
+
+
+def _checked_redis_url(url: str) -> str:
+    """Check it here: the Redis client would raise later, with part of the password as the port."""
+    from patchforge.service.redis_url import RedisUrl
+
+    try:
+        RedisUrl.parse(url)
+    except ValueError:
+        raise ValueError(
+            "must be redis://[[user]:password@]host[:port][/number], or rediss:// or unix://, or "
+            "redis+sentinel://[[user]:password@]host[:port],host[:port]/name[/number], or rediss+sentinel://; "
+            "in a password, characters with a meaning in URLs, such as / # ? @, must be percent-encoded"
+        ) from None
+    return url

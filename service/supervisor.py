@@ -45,16 +45,16 @@ async def serve(settings: Settings) -> None:
         EmbeddedServerError: the embedded queue server did not start.
     """
     with ExitStack() as stack:
-        url, server = settings.redis_url, None
-        if url is None:
+        server = None
+        if not settings.queue_urls:
             server = stack.enter_context(EmbeddedServer(settings.data_dir))
-            url = server.url
+            settings = settings.model_copy(update={"redis_url": server.url})
             log.info("embedded queue server ready", data=str(settings.data_dir / "queue"))
         async with AsyncExitStack() as processes:
             if server is not None:
                 await processes.enter_async_context(_keeping_alive(server))
-            keeper = await processes.enter_async_context(_WorkerProcess(settings, url))
-            await _serve_while(keeper, serve_gateway(settings.model_copy(update={"redis_url": url})))
+            keeper = await processes.enter_async_context(_WorkerProcess(settings))
+            await _serve_while(keeper, serve_gateway(settings))
 
 
 async def _serve_while(keeper: asyncio.Task[None], serving: Coroutine[None, None, None]) -> None:
@@ -98,8 +98,10 @@ async def _keep_running(server: EmbeddedServer) -> None:
 class _WorkerProcess:
     """Keeps one worker process alive, with growing pauses if it keeps failing."""
 
-    def __init__(self, settings: Settings, redis_url: str) -> None:
-        self._environment = os.environ | {"REDIS_URL": redis_url, "PATCHFORGE_REDIS_URL": redis_url}
+    def __init__(self, settings: Settings) -> None:
+        self._environment = dict(os.environ)
+        if settings.redis_url is not None:
+            self._environment |= {"REDIS_URL": settings.redis_url, "PATCHFORGE_REDIS_URL": settings.redis_url}
         self._grace = settings.stop_seconds
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None

@@ -82,7 +82,7 @@ def gateway() -> None:
     from patchforge.service.tracing import traced
 
     settings = _read_settings()
-    _require_redis_url(settings)
+    _require_queue_server(settings)
     configure_logs(settings, "gateway")
     with typed_errors(), traced("gateway"):
         check_temporary_folder()
@@ -103,10 +103,10 @@ def worker(
         from patchforge.service.worker.main import serve_worker
 
         settings = _read_settings()
-        url = _require_redis_url(settings)
+        _require_queue_server(settings)
         configure_logs(settings, "worker")
         with traced("worker"):
-            asyncio.run(serve_worker(settings, url, parent, report.started))
+            asyncio.run(serve_worker(settings, parent, report.started))
 
 
 @app.command("hash-key")
@@ -225,11 +225,10 @@ def _explain_setting(error: Any) -> str:
     return f"{name}{place}: {error['msg'].removeprefix('Value error, ')}"
 
 
-def _require_redis_url(settings: Settings) -> str:
-    if settings.redis_url is None:
+def _require_queue_server(settings: Settings) -> None:
+    if not settings.queue_urls:
         errors.print("error: REDIS_URL is not set; `patchforge serve` needs none and starts its own queue server")
         raise typer.Exit(2)
-    return settings.redis_url
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from patchforge.service.gateway.request_ids import RequestIdMiddleware
 from patchforge.service.gateway.rpc.server import RpcServer
 from patchforge.service.gateway.tls import load_certificate
 from patchforge.service.messages.schemas import Job
-from patchforge.service.queue import JobQueue
+from patchforge.service.queue import GatewayQueue, connect
 from patchforge.service.results.metrics import watch_store
 from patchforge.service.settings import Settings
 
@@ -139,11 +139,11 @@ class Gateway:
     Its life is four methods: `startup`, `main_loop`, `tick` and `shutdown`; `serve` calls them.
     """
 
-    def __init__(self, settings: Settings, queue: JobQueue) -> None:
+    def __init__(self, settings: Settings, queue: GatewayQueue) -> None:
         self.settings = settings
         self.service = JobService(queue, settings.default_models, settings.remember_seconds)
         registry = CollectorRegistry()
-        metrics = GatewayMetrics(registry, settings.max_waiting)
+        metrics = GatewayMetrics(registry, settings.max_waiting, len(queue.shards))
         watch_store(queue.objects, registry)
 
         def record_end(job: Job) -> None:
@@ -156,8 +156,8 @@ class Gateway:
         self.app = create_app(settings, self.service, metrics, keys)
         self.http = HttpServer(self.app, settings, certificate)
         self.rpc = RpcServer(self.service, metrics, keys, settings, certificate)
-        self._feeder = BatchFeeder(self.service, metrics)
-        self._feeding: asyncio.Task[None] | None = None
+        self._feeders = [BatchFeeder(self.service, shard, metrics) for shard in queue.shards]
+        self._feeding: list[asyncio.Task[None]] = []
         self.http_port = self.grpc_port = 0
         self._mixtures = Mixtures()
         self._stopping = asyncio.Event()
@@ -180,7 +180,7 @@ class Gateway:
         self.http_port = await self.http.start(host, self.settings.http_port)
         self.grpc_port = await self.rpc.start(host, self.settings.grpc_port)
         self.app.state.grpc_port = self.grpc_port
-        self._feeding = asyncio.create_task(self._feeder.run())
+        self._feeding = [asyncio.create_task(feeder.run()) for feeder in self._feeders]
         log.info(
             "gateway is listening",
             http=f"{'https' if self.http.config.is_ssl else 'http'}://{reachable(host, self.http_port)}",
@@ -213,12 +213,12 @@ class Gateway:
         """Reports not ready, ends event watches, gives running calls `drain_seconds`, then closes everything."""
         if self.grpc_port:  # else it never listened
             log.info("gateway is shutting down")
-        self._feeder.stop()
+        for feeder in self._feeders:
+            feeder.stop()
         self.service.drain()
         self.rpc.health.drain()
         await asyncio.gather(self.http.stop(), self.rpc.stop(self.settings.drain_seconds))
-        if self._feeding is not None:
-            await self._feeding
+        await asyncio.gather(*self._feeding)
         await self.service.aclose()
 
 
@@ -231,10 +231,10 @@ async def serve_gateway(settings: Settings) -> None:
         ResultsRefused: the object store does.
         InvalidRequest: the TLS certificate or key, the address or a port cannot be used.
     """
-    if settings.redis_url is None:
+    if not settings.queue_urls:
         raise Unavailable("REDIS_URL is not set: give the queue server, or run `patchforge serve`, which starts one")
     raise_file_limit()
-    queue = JobQueue.connect(settings.redis_url, settings)
+    queue = connect(settings)
     gateway = Gateway(settings, queue)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):

@@ -25,7 +25,7 @@ from patchforge.service.messages.protocol import needs_of
 from patchforge.service.messages.room import room_for
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
 from patchforge.service.messages.source import Source
-from patchforge.service.queue import JobQueue
+from patchforge.service.queue import GatewayQueue
 
 MAX_IDEMPOTENCY_KEY = 255
 RETRY_SECONDS = 0.5  # between attempts to cancel a job while the queue server is away
@@ -53,7 +53,7 @@ class Prepared:
 class JobService:
     """The gateway's rules for jobs, the same for every protocol."""
 
-    def __init__(self, queue: JobQueue, default_models: Sequence[str] = (), remember_seconds: int = 0) -> None:
+    def __init__(self, queue: GatewayQueue, default_models: Sequence[str] = (), remember_seconds: int = 0) -> None:
         """Requests without a model go to the first of `default_models` that fits, then to the first by name.
 
         A model whose workers have gone is still accepted for `remember_seconds`.

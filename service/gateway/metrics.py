@@ -20,6 +20,17 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 @dataclass(frozen=True)
+class ServerState:
+    """One queue server at one scrape."""
+
+    memory: Memory
+    replicas: int
+    """Replicas that follow it."""
+    unreplicated_bytes: int
+    """What the nearest of them has not confirmed."""
+
+
+@dataclass(frozen=True)
 class QueueState:
     """The shared queue and its workers at one scrape."""
 
@@ -35,36 +46,37 @@ class QueueState:
     """Models that no live worker serves, but are accepted: see PATCHFORGE_REMEMBER_SECONDS."""
     batches: Mapping[str, int]
     """Batches that have not ended, by status; statuses without any are left out."""
-    memory: Memory
-    replicas: int
-    """Replicas that follow the queue server."""
-    unreplicated_bytes: int
-    """What the nearest of them has not confirmed."""
+    servers: Sequence[ServerState | None]
+    """The queue servers, in their order; None for one that is away."""
 
 
 class GatewayMetrics:
     """Counts a gateway's responses and shows the queue, in a Prometheus registry."""
 
-    def __init__(self, registry: CollectorRegistry, max_waiting: int) -> None:
-        """`max_waiting`: the number of waiting jobs at which submits are refused."""
+    def __init__(self, registry: CollectorRegistry, max_waiting: int, servers: int = 1) -> None:
+        """`max_waiting`: the number of waiting jobs at which submits are refused. `servers`: how many there are."""
         self._registry = registry
+        self._servers = servers
         ProcessCollector(registry=registry)
         registry.register(DROPPED)
 
         def gauge(name: str, what: str, *labels: str) -> Gauge:
             return Gauge(f"patchforge_{name}", what, labels, registry=registry)
 
-        self._queue_up = gauge("queue_up", "1 if the queue server answered this scrape, else 0.")
+        self._queue_up = gauge("queue_up", "1 if a queue server answered this scrape, else 0.", "server")
         gauge("queue_capacity", "Number of waiting requests at which new ones are refused.").set(max_waiting)
-        self._memory = gauge("queue_memory_bytes", "Memory that the queue server uses.")
-        self._memory_limit = gauge("queue_memory_limit_bytes", "Memory that the queue server may use; 0 = no limit.")
-        self._reserved = gauge("queue_reserved_bytes", "Memory that accepted requests may still come to need.")
+        self._memory = gauge("queue_memory_bytes", "Memory that a queue server uses.", "server")
+        self._memory_limit = gauge(
+            "queue_memory_limit_bytes", "Memory that a queue server may use; 0 = no limit.", "server"
+        )
+        self._reserved = gauge("queue_reserved_bytes", "Memory that accepted requests may yet come to need.", "server")
         self._admission_limit = gauge(
             "queue_admission_limit_bytes",
             "Used and reserved memory beyond which requests are refused; 0 = no limit.",
+            "server",
         )
-        self._replicas = gauge("queue_replicas", "Replicas that follow the queue server.")
-        self._unreplicated = gauge("queue_unreplicated_bytes", "What its nearest replica has not confirmed.")
+        self._replicas = gauge("queue_replicas", "Replicas that follow a queue server.", "server")
+        self._unreplicated = gauge("queue_unreplicated_bytes", "What its nearest replica has not confirmed.", "server")
         self._waiting = gauge("requests_waiting", "Accepted requests that no worker has started.", "model")
         self._held = gauge(
             "requests_held", "Requests that a worker has started and not ended, whether it still lives or not.", "model"
@@ -80,7 +92,6 @@ class GatewayMetrics:
             self._admission_limit,
             self._replicas,
             self._unreplicated,
-            self._workers,
         )
         self._model_workers = gauge("model_workers", "Live workers that serve a model.", "model")
         self._digests = gauge(
@@ -141,22 +152,16 @@ class GatewayMetrics:
     def set_queue_state(self, state: QueueState | None) -> None:
         """Updates the queue's gauges; call it at each scrape.
 
-        None means that the queue server does not answer: its gauges become NaN.
+        None means that no queue server answers. The gauges of one that does not become NaN.
         """
         by_model = self._waiting, self._held, self._oldest, self._model_workers, self._digests, self._asleep
         for labelled in (*by_model, self._batches):
             labelled.clear()
-        self._queue_up.set(state is not None)
+        for number, server in enumerate([None] * self._servers if state is None else state.servers):
+            self._set_server_state(str(number), server)
         if state is None:
-            for gauge in self._of_queue_server:
-                gauge.set(math.nan)
+            self._workers.set(math.nan)
             return
-        self._memory.set(state.memory.used)
-        self._memory_limit.set(state.memory.limit)
-        self._reserved.set(state.memory.reserved)
-        self._admission_limit.set(state.memory.admission_limit)
-        self._replicas.set(state.replicas)
-        self._unreplicated.set(state.unreplicated_bytes)
         self._workers.set(len(state.workers))
         for status in OPEN:
             self._batches.labels(status).set(state.batches.get(status, 0))
@@ -170,6 +175,16 @@ class GatewayMetrics:
             self._waiting.labels(model).set(state.waiting.get(model, 0))
             self._held.labels(model).set(state.held.get(model, 0))
             self._oldest.labels(model).set(state.oldest_seconds.get(model, 0))
+
+    def _set_server_state(self, number: str, state: ServerState | None) -> None:
+        self._queue_up.labels(number).set(state is not None)
+        values = [math.nan] * len(self._of_queue_server)
+        if state is not None:
+            memory = state.memory
+            values = [memory.used, memory.limit, memory.reserved, memory.admission_limit]
+            values += [state.replicas, state.unreplicated_bytes]
+        for gauge, value in zip(self._of_queue_server, values, strict=True):
+            gauge.labels(number).set(value)
 
     def count_request_ended_in_queue(self, job: Job) -> None:
         """Counts a request that ended while no worker held it: see `JobQueue.on_ended`."""

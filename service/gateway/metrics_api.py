@@ -15,7 +15,8 @@ from patchforge.service.gateway.answers import problems, success
 from patchforge.service.gateway.dependencies import Metrics, Service
 from patchforge.service.gateway.fleet import Fleet
 from patchforge.service.gateway.jobs import JobService
-from patchforge.service.gateway.metrics import GatewayMetrics, QueueState
+from patchforge.service.gateway.metrics import GatewayMetrics, QueueState, ServerState
+from patchforge.service.queue import JobQueue
 from patchforge.service.threads import in_thread
 
 router = APIRouter(tags=["operation"])
@@ -48,14 +49,23 @@ async def scrape(
 
 async def _read_queue_state(service: JobService) -> QueueState:
     queue = service.queue
-    (backlog, held, batches), (workers, remembered), (memory, (replicas, behind)) = await asyncio.gather(
+    (backlog, held, batches), (workers, remembered), servers = await asyncio.gather(
         asyncio.gather(queue.backlog(), queue.held(), queue.count_batches()),
         asyncio.gather(queue.workers(), service.remembered.read()),
-        asyncio.gather(queue.memory(), queue.replication()),
+        asyncio.gather(*map(_read_server_state, queue.shards)),
     )
     served = [[(card.name, card.digest) for card in each.cards] for each in workers.values()]
     asleep = Fleet(workers.values(), remembered=remembered).asleep
-    return QueueState(backlog.jobs, held, backlog.oldest, served, asleep, batches, memory, replicas, behind)
+    return QueueState(backlog.jobs, held, backlog.oldest, served, asleep, batches, servers)
+
+
+async def _read_server_state(queue: JobQueue) -> ServerState | None:
+    """Returns the state of one queue server; None if it is away."""
+    try:
+        memory, (replicas, behind) = await asyncio.gather(queue.memory(), queue.replication())
+    except Unavailable:
+        return None
+    return ServerState(memory, replicas, behind)
 
 
 class MetricsMiddleware:

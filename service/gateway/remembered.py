@@ -6,7 +6,7 @@ import time
 from collections.abc import Hashable
 
 from patchforge.service.gateway.fleet import Fleet
-from patchforge.service.queue import JobQueue
+from patchforge.service.queue import GatewayQueue
 from patchforge.service.queue.records import Served
 
 MOST_SECONDS = 60.0
@@ -16,7 +16,7 @@ MOST_SECONDS = 60.0
 class RememberedModels:
     """Keeps the cards of the models that are served on the queue server, for a while."""
 
-    def __init__(self, queue: JobQueue, seconds: int) -> None:
+    def __init__(self, queue: GatewayQueue, seconds: int) -> None:
         """`seconds` is for how long; 0 = never."""
         self._queue = queue
         self._seconds = seconds

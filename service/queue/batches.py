@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
 
-from ulid import ULID
-
 from patchforge.service.errors import IdempotencyConflict, NotFound, NotReady, QueueFull, TooManyJobs
 from patchforge.service.messages.batches import Batch, BatchFile, BatchNotes, BatchStatus, RequestCounts
 from patchforge.service.queue import keys
 from patchforge.service.queue.connection import MAX_OPEN_BATCHES
+from patchforge.service.queue.ids import new_id
 from patchforge.service.queue.pictures import PictureStore
 from patchforge.service.queue.records import fields_of
 
@@ -83,7 +82,7 @@ class BatchStore(PictureStore):
         Raises:
             QueueFull: the queue server has no room for it.
         """
-        number = str(ULID())
+        number = new_id(self.number)
         size = sum(map(len, lines)) + len(lines) - 1
         outcome, *record = await self._run("admit_file", number, size + LINE_BYTES * len(lines), UPLOAD_SECONDS)
         self._refuse_without_room(outcome, record)
@@ -162,7 +161,7 @@ class BatchStore(PictureStore):
         fields["endpoint"] = endpoint or ""
         outcome, *record = await self._run(
             "create_batch",
-            str(ULID()),
+            new_id(self.number),
             _number_of(_FILE_ID, file_id, "file"),
             tenant or "",
             3600 * int(window[:-1]),

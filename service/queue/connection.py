@@ -60,6 +60,9 @@ class QueueConnection:
     expired, or dead-lettered (`error.code` is `dead_letter`). Over all processes, it is called once per job.
     """
 
+    number = 0
+    """Which of several queue servers this is: its place in `PATCHFORGE_REDIS_URLS`."""
+
     def __init__(self, redis: Redis, blocking: Redis, settings: Settings) -> None:
         self._redis = redis
         self._blocking = blocking
@@ -74,13 +77,15 @@ class QueueConnection:
         """Called with each submit, file and batch that is refused for lack of memory."""
 
     @classmethod
-    def connect(cls, url: str, settings: Settings) -> Self:
+    def connect(cls, url: str, settings: Settings, number: int = 0) -> Self:
         """Returns a queue on the server that a URL names, or its Sentinels. It connects on first use.
 
         Raises:
             InvalidRequest: a certificate or key in the settings cannot be used.
         """
-        return cls(*open_clients(url, settings, timeout=COMMAND_TIMEOUT, longest_block=LONGEST_BLOCK), settings)
+        queue = cls(*open_clients(url, settings, timeout=COMMAND_TIMEOUT, longest_block=LONGEST_BLOCK), settings)
+        queue.number = number
+        return queue
 
     async def close(self) -> None:
         await self._blocking.aclose()
@@ -100,6 +105,7 @@ class QueueConnection:
         Raises:
             Unavailable: the server is older than Redis 7, which cannot run the queue's script; or it is configured to
                 evict keys when it is full, which would lose accepted jobs without a sign.
+            QueueRefused: it has another place in other processes' list of servers, so ids would name wrong ones.
         """
         info = await self._do("INFO", "server", "memory")
         version, policy = str(info.get("redis_version")), info.get("maxmemory_policy")
@@ -107,6 +113,15 @@ class QueueConnection:
             raise Unavailable(f"the queue server must be Valkey, or Redis 7 or newer, not Redis {version}")
         if policy != "noeviction":
             raise Unavailable(f"the queue server's maxmemory-policy must be noeviction, not {policy}")
+        known = await self._do("GET", keys.SERVER)
+        if known is None:
+            with contextlib.suppress(Unavailable):  # this is about reading; who writes learns why that fails
+                await self._do("SET", keys.SERVER, self.number, "NX")
+        elif int(known) != self.number:
+            raise QueueRefused(
+                f"the queue server is number {int(known)} of other processes' PATCHFORGE_REDIS_URLS, and number "
+                f"{self.number} of ours: all need the same list, and its order must not change"
+            )
 
     async def check_not_refused(self) -> None:
         """For start-up: raises QueueRefused if the server answers and will not serve; it may be away."""

@@ -17,7 +17,6 @@ from itertools import chain
 from typing import Any
 
 from redis.asyncio import Redis
-from ulid import ULID
 
 from patchforge.service.errors import (
     IdempotencyConflict,
@@ -34,6 +33,7 @@ from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCar
 from patchforge.service.messages.source import Source
 from patchforge.service.queue import keys
 from patchforge.service.queue.batches import BatchStore, StoredBatch, megabytes, no_room
+from patchforge.service.queue.ids import new_id
 from patchforge.service.queue.pictures import source_fields
 from patchforge.service.queue.records import Served, announced, job_from, served_from
 from patchforge.service.queue.roster import Roster
@@ -69,6 +69,16 @@ class Backlog:
     oldest: Mapping[str, float]
     """Seconds that the oldest of these has waited, by the queue server's clock."""
 
+    @classmethod
+    def together(cls, parts: Sequence[Backlog]) -> Backlog:
+        """Returns what waits on several servers together; every worker is known to all of them."""
+        jobs, hurried, oldest = Counter[str](), Counter[str](), dict[str, float]()
+        for part in parts:
+            jobs.update(part.jobs)
+            hurried.update(part.hurried)
+            oldest |= {model: max(age, oldest.get(model, 0.0)) for model, age in part.oldest.items()}
+        return cls(max((part.workers for part in parts), default=0), dict(jobs), dict(hurried), oldest)
+
 
 class JobQueue(WatchedJobs, BatchStore, WorkQueue):
     """One process's access to the shared queue. Any method may raise `Unavailable`: Redis is full or silent."""
@@ -77,6 +87,11 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         """`blocking` is for reads of up to `LONGEST_BLOCK` seconds, so its socket timeout must be longer than that."""
         super().__init__(redis, blocking, settings)
         self._roster = Roster(self)
+
+    @property
+    def shards(self) -> Sequence[JobQueue]:
+        """The queue on each server: there is one."""
+        return [self]
 
     async def submit(
         self,
@@ -113,8 +128,9 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
             Unavailable: the job may or may not have been accepted. Repeating the call is safe only with a key.
         """
         needed = self.source_needs(source).union(needs_of(request) if needs is None else needs)
-        sent = _submit_arguments(request, idempotency_key, fingerprint, tenant, trace, needed, room)
-        fields = await self._keep_source(str(sent[0]), source)
+        job_id = new_id(self.number)
+        sent = _submit_arguments(job_id, request, idempotency_key, fingerprint, tenant, trace, needed, room)
+        fields = await self._keep_source(job_id, source)
         outcome, *record = await self._run("submit", *sent, "1" if degradable else "", *fields)
         if outcome != b"ok":
             await self._discard_source(fields)
@@ -122,7 +138,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
             self.on_no_room()
         _raise_if_refused(outcome, record)
         job = job_from(record[0])
-        if job.id != sent[0]:  # the key's first job, which has its own
+        if job.id != job_id:  # the key's first job, which has its own
             await self._discard_source(fields)
         return job
 
@@ -151,7 +167,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
             InvalidRequest: the queue server's memory would never suffice.
             Unavailable: the line may or may not have been queued. Read the batch again.
         """
-        sent = _submit_arguments(request, None, None, batch.tenant, None, needs, room)
+        sent = _submit_arguments(new_id(self.number), request, None, None, batch.tenant, None, needs, room)
         result = f"flying {json.dumps({'job': sent[0], **details})}"
         outcome, *record = await self._run(
             "feed_line",
@@ -271,6 +287,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
 
 
 def _submit_arguments(
+    job_id: str,
     request: GenerationRequest,
     idempotency_key: str | None,
     fingerprint: str | None,
@@ -279,11 +296,11 @@ def _submit_arguments(
     needs: Collection[str],
     room: int,
 ) -> list[str | int | float]:
-    """Returns what `submit` takes in `queue.lua`, from the job's new id to its room."""
+    """Returns what `submit` takes in `queue.lua`, from the job's id to its room."""
     if request.model is None:
         raise InvalidRequest("no model was chosen", field="model")
     return [
-        str(ULID()),
+        job_id,
         request.model,
         request.priority.value,
         written(request),

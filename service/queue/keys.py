@@ -31,6 +31,7 @@ LOOKED = f"{TAG}:looked"  # hash: queue stream → when someone last looked for 
 FLEET = f"{TAG}:fleet"  # string: version of what the workers announce
 CHANGES = f"{TAG}:changes"  # sorted set: worker ids by the version in which their announcement last changed
 WORKERS = f"{TAG}:workers"  # sorted set: worker ids by the time their announcement expires
+SERVER = f"{TAG}:server"  # string: which of several queue servers this is, from 0
 WAITING = f"{TAG}:waiting"  # sorted set: "id:model" of every waiting job, by deadline
 RESERVED = f"{TAG}:reserved"  # hash: key of a job, batch or file → bytes it may still come to hold; `total`
 RESERVED_UNTIL = f"{TAG}:reserved-until"  # sorted set: those keys, by the time to look whether they have ended

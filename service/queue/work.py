@@ -27,7 +27,7 @@ from patchforge.service.queue.claims import (
     published,
     stored,
 )
-from patchforge.service.queue.connection import LONGEST_BLOCK, redis_call
+from patchforge.service.queue.connection import BELL_MS, LONGEST_BLOCK, redis_call
 from patchforge.service.queue.pictures import PictureStore
 from patchforge.service.queue.records import announced
 from patchforge.service.results import Reference
@@ -85,21 +85,29 @@ class WorkQueue(PictureStore):
             if how != b"more":
                 await self._wait_for_bell(bells, min(left, LOOK))
 
-    async def wait_for_job(self, models: Sequence[str], seconds: float) -> bool:
+    async def wait_for_job(self, models: Sequence[str], seconds: float) -> str | None:
         """Waits until a job of these models may wait for a worker. One job wakes one worker.
 
-        Returns False if the time was up. A worker should also look without it: what rang may be lost with a worker.
+        Returns what to `ring` to wake another one instead; None if the time was up. A worker should also look without
+        it: what rang may be lost with a worker.
         """
         return await self._wait_for_bell(self._list_bells(models), seconds)
 
+    async def ring(self, bell: str) -> None:
+        """Wakes the worker that has waited longest at this bell."""
+        await self._do("RPUSH", bell, 1)
+        await self._do("PEXPIRE", bell, BELL_MS)
+
     async def wait_for_call(self, worker_id: str, seconds: float) -> bool:
         """Waits until someone cancels a job that this worker holds. Returns False if the time was up."""
-        return await self._wait_for_bell([keys.call(worker_id)], seconds)
+        return await self._wait_for_bell([keys.call(worker_id)], seconds) is not None
 
-    async def _wait_for_bell(self, bells: Sequence[str], seconds: float) -> bool:
+    async def _wait_for_bell(self, bells: Sequence[str], seconds: float) -> str | None:
         # Nothing is claimed meanwhile: a worker that is cancelled or killed here holds no job.
+        blocking: Any = self._blocking  # its types know no bytes
         with redis_call():
-            return await self._blocking.blpop(list(bells), timeout=max(0.001, min(seconds, LONGEST_BLOCK))) is not None
+            rung = await blocking.blpop(list(bells), timeout=max(0.001, min(seconds, LONGEST_BLOCK)))
+        return None if rung is None else rung[0].decode()
 
     async def reclaim(self, worker_id: str, models: Sequence[str]) -> Claim | None:
         """Takes over a job whose worker stopped responding. Ends such jobs if cancelled or out of attempts."""

@@ -16,7 +16,7 @@ from patchforge.model.pipeline import Pipeline
 from patchforge.model.shipped import SHIPPED
 from patchforge.model.storage.bundle import explain_error, find_bundles
 from patchforge.service.errors import InvalidRequest
-from patchforge.service.queue import JobQueue
+from patchforge.service.queue import connect_all
 from patchforge.service.settings import Settings
 from patchforge.service.threads import in_thread
 from patchforge.service.worker.budgets import patch_budget
@@ -57,7 +57,7 @@ def find_budgets(settings: Settings, pipelines: dict[str, Pipeline]) -> dict[str
 
 
 async def serve_worker(
-    settings: Settings, redis_url: str, parent: int | None = None, started: Callable[[], None] | None = None
+    settings: Settings, parent: int | None = None, started: Callable[[], None] | None = None
 ) -> None:
     """Run a worker until SIGTERM or SIGINT, or until the process `parent` is gone.
 
@@ -79,8 +79,8 @@ async def serve_worker(
     except OSError as error:
         raise BundleError(f"a bundle cannot be read: {error}") from error
     budgets = await in_thread(find_budgets, settings, pipelines)
-    queue = JobQueue.connect(redis_url, settings)
-    worker = Worker(settings, queue, pipelines, budgets, parent)
+    queues = connect_all(settings)
+    worker = Worker(settings, queues, pipelines, budgets, parent)
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, worker.draining.set)
     server = None
@@ -91,11 +91,11 @@ async def serve_worker(
             where = f"port {settings.worker_metrics_port} of {settings.host}"
             raise InvalidRequest(f"{where} cannot be used: {error.strerror}", field="worker_metrics_port") from error
     try:
-        await queue.check_not_refused()
+        await asyncio.gather(*(queue.check_not_refused() for queue in queues))
         if started is not None:
             started()
         await worker.run()
     finally:
         if server is not None:
             server.shutdown()
-        await queue.close()
+        await asyncio.gather(*(queue.close() for queue in queues))

@@ -25,7 +25,9 @@ class Outages:
     `ResultsUnavailable` passes through: the queue server may be well while the object store is away.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, server: int | None = None) -> None:
+        """`server`: its number, if there are several."""
+        self._log = log if server is None else log.bind(server=server)
         self.reason: str | None = None
         """Why the server cannot be used; None if it can."""
         self._last = -math.inf
@@ -39,12 +41,12 @@ class Outages:
         self._last = time.monotonic()
         if error.message != self.reason:
             self.reason = error.message
-            log.warning("queue server cannot be used", reason=self.reason)
+            self._log.warning("queue server cannot be used", reason=self.reason)
 
     def answered(self) -> None:
         if self.reason is not None:
             self.reason = None
-            log.info("queue server can be used again")
+            self._log.info("queue server can be used again")
 
     async def attempt(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Makes one call and returns its result, or None if the server cannot be used."""

@@ -61,6 +61,13 @@ def jobs(waiting: int, held: int, *, workers: int = 0, model: str = "m") -> dict
     return {f'patchforge_{name}{{model="{model}"}}': f"{count}x20" for name, count in counts.items()}
 
 
+def memory(used: dict[str, int], limit: int = 100) -> dict[str, str]:
+    """What queue servers use, by number."""
+    return {f'patchforge_queue_memory_bytes{{server="{server}"}}': f"{value}x20" for server, value in used.items()} | {
+        f'patchforge_queue_memory_limit_bytes{{server="{server}"}}': f"{limit}x20" for server in used
+    }
+
+
 CASES = [
     *both(
         "PatchforgeNoGateway",
@@ -77,17 +84,22 @@ CASES = [
     ),
     *both(
         "PatchforgeQueueServerAway",
-        {'patchforge_queue_up{instance="a"}': "0x20", 'patchforge_queue_up{instance="b"}': "1x20"},
-        {"patchforge_queue_up": "0x20"},
+        {
+            'patchforge_queue_up{instance="a",server="1"}': "0x20",
+            'patchforge_queue_up{instance="b",server="1"}': "1x20",
+        },
+        {'patchforge_queue_up{server="0"}': "1x20", 'patchforge_queue_up{server="1"}': "0x20"},
+        server="1",
     ),
     *both(
         "PatchforgeQueueServerMemory",
-        {"patchforge_queue_memory_bytes": "80x20", "patchforge_queue_memory_limit_bytes": "100x20"},
-        {"patchforge_queue_memory_bytes": "90x20", "patchforge_queue_memory_limit_bytes": "100x20"},
+        memory({"0": 80, "1": 80}),
+        memory({"0": 80, "1": 90}),
+        server="1",
     ),
     Case(
         "PatchforgeQueueServerMemory",
-        {"patchforge_queue_memory_bytes": "90x20", "patchforge_queue_memory_limit_bytes": "0x20"},
+        memory({"0": 90}, limit=0),
         False,
     ),
     *both(

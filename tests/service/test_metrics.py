@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from patchforge.service.errors import InvalidRequest
 from patchforge.service.gateway.expositions import merge_expositions
-from patchforge.service.gateway.metrics import GatewayMetrics, QueueState
+from patchforge.service.gateway.metrics import GatewayMetrics, QueueState, ServerState
 from patchforge.service.messages.samplers import DualLoop
 from patchforge.service.messages.schemas import GenerationRequest, Job, JobError, JobStatus
 from patchforge.service.queue.connection import Memory
@@ -67,9 +67,7 @@ def a_queue(*workers: list[str], **waiting: int) -> QueueState:
         bundles,
         asleep=[],
         batches={"in_progress": 2},
-        memory=Memory(used=10, limit=100, reserved=20, admission_limit=90),
-        replicas=2,
-        unreplicated_bytes=5,
+        servers=[ServerState(Memory(used=10, limit=100, reserved=20, admission_limit=90), 2, 5)],
     )
 
 
@@ -200,13 +198,13 @@ def test_a_model_no_worker_serves_any_more_still_shows_what_waits() -> None:
 def test_nothing_is_claimed_of_a_queue_that_is_away() -> None:
     metrics = a_gateway()
     metrics.set_queue_state(a_queue(["emoji"], emoji=3))
-    assert samples(metrics.exposition())["patchforge_queue_up{}"] == 1
+    assert samples(metrics.exposition())['patchforge_queue_up{server="0"}'] == 1
     metrics.set_queue_state(None)
     seen = samples(metrics.exposition())
-    assert seen["patchforge_queue_up{}"] == 0
+    assert seen['patchforge_queue_up{server="0"}'] == 0
     assert seen["patchforge_queue_capacity{}"] == 8
     assert math.isnan(seen["patchforge_workers{}"])
-    assert math.isnan(seen["patchforge_queue_memory_bytes{}"])
+    assert math.isnan(seen['patchforge_queue_memory_bytes{server="0"}'])
     assert not any("waiting" in name for name in seen)
 
 

@@ -25,7 +25,7 @@ from patchforge.service.messages.batches import (
     Deleted,
     FileOptions,
 )
-from patchforge.service.queue import JobQueue
+from patchforge.service.queue import GatewayQueue
 
 router = APIRouter(tags=["batches"], responses=openai_errors(401, 413, 500, 503))
 uploads = APIRouter(tags=["batches"], responses=openai_errors(401, 413, 500, 503))
@@ -121,7 +121,7 @@ async def get_file_content(request: Request, service: Service, tenant: Tenant, f
     return StreamingResponse(content, media_type=JSON_LINES[0])
 
 
-async def _joined(queue: JobQueue, file_id: str) -> AsyncIterator[bytes]:
+async def _joined(queue: GatewayQueue, file_id: str) -> AsyncIterator[bytes]:
     first = True
     async for line in queue.file_lines(file_id):
         yield line if first else b"\n" + line

@@ -1,7 +1,7 @@
 """Feeds the lines of all batches into the queue, a few at a time, and notes how they end.
 
-Every gateway has a feeder, and one of them works at a time. All that it knows is on the queue server, and each of its
-steps is one call there, so it may be killed at any moment: another one goes on.
+Every gateway has a feeder for each queue server, and for each server one of them works at a time. All that it knows is
+on that server, and each of its steps is one call there, so it may be killed at any moment: another one goes on.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from patchforge.service.gateway.jobs import JobService
 from patchforge.service.gateway.metrics import GatewayMetrics
 from patchforge.service.gateway.problems import UNEXPECTED
 from patchforge.service.messages.batches import BatchLine
+from patchforge.service.queue import JobQueue
 from patchforge.service.queue.batches import StoredBatch
 from patchforge.service.queue.job_queue import FeedOutcome
 
@@ -46,9 +47,10 @@ log = structlog.get_logger(__name__)
 class BatchFeeder:
     """One gateway's part in the work on batches."""
 
-    def __init__(self, service: JobService, metrics: GatewayMetrics) -> None:
+    def __init__(self, service: JobService, queue: JobQueue, metrics: GatewayMetrics) -> None:
+        """`queue` has the batches, and takes their jobs."""
         self._service = service
-        self._queue = service.queue
+        self._queue = queue
         self._metrics = metrics
         self._name = str(ULID())
         self._stopping = asyncio.Event()

@@ -11,7 +11,7 @@ from patchforge.service.gateway.batches.lines import JOBS, answer_with, custom_i
 from patchforge.service.gateway.openai.drawing import build_response
 from patchforge.service.messages.endings import raise_if_lost, terminal_event
 from patchforge.service.messages.schemas import Job, JobStatus
-from patchforge.service.queue import JobQueue
+from patchforge.service.queue import GatewayQueue
 from patchforge.service.queue.batches import SettledLine, StoredBatch
 
 GIVEN_UP = {
@@ -24,7 +24,7 @@ GONE = "result_expired", "the result of this request has expired, or someone del
 class BatchResults:
     """The two files of an ended batch. Only one line is in memory at a time."""
 
-    def __init__(self, queue: JobQueue, stored: StoredBatch, url_of: Callable[[str, int], str]) -> None:
+    def __init__(self, queue: GatewayQueue, stored: StoredBatch, url_of: Callable[[str, int], str]) -> None:
         """`url_of` makes the address of a picture from its job's id and its index."""
         self._queue = queue
         self._stored = stored

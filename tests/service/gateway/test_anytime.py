@@ -36,7 +36,7 @@ PATH = [{"evaluation": 1, "steps": 0}]
 async def drawer(settings: Settings, pipelines: dict[str, Pipeline]) -> AsyncIterator[Worker]:
     """A real worker that has drawn a picture, so that it knows its speed, and whose load lowers whatever may be."""
     own = JobQueue.connect(settings.redis_url or "", settings)
-    worker = Worker(settings, own, pipelines, dict.fromkeys(pipelines, 4096))
+    worker = Worker(settings, [own], pipelines, dict.fromkeys(pipelines, 4096))
     worker.pacer.target = 1e-9
     task = asyncio.create_task(worker.run())
     yield worker

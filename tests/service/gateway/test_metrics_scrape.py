@@ -45,10 +45,10 @@ async def test_the_queue_and_its_workers(http: httpx.AsyncClient, queue: JobQueu
     await queue.submit(a_request(model="tiny-text"))
     await queue.submit(a_request(model="nobody's"))
     seen = await scraped(http)
-    assert seen["patchforge_queue_up",] == 1
+    assert seen["patchforge_queue_up", "0"] == 1
     assert seen["patchforge_queue_capacity",] == settings.max_waiting
-    assert seen["patchforge_queue_memory_bytes",] > 100_000
-    assert seen["patchforge_queue_memory_limit_bytes",] >= seen["patchforge_queue_memory_bytes",]
+    assert seen["patchforge_queue_memory_bytes", "0"] > 100_000
+    assert seen["patchforge_queue_memory_limit_bytes", "0"] >= seen["patchforge_queue_memory_bytes", "0"]
     assert seen["patchforge_workers",] == 2
     for model, waiting, workers in (("tiny-text", 1, 2), ("tiny-class", 0, 1), ("nobody's", 1, 0)):
         assert seen["patchforge_requests_waiting", model] == waiting
@@ -106,7 +106,7 @@ async def test_a_queue_that_is_away(settings: Settings, tmp_path: Path) -> None:
         http.base_url = f"http://127.0.0.1:{gateway.http_port}"
         seen = await scraped(http)
     await queue.close()
-    assert seen["patchforge_queue_up",] == 0
+    assert seen["patchforge_queue_up", "0"] == 0
     assert math.isnan(seen["patchforge_workers",])
 
 

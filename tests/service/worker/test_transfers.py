@@ -40,7 +40,7 @@ async def queue(settings: Settings, redis_client: Redis) -> AsyncIterator[JobQue
 
 @pytest.fixture
 def worker(settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline]) -> Worker:
-    return Worker(settings, queue, pipelines, BUDGETS)
+    return Worker(settings, [queue], pipelines, BUDGETS)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ async def test_a_job_whose_pictures_cannot_be_stored_is_given_back(
     given = await queue.get(job.id)
     assert (given.status, given.attempt) == (JobStatus.WAITING, 0)
     away.start()
-    async with running(Worker(settings, queue, pipelines, BUDGETS)):
+    async with running(Worker(settings, [queue], pipelines, BUDGETS)):
         assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
     assert (await queue.image(job.id, 0)).startswith(b"\x89PNG")
 
@@ -236,7 +236,7 @@ async def test_a_picture_to_edit_that_is_in_another_store_fails_its_job(
 ) -> None:
     moved = settings.model_copy(update={"results": "s3://another-bucket/results"})
     elsewhere = JobQueue.connect(settings.redis_url or "", moved)
-    async with running(Worker(moved, elsewhere, pipelines, BUDGETS)):
+    async with running(Worker(moved, [elsewhere], pipelines, BUDGETS)):
         job = await queue.submit(request(**EDIT), source=source())
         end = await first(queue, job.id, TERMINAL_EVENTS)
     await elsewhere.close()

@@ -54,7 +54,7 @@ async def running(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
 
 @pytest.fixture
 def worker(settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline]) -> Worker:
-    return Worker(settings.model_copy(update={"preview_interval_seconds": 0.0}), queue, pipelines, BUDGETS)
+    return Worker(settings.model_copy(update={"preview_interval_seconds": 0.0}), [queue], pipelines, BUDGETS)
 
 
 async def events(queue: JobQueue, job_id: str) -> list[Event]:
@@ -212,7 +212,7 @@ async def test_draining_finishes_what_runs(worker: Worker, queue: JobQueue) -> N
 async def test_draining_gives_back_what_it_cannot_finish(
     settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline]
 ) -> None:
-    hasty = Worker(settings.model_copy(update={"drain_seconds": 0}), queue, pipelines, BUDGETS)
+    hasty = Worker(settings.model_copy(update={"drain_seconds": 0}), [queue], pipelines, BUDGETS)
     async with running(hasty) as task:
         job = await queue.submit(request(steps=200, n=10))
         await first(queue, job.id, Preview)
@@ -220,7 +220,7 @@ async def test_draining_gives_back_what_it_cannot_finish(
         await task
     waiting = await queue.get(job.id)
     assert waiting.status is JobStatus.WAITING
-    patient = Worker(settings, queue, pipelines, BUDGETS)
+    patient = Worker(settings, [queue], pipelines, BUDGETS)
     async with running(patient):
         again = await queue.submit(request())
         await first(queue, again.id, TERMINAL_EVENTS)
@@ -249,7 +249,7 @@ async def test_a_job_on_its_last_attempt_runs_alone(
     await silenced(queue, await claimed(other_queue))
     last = await other_queue.reclaim("dead too", ["tiny-class"])
     assert last is not None
-    worker = Worker(settings, queue, pipelines, BUDGETS)
+    worker = Worker(settings, [queue], pipelines, BUDGETS)
     together: list[set[str]] = []
     step = worker.engine.step
 
