@@ -212,6 +212,7 @@ class Worker:
             yield
         finally:
             self._being_claimed -= 1
+            self.room_made.set()  # if no job came, another link may have it
 
     def must_run_alone(self, claim: Claim) -> bool:
         """Whether all earlier attempts ended with their worker. If only one attempt is allowed, there are none."""

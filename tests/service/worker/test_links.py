@@ -1,0 +1,207 @@
+"""A worker on several real queue servers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+
+import pytest
+
+from patchforge.model.pipeline import Pipeline
+from patchforge.service.embedded import EmbeddedServer
+from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Started
+from patchforge.service.messages.schemas import Job, JobStatus
+from patchforge.service.queue import JobQueue, connect_all, keys, work
+from patchforge.service.settings import Settings
+from patchforge.service.worker import link as links
+from patchforge.service.worker.worker import Worker
+from tests.service.queue.kit import eventually, silenced
+from tests.service.worker.jobs import request
+from tests.service.worker.test_worker import BUDGETS, first, running
+
+
+@pytest.fixture
+def servers(tmp_path_factory: pytest.TempPathFactory) -> list[EmbeddedServer]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(EmbeddedServer(tmp_path_factory.mktemp("server"))) for _ in range(2)]
+
+
+@pytest.fixture
+def both(servers: list[EmbeddedServer]) -> Settings:
+    return Settings(redis_urls=[server.url for server in servers], preview_interval_seconds=0.0)
+
+
+@pytest.fixture
+async def queues(both: Settings) -> AsyncIterator[list[JobQueue]]:
+    """The queue on each server, for callers."""
+    queues = connect_all(both)
+    yield queues
+    await asyncio.gather(*(queue.close() for queue in queues))
+
+
+@pytest.fixture
+async def of_worker(both: Settings) -> AsyncIterator[list[JobQueue]]:
+    queues = connect_all(both)
+    yield queues
+    await asyncio.gather(*(queue.close() for queue in queues))
+
+
+async def status(queue: JobQueue, job: Job) -> JobStatus:
+    return (await queue.get(job.id)).status
+
+
+async def test_jobs_of_all_servers_share_the_engine(
+    both: Settings, queues: list[JobQueue], of_worker: list[JobQueue], pipelines: dict[str, Pipeline]
+) -> None:
+    worker = Worker(both, of_worker, pipelines, BUDGETS)
+    together: set[int] = set()
+    step = worker.engine.step
+
+    def watched() -> object:
+        together.add(len(worker.engine.jobs))
+        return step()
+
+    worker.engine.step = watched
+    jobs = [(queue, await queue.submit(request(steps=20, n=2))) for queue in queues]
+    async with running(worker):
+        for queue, job in jobs:
+            assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
+            assert (await queue.image(job.id, 1)).startswith(b"\x89PNG")
+            assert set(await queue.workers()) == {worker.id}
+            assert [name for name, _ in await queue.worker_metrics()] == [worker.id]
+    assert max(together) == 2
+    for queue in queues:
+        assert not await queue.workers()
+
+
+async def test_a_server_that_stops_costs_only_its_own_jobs(
+    both: Settings,
+    servers: list[EmbeddedServer],
+    queues: list[JobQueue],
+    of_worker: list[JobQueue],
+    pipelines: dict[str, Pipeline],
+) -> None:
+    worker = Worker(both, of_worker, pipelines, BUDGETS)
+    async with running(worker):
+        cut_off = await queues[1].submit(request(steps=200, n=10))
+        await first(queues[1], cut_off.id, Started)
+        servers[1].stop()
+        for _ in range(3):
+            job = await queues[0].submit(request())
+            assert isinstance(await first(queues[0], job.id, TERMINAL_EVENTS), Completed)
+        assert cut_off.id in worker.claims
+        servers[1].start()
+        assert isinstance(await eventually(lambda: ended(queues[1], cut_off)), Completed)
+        assert (await queues[1].get(cut_off.id)).attempt == 1
+        after = await queues[1].submit(request())
+        assert isinstance(await first(queues[1], after.id, TERMINAL_EVENTS), Completed)
+
+
+async def test_a_worker_starts_while_a_server_is_away(
+    both: Settings,
+    servers: list[EmbeddedServer],
+    queues: list[JobQueue],
+    of_worker: list[JobQueue],
+    pipelines: dict[str, Pipeline],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    servers[0].stop()
+    async with running(Worker(both, of_worker, pipelines, BUDGETS)):
+        job = await queues[1].submit(request())
+        assert isinstance(await first(queues[1], job.id, TERMINAL_EVENTS), Completed)
+        servers[0].start()
+        late = await queues[0].submit(request())
+        assert isinstance(await first(queues[0], late.id, TERMINAL_EVENTS), Completed)
+    assert "server=0" in capsys.readouterr().out
+
+
+async def test_all_servers_together_fill_no_more_than_the_room(
+    both: Settings, queues: list[JobQueue], of_worker: list[JobQueue], pipelines: dict[str, Pipeline]
+) -> None:
+    jobs = [(queue, await queue.submit(request(steps=8))) for queue in queues for _ in range(4)]
+    worker = Worker(both.model_copy(update={"max_running": 3}), of_worker, pipelines, BUDGETS)
+    most = 0
+    step = worker.engine.step
+
+    def watched() -> object:
+        nonlocal most
+        most = max(most, len(worker.claims))
+        return step()
+
+    worker.engine.step = watched
+    async with running(worker):
+        for queue, job in jobs:
+            assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
+    assert most == 3
+
+
+async def test_a_job_on_its_last_attempt_runs_alone_whatever_server_has_it(
+    both: Settings, queues: list[JobQueue], of_worker: list[JobQueue], pipelines: dict[str, Pipeline]
+) -> None:
+    suspect = await queues[0].submit(request(steps=5))
+    for dead in range(2):
+        claim = await queues[0].claim("dead", ["tiny-class"], block_seconds=0, take_over=False) or (
+            await queues[0].reclaim("dead too", ["tiny-class"])
+        )
+        assert claim is not None
+        assert claim.attempt == dead + 1
+        await silenced(queues[0], claim)
+    other = await queues[1].submit(request(steps=5, n=4))
+    worker = Worker(both, of_worker, pipelines, BUDGETS)
+    together: list[set[str]] = []
+    step = worker.engine.step
+
+    def watched() -> object:
+        together.append(set(worker.engine.jobs))
+        return step()
+
+    worker.engine.step = watched
+    async with running(worker):
+        assert isinstance(await first(queues[0], suspect.id, TERMINAL_EVENTS), Completed)
+        assert isinstance(await first(queues[1], other.id, TERMINAL_EVENTS), Completed)
+    assert [jobs for jobs in together if suspect.id in jobs] == [{suspect.id}] * 5
+
+
+async def test_a_bell_that_a_busy_worker_hears_rings_on(
+    both: Settings,
+    queues: list[JobQueue],
+    of_worker: list[JobQueue],
+    pipelines: dict[str, Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It waited at the second server while it was idle, and has a job of the first one when the bell rings."""
+    monkeypatch.setattr(links, "LOOK_SECONDS", 3600)
+    monkeypatch.setattr(work, "LONGEST_BLOCK", 3600)
+    rung: list[str] = []
+    ring = of_worker[1].ring
+
+    async def watched_ring(bell: str) -> None:
+        rung.append(bell)
+        await ring(bell)
+
+    monkeypatch.setattr(of_worker[1], "ring", watched_ring)
+    worker = Worker(both.model_copy(update={"max_running": 1}), of_worker, pipelines, BUDGETS)
+    async with running(worker):
+        await eventually(lambda: waits(queues[1]))
+        long = await queues[0].submit(request(steps=200, n=10))
+        await first(queues[0], long.id, Started)
+        second = asyncio.create_task(queues[1].wait_for_job(["tiny-class"], 60))  # an idle worker, next in line
+        await eventually(lambda: waits(queues[1], 2))
+        job = await queues[1].submit(request())
+        assert await second == keys.bell("tiny-class")
+        assert rung == [keys.bell("tiny-class")]
+        assert await status(queues[1], job) is JobStatus.WAITING
+        await queues[0].cancel(long.id)
+
+
+async def ended(queue: JobQueue, job: Job) -> object:
+    try:
+        return await queue.wait_for_end(job.id)
+    except Exception:
+        return None
+
+
+async def waits(queue: JobQueue, workers: int = 1) -> bool | None:
+    """Whether so many wait for a job; the worker also waits to hear of cancelled ones."""
+    return (await queue._do("INFO", "clients"))["blocked_clients"] > workers or None
