@@ -2,8 +2,7 @@
 
 A Redis Cluster runs a script only if all its keys are in one slot, and computes the slot from the part in braces. To
 accept, claim and finish a job each changes the job, its queue and the shared list of waiting jobs, so the whole queue
-must be in one slot. That limits it to one Redis node, which handles a few thousand jobs per second: far more than the
-GPUs behind it.
+must be in one slot. That limits it to one Redis node; `sharded.py` uses several servers, each with a whole queue.
 """
 
 from __future__ import annotations
