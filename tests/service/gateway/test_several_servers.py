@@ -86,7 +86,7 @@ async def test_jobs_are_found_wherever_they_are(clients: list[httpx.AsyncClient]
     for job in jobs:
         events = (await http.get(f"/v1/jobs/{job}/events")).text
         assert events.count("event: completed") == 1
-        [url] = (await http.get(f"/v1/jobs/{job}")).json()["urls"]
+        url = f"/v1/jobs/{job}/image"
         assert (await http.get(url)).content == png(5)
         assert (await stranger.get(f"/v1/jobs/{job}")).status_code == 404
         assert (await http.delete(f"/v1/jobs/{job}")).status_code < 300
