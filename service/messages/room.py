@@ -42,14 +42,14 @@ def room_for(
 ) -> int:
     """Returns an upper bound, in bytes, of what Redis keeps of a job: its pictures, events, record and source.
 
-    `request`: with all defaults filled in. `pictures_elsewhere`: finished pictures are in an object store, and Redis
-    has references. Those to edit count all the same: they are on their way, or a batch's, which stay in Redis.
+    `request`: with all defaults filled in. `pictures_elsewhere`: pictures, also those to edit, are in an object store,
+    and Redis has references.
     """
     rows, columns = card.drawn_grid(request)
     evaluations, said = _evaluations(request), len(written(request).encode())
     picture = REFERENCE_BYTES if pictures_elsewhere else _picture_bytes(request, card) + PICTURE_TEXT_BYTES + 4 * said
     told = PATCH_BYTES * rows * columns + (EVENT_BYTES + CHANGE_BYTES) * evaluations
-    sent = 0 if source is None else len(source.image) + len(source.mask or b"")
+    sent = _source_bytes(source, pictures_elsewhere)
     return RECORD_BYTES + 2 * said + sent + request.n * (picture + told) + _previews_bytes(request, card, evaluations)
 
 
@@ -63,6 +63,11 @@ def _evaluations(request: GenerationRequest) -> int:
         case _:
             each = 1
     return each * (request.steps or 1) + 1
+
+
+def _source_bytes(source: Source | None, elsewhere: bool) -> int:
+    files = [] if source is None else [each for each in (source.image, source.mask) if each is not None]
+    return REFERENCE_BYTES * len(files) if elsewhere else sum(map(len, files))
 
 
 def _picture_bytes(request: GenerationRequest, card: ModelCard) -> int:

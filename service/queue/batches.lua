@@ -184,11 +184,15 @@ local function collect(id, line, job, outcome)
   call('HSET', BATCH_RESULTS .. id, line, outcome .. ' ' .. string.match(result, '{.*$'))
   call('HDEL', BATCH_FLYING .. id, line)
   call('SREM', BATCH_JOBS, job)
-  call('UNLINK', EVENTS .. job, SOURCES .. job)
+  call('UNLINK', EVENTS .. job)
+  if call('HEXISTS', SOURCES .. job, REFERRED .. 'image') == 0 then -- what is elsewhere is deleted with the batch
+    call('UNLINK', SOURCES .. job)
+  end
   local kept = fields(job, 'keep')
   if kept then -- older workers let the job go sooner
     call('EXPIRE', JOB .. job, kept)
     call('EXPIRE', IMAGES .. job, kept)
+    call('EXPIRE', SOURCES .. job, kept)
   end
 end
 
@@ -254,6 +258,7 @@ local function finalize(id, ending)
     if job then
       call('EXPIRE', JOB .. job, BATCH_TTL)
       call('EXPIRE', IMAGES .. job, BATCH_TTL)
+      call('EXPIRE', SOURCES .. job, BATCH_TTL)
     end
   end
   call('HSET', BATCH .. id, 'cursor', reply[1])
@@ -306,7 +311,7 @@ function commands.forget_batch(id, cursor, everything)
   for index = 2, #reply[2], 2 do
     local job = job_of(reply[2][index])
     if job then
-      call('UNLINK', IMAGES .. job)
+      call('UNLINK', IMAGES .. job, SOURCES .. job)
       if everything == '1' then
         call('UNLINK', JOB .. job)
       end

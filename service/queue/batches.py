@@ -16,7 +16,7 @@ from patchforge.service.messages.batches import Batch, BatchFile, BatchNotes, Ba
 from patchforge.service.queue import keys
 from patchforge.service.queue.connection import MAX_OPEN_BATCHES
 from patchforge.service.queue.ids import new_id
-from patchforge.service.queue.pictures import PictureStore
+from patchforge.service.queue.offers import Offers
 from patchforge.service.queue.records import fields_of
 
 PUSHED = 1000  # lines of a file in one command
@@ -73,7 +73,7 @@ class SettledLine:
     """`custom_id`; of a line with a job also `job`; of a refused one `status` and `error`."""
 
 
-class BatchStore(PictureStore):
+class BatchStore(Offers):
     """Batches and files of all tenants. Any method may raise `Unavailable`: Redis is full or silent."""
 
     async def add_file(self, lines: Sequence[bytes], filename: str, tenant: str | None, ttl: int) -> BatchFile:
@@ -256,6 +256,7 @@ class BatchStore(PictureStore):
 
     async def stop_leading(self, gateway: str) -> None:
         await self._run("stop_leading", gateway)
+        await self._withdraw(*self._offers)
 
     async def open_batches(self) -> list[str]:
         """Returns the keys of all batches that have not ended, the oldest first."""
@@ -268,7 +269,10 @@ class BatchStore(PictureStore):
     async def step_batch(self, key: str) -> tuple[StoredBatch | None, list[str]]:
         """Moves a batch on as far as its jobs have come. Returns it, and the outcomes of the lines that just ended."""
         record, outcomes = await self._run("step_batch", key)
-        return (_batch_from(record) if record else None), [outcome.decode() for outcome in outcomes]
+        stored = _batch_from(record) if record else None
+        if stored is None or not stored.feeding:
+            await self._withdraw(key)
+        return stored, [outcome.decode() for outcome in outcomes]
 
     async def batch_line(self, key: str, number: int) -> bytes:
         """Returns a line of a batch; empty if it is gone."""

@@ -23,6 +23,7 @@ from patchforge.service.errors import (
     InvalidRequest,
     NotFound,
     NotReady,
+    PatchforgeError,
     QueueFull,
     RateLimited,
     TooManyJobs,
@@ -34,7 +35,6 @@ from patchforge.service.messages.source import Source
 from patchforge.service.queue import keys
 from patchforge.service.queue.batches import BatchStore, StoredBatch, megabytes, no_room
 from patchforge.service.queue.ids import new_id
-from patchforge.service.queue.pictures import source_fields
 from patchforge.service.queue.records import Served, announced, job_from, served_from
 from patchforge.service.queue.roster import Roster
 from patchforge.service.queue.watching import WatchedJobs, check_job_id
@@ -164,10 +164,13 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
 
         Raises:
             QueueFull, RateLimited, TooManyJobs: batches have used up their part of the limit.
+            ResultsUnavailable: the object store cannot take the picture to edit.
             InvalidRequest: the queue server's memory would never suffice.
             Unavailable: the line may or may not have been queued. Read the batch again.
         """
-        sent = _submit_arguments(new_id(self.number), request, None, None, batch.tenant, None, needs, room)
+        offer = await self._make_offer(batch.key, batch.next, source)
+        needed = self.source_needs(source).union(needs)
+        sent = _submit_arguments(offer.job_id, request, None, None, batch.tenant, None, needed, room)
         result = f"flying {json.dumps({'job': sent[0], **details})}"
         outcome, *record = await self._run(
             "feed_line",
@@ -177,12 +180,22 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
             result,
             *sent,
             "",
-            *source_fields(source),
+            *offer.fields,
         )
-        if outcome.decode() in list(FeedOutcome):
-            return FeedOutcome(outcome.decode())
-        _raise_if_refused(outcome, record)
-        return FeedOutcome.QUEUED
+        fed = FeedOutcome(outcome.decode()) if outcome.decode() in list(FeedOutcome) else FeedOutcome.QUEUED
+        try:
+            _raise_if_refused(outcome, record)
+        except InvalidRequest:
+            await self._discard_source(offer.fields)
+            raise
+        except PatchforgeError:
+            await self._put_off(batch.key, offer)
+            raise
+        if fed is FeedOutcome.ENOUGH:
+            await self._put_off(batch.key, offer)
+        elif fed is not FeedOutcome.QUEUED:
+            await self._discard_source(offer.fields)
+        return fed
 
     async def image(self, job_id: str, index: int) -> bytes:
         """Returns an encoded picture.

@@ -55,6 +55,7 @@ NEWS = f"{TAG}:news"  # pub/sub channel: id of a job that has a new event
 GROUP = "workers"
 CONSUMER = "workers"  # shared by all workers: the job's record names its owner, so dead workers leave no consumers
 SPECIAL = "special-"  # before a queue class: jobs that not every worker can run
+REFERRED = "@"  # before a field of IMAGES or SOURCES that has a reference to an object: who knows none finds nothing
 RETURNED = "returned"  # queue class before all priorities: jobs that a draining worker gave back
 
 

@@ -16,9 +16,6 @@ from patchforge.service.queue.connection import QueueConnection, redis_call
 from patchforge.service.results import ObjectStore, Reference
 from patchforge.service.settings import Settings
 
-REFERRED = "@"
-"""Before the name of a field that has a reference in place of bytes: versions that know none find nothing."""
-
 
 class PictureStore(QueueConnection):
     """Pictures of jobs. With an object store, any method may raise `ResultsUnavailable` too."""
@@ -75,6 +72,7 @@ class PictureStore(QueueConnection):
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for job_id in job_ids:
                     pipeline.hmget(keys.images(job_id), list(map(reference_field, range(MAX_IMAGES))))
+                    pipeline.hmget(keys.sources(job_id), list(map(reference_field, ("image", "mask"))))
                 found = await pipeline.execute()
         await self.objects.delete([Reference(each.decode()) for fields in found for each in fields if each is not None])
 
@@ -89,14 +87,19 @@ class PictureStore(QueueConnection):
         fields: list[str | bytes] = []
         for name, data in ("image", source.image), ("mask", source.mask):
             if data is not None:
-                fields += [REFERRED + name, await self.objects.put(f"{job_id}/{name}.png", data, "image/png")]
+                fields += [reference_field(name), await self.objects.put(f"{job_id}/{name}.png", data, "image/png")]
         return fields
 
     async def _discard_source(self, fields: Sequence[str | bytes]) -> None:
         """Deletes what `_keep_source` put into the object store, if no job came of it."""
-        for name, value in zip(fields[::2], fields[1::2], strict=True):
-            if str(name).startswith(REFERRED):
-                await self.discard_picture(Reference(str(value)))
+        references = [
+            Reference(str(value))
+            for name, value in zip(fields[::2], fields[1::2], strict=True)
+            if str(name).startswith(keys.REFERRED)
+        ]
+        if references:
+            with suppress(ResultsUnavailable):  # then they expire there
+                await self._store().delete(references)
 
     async def _read_source(self, job_id: str) -> Source | None:
         """Returns the picture that a job edits, or None if there is none.
@@ -104,7 +107,7 @@ class PictureStore(QueueConnection):
         Raises:
             NotFound: it is not in the object store any more.
         """
-        names = "image", "mask", f"{REFERRED}image", f"{REFERRED}mask"
+        names = "image", "mask", reference_field("image"), reference_field("mask")
         found: list[bytes | None] = await self._do("HMGET", keys.sources(job_id), *names)
         image, mask = [
             here if there is None else await self._store().get(Reference(there.decode()))
@@ -119,8 +122,8 @@ class PictureStore(QueueConnection):
         return self.objects
 
 
-def reference_field(index: int) -> str:
-    return f"{REFERRED}{index}"
+def reference_field(name: int | str) -> str:
+    return f"{keys.REFERRED}{name}"
 
 
 def source_fields(source: Source | None) -> list[str | bytes]:

@@ -187,15 +187,25 @@ async def test_a_picture_to_edit_needs_a_worker_with_the_store(
     assert (await http.post("/v1/jobs", json=body)).status_code == 202
 
 
-async def test_a_batch_keeps_its_pictures_to_edit_on_the_queue_server(
-    http: httpx.AsyncClient, worker: ScriptedWorker, object_server: ObjectServer, redis_client: Redis
+async def test_the_pictures_to_edit_of_a_batch_are_in_the_store_and_go_with_it(
+    http: httpx.AsyncClient,
+    worker: ScriptedWorker,
+    object_server: ObjectServer,
+    redis_client: Redis,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A line may be offered to the queue many times before there is room; its picture does not travel each time."""
+    for name in ("BUSY_SECONDS", "IDLE_SECONDS"):
+        monkeypatch.setattr(feeder, name, 0.02)
     worker.curtain.clear()
     batch = await begin(http, native("a", image=base64(encoded(gradient()))))
     job = await worker.next_job()
-    assert set(await redis_client.hgetall(keys.sources(job))) == {b"image"}
-    assert f"results/{job}/image.png" not in object_server.names()
+    assert set(await redis_client.hgetall(keys.sources(job))) == {b"@image"}
+    assert f"results/{job}/image.png" in object_server.names()
     worker.curtain.set()
-    assert (await until(http, batch))["request_counts"]["completed"] == 1
-    assert any(job in name for name in object_server.names())
+    ended = await until(http, batch)
+    assert ended["request_counts"]["completed"] == 1
+    assert f"results/{job}/image.png" in object_server.names()
+    assert await redis_client.ttl(keys.sources(job)) > 600
+    assert (await http.delete(f"/v1/batches/{batch['id']}")).json()["deleted"] is True
+    assert not any(job in name for name in object_server.names())
+    assert not await redis_client.exists(keys.sources(job))

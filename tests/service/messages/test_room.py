@@ -56,6 +56,8 @@ def test_it_grows_with_all_that_is_kept() -> None:
     assert room(Source(b"x" * 5000, b"y" * 3000), previews=False) == least + 8000
     request = GenerationRequest(model="m", prompt="a cat", sampler=Euler(), steps=8, seed=1, previews=False)
     assert room_for(request, CARD, pictures_elsewhere=True) < room(previews=False) - 3 * 64 * 64 + 1024
+    edit = room_for(request, CARD, Source(b"x" * 50_000, b"y" * 30_000), pictures_elsewhere=True)
+    assert edit == room_for(request, CARD, pictures_elsewhere=True) + 2048
     assert room(previews=False, prompt="x" * 1000) >= least + 1000 * 2
     assert room(previews=False, sampler=DualLoop(inner_steps=4)) > least
     assert room(n=10, steps=200) < room(n=10, steps=200, previews=False) + PREVIEWS_BYTES + 4096 * 2010

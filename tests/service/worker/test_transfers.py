@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
@@ -13,7 +15,9 @@ from patchforge.service.errors import QueueFull, Unavailable
 from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Completed, Failed, ImageReady, Started
 from patchforge.service.messages.schemas import JobStatus
 from patchforge.service.queue import JobQueue, keys
+from patchforge.service.queue.batches import StoredBatch
 from patchforge.service.queue.claims import Delivery
+from patchforge.service.queue.job_queue import FeedOutcome
 from patchforge.service.results import Reference
 from patchforge.service.settings import Settings
 from patchforge.service.worker.worker import Worker
@@ -178,6 +182,56 @@ async def test_a_picture_without_a_job_is_deleted(queue: JobQueue, object_server
     with pytest.raises(QueueFull):
         await queue.submit(request(**EDIT), source=source())
     assert {*object_server.names()} - earlier == {f"results/{kept.id}/{name}.png" for name in ("image", "mask")}
+
+
+async def test_the_picture_of_a_batch_line_is_stored_once_however_often_it_is_offered(
+    queue: JobQueue, object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = await a_batch(queue, lines=2)
+    earlier, calls = set(object_server.names()), Counter[str]()
+    assert queue.objects is not None
+    monkeypatch.setattr(queue.objects, "on_call", lambda operation, *rest: calls.update([operation]))
+    others = [await queue.submit(request()) for _ in range(4)]  # half of the limit: no batch gets further
+    for _ in range(3):
+        with pytest.raises(QueueFull):
+            await offer(queue, batch)
+    assert calls["put"] == 2, "a picture and its mask"
+    await queue.cancel(others[0].id)
+    assert await offer(queue, batch) is FeedOutcome.QUEUED
+    [job] = {name.split("/")[1] for name in {*object_server.names()} - earlier}
+    assert await queue.source(job) == source()
+    assert calls["put"] == 2
+
+    assert await offer(queue, batch) is FeedOutcome.STALE
+    assert calls["put"] == 4
+    assert {*object_server.names()} - earlier == {f"results/{job}/{name}.png" for name in ("image", "mask")}
+
+    with pytest.raises(QueueFull):
+        await offer(queue, replace(batch, next=1))
+    assert len({*object_server.names()} - earlier) == 4
+    await queue.cancel_batch(batch.batch.id, None)
+    await queue.step_batch(batch.key)
+    assert {*object_server.names()} - earlier == {f"results/{job}/{name}.png" for name in ("image", "mask")}
+
+
+async def test_a_batch_line_with_a_picture_needs_a_worker_with_the_store(queue: JobQueue, settings: Settings) -> None:
+    assert await offer(queue, await a_batch(queue)) is FeedOutcome.QUEUED
+    without = JobQueue.connect(settings.redis_url or "", settings.model_copy(update={"results": "redis"}))
+    assert await without.claim("without", ["tiny-class"], block_seconds=0) is None
+    await without.close()
+    assert await queue.claim("with", ["tiny-class"], block_seconds=0) is not None
+
+
+async def a_batch(queue: JobQueue, lines: int = 1) -> StoredBatch:
+    file = await queue.add_file([b"{}"] * lines, "lines.jsonl", None, 600)
+    batch = await queue.create_batch(file.id, None, endpoint=None, window="1h", metadata=None)
+    return await queue.batch(batch.id, None)
+
+
+async def offer(queue: JobQueue, batch: StoredBatch) -> FeedOutcome:
+    """Offers the batch's next line, a picture to edit, to the queue."""
+    line = str(batch.next)
+    return await queue.feed_line(batch, line, {"custom_id": line}, request(**EDIT), source=source(), needs=())
 
 
 async def test_a_worker_without_a_store_leaves_such_jobs_to_others(
