@@ -6,8 +6,6 @@ by the program it calls. All others are run, by tests/e2e/test_doc_snippets.py.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import shlex
 import shutil
@@ -182,13 +180,11 @@ def check_export(words: list[str]) -> None:
 
 
 def check_lifetime(words: list[str]) -> None:
-    """Checks that the bucket's rule keeps pictures as long as a batch of 24 hours needs them by default."""
-    assert words[1] == "s3api", "nothing is known of other parts of this program"
-    [rule] = json.loads(words[-1])["Rules"]
-    usual = Settings()
-    needed = 86400 + usual.batch_ttl_seconds + usual.result_ttl_seconds
-    assert rule["Expiration"]["Days"] == math.ceil(needed / 86400)
-    assert rule["Filter"]["Prefix"] == "results/"
+    """Checks that the bucket gets the rule which the command before has made."""
+    assert words[1:3] == ["s3api", "put-bucket-lifecycle-configuration"], (
+        "nothing is known of other parts of this program"
+    )
+    assert words[-2:] == ["--lifecycle-configuration", "file://rule.json"]
 
 
 def helped(*command: str) -> str:
@@ -209,6 +205,7 @@ EXCUSED: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "patchforge compare": ("needs the samples that the command before would make", check_patchforge),
     "patchforge sample": ("hours, with a checkpoint that is not ours", check_patchforge),
     "patchforge generate lighthouse": ("draws with a checkpoint that is not ours", check_patchforge),
+    "patchforge results-rule": ("is for the command after it", check_patchforge),
     "docker": ("needs a Docker engine", check_docker),
     "aws": ("needs a bucket, and Amazon's command line", check_lifetime),
     "kubectl": ("needs a cluster", check_kubectl),

@@ -79,7 +79,7 @@ def test_no_excuse_is_left_over(start: str) -> None:
         "pip install --require-hash -r requirements.lock",
         "pip install torch==1.0",
         "export PATCHFORGE_TLS_CERTIFICATE=cert.pem",
-        'aws s3api x \'{"Rules": [{"Filter": {"Prefix": "results/"}, "Expiration": {"Days": 1}}]}\'',
+        "aws s3api put-bucket-lifecycle-configuration --bucket b --lifecycle-configuration rule.json",
     ],
 )
 def test_a_wrong_command_would_show(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from patchforge.service.cli.doctor import doctor
 from patchforge.service.cli.errors import StartReport, check_temporary_folder, needs, show_error, typed_errors
 from patchforge.service.cli.evaluate import evaluate, grid
 from patchforge.service.cli.generate import generate
-from patchforge.service.cli.report import print_table
+from patchforge.service.cli.report import print_table, write_json
 from patchforge.service.cli.sample import sample
 from patchforge.service.cli.soak import soak
 from patchforge.service.cli.streams import open_missing_streams
@@ -127,6 +128,26 @@ def hash_key(
         "Keep the key: it is not shown again. Add the entry to PATCHFORGE_API_KEYS (comma-separated) and restart.",
         soft_wrap=True,
     )
+
+
+@app.command("results-rule")
+@needs("server")
+def results_rule(
+    window: Annotated[
+        int, typer.Option(min=1, max=999, help="Hours of the longest completion_window of batches.")
+    ] = 24,
+    out: Annotated[Path | None, typer.Option(help="Write the rule into this file instead.")] = None,
+) -> None:
+    """Print the lifecycle rule that the bucket of PATCHFORGE_RESULTS needs, for `aws s3api` or `mc ilm import`."""
+    from patchforge.service.results.lifetime import expiry_rule
+
+    settings = _read_settings()
+    with typed_errors():
+        rule = expiry_rule(settings, window)
+        if out is not None:
+            write_json(out, rule)
+    if out is None:
+        print(json.dumps(rule, indent=1))
 
 
 @app.command()

@@ -38,6 +38,7 @@ COMMANDS = {
     "gateway": "server",
     "worker": "worker",
     "hash-key me": "server",
+    "results-rule": "server",
     "generate cat": "worker",
     "animate cat": "worker",
     "doctor": "worker",
