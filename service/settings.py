@@ -142,6 +142,11 @@ class ResultSettings(BaseSettings):
     results_public_url: str | None = Field(
         None, description="The object store's address in links to pictures, if clients reach it under another one."
     )
+    results_preview_bytes: int = Field(
+        64 << 10,
+        ge=1024,
+        description="Previews that are larger go into the object store too, if there is one; Redis has small copies.",
+    )
     results_tls_ca: Path | None = Field(
         None, description="PEM file of CAs for the object store's certificate, besides the usual ones."
     )

@@ -14,9 +14,9 @@ from patchforge.service.messages.endings import terminal_event
 from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Event
 from patchforge.service.messages.schemas import Job
 from patchforge.service.queue import keys
-from patchforge.service.queue.connection import QueueConnection
 from patchforge.service.queue.event_hub import EventHub
 from patchforge.service.queue.records import event_from, job_from, with_digest
+from patchforge.service.queue.stored_previews import StoredPreviews
 from patchforge.service.settings import Settings
 
 BATCH = 64  # events a watcher reads at once; if there are as many, it has fallen behind,
@@ -28,7 +28,7 @@ _JOB_ID = re.compile(r"[0-9A-Z]{26}")
 _EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?")
 
 
-class WatchedJobs(QueueConnection):
+class WatchedJobs(StoredPreviews):
     """Reads and watches jobs. Any method may raise `Unavailable`: Redis is full or silent."""
 
     def __init__(self, redis: Redis, blocking: Redis, settings: Settings) -> None:
@@ -94,8 +94,9 @@ class WatchedJobs(QueueConnection):
                     status, last_id, entries, more = await self._run("news", job_id, after, BATCH, BATCH_BYTES)
                     if status is None:
                         raise NotFound(f"no job {job_id}")
-                for entry_id, fields in entries:
-                    after, event = entry_id.decode(), event_from(fields)
+                events = await self._bring_previews([event_from(fields) for _, fields in entries])
+                for (entry_id, _), event in zip(entries, events, strict=True):
+                    after = entry_id.decode()
                     if event is None and entry_id == last_id:
                         event = terminal_event(await self.get(job_id))
                     if event is None:

@@ -30,6 +30,16 @@ class Message:
     patient: bool = False
     """Whether it can wait for another message, because nobody looks on."""
 
+    apart: Reference | None = None
+    """Where the preview is of which this has only a small copy."""
+
+    @property
+    def stored(self) -> Reference | None:
+        """What it has in the object store: nobody needs that if the queue does not take the message."""
+        if isinstance(self.content, tuple) and not isinstance(self.content[1], bytes):
+            return self.content[1]
+        return self.apart
+
     @property
     def ends_job(self) -> bool:
         return isinstance(self.content, Completed | Failed | Cancelled)

@@ -37,7 +37,16 @@ SETTINGS = {
 
 def encode_preview(pixels: Tensor, most: int) -> bytes:
     """Encode `(height, width, 3)` uint8 as a PNG of at most `most` bytes, smaller than it is drawn if it has to be."""
-    drawn = Image.fromarray(pixels.numpy())
+    return _encode_within(Image.fromarray(pixels.numpy()), most)
+
+
+def shrink_preview(png: bytes, most: int) -> bytes:
+    """Encode a preview again, as a PNG of at most `most` bytes."""
+    with Image.open(BytesIO(png)) as drawn:
+        return _encode_within(drawn, most)
+
+
+def _encode_within(drawn: Image.Image, most: int) -> bytes:
     scale = min(1.0, sqrt(DENSEST * most / (drawn.width * drawn.height)))
     while True:
         size = max(1, int(scale * drawn.width)), max(1, int(scale * drawn.height))

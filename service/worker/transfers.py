@@ -26,12 +26,13 @@ class Transfers:
         """Whether there is any work."""
         return bool(self._tasks)
 
-    def begin(self, job_id: str, work: Coroutine[None, None, None]) -> None:
+    def begin(self, job_id: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Start `work` for a job."""
         assert self.group is not None
         task = self.group.create_task(work)
         self._tasks.setdefault(job_id, []).append(task)
         task.add_done_callback(lambda done: self._forget(job_id, done))
+        return task
 
     def follow(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
         """Start `work` for a job when all its earlier work is done."""

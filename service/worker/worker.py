@@ -43,6 +43,7 @@ from patchforge.service.worker.scheduler import Scheduler
 from patchforge.service.worker.spans import JobSpans
 from patchforge.service.worker.transfers import Transfers, outlast_store
 from patchforge.service.worker.trouble import job_error
+from patchforge.service.worker.uploads import Uploads
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -86,6 +87,7 @@ class Worker:
         self.draining = asyncio.Event()
         self.room_made = asyncio.Event()
         self.transfers = Transfers()
+        self._uploads = Uploads(queues[0], self.transfers, self._tell, settings.results_preview_bytes)
         self._fetched: list[tuple[str, Source | NotFound]] = []
         """Jobs to admit, with the pictures that they edit."""
         self._parent = parent
@@ -295,12 +297,14 @@ class Worker:
             event = outcome.preview if isinstance(outcome, PreviewMade) else outcome.finished
             link, claim = self._link_of(outcome.job_id), self.claims.get(outcome.job_id)
             if link.outages.reason is None and claim is not None:
-                await self._tell(Message(outcome.job_id, event, patient=not claim.job.request.previews))
+                message = Message(outcome.job_id, event, patient=not claim.job.request.previews)
+                if self._objects is None or not self._uploads.take_event(claim, event.index, message):
+                    await self._tell(message)
         elif isinstance(outcome, PictureMade):
             if self._objects is None:
                 await self._tell(Message(outcome.job_id, (outcome.index, outcome.data)))
             elif (claim := self.claims.get(outcome.job_id)) is not None:
-                self.transfers.begin(outcome.job_id, self._upload(claim, outcome))
+                self._uploads.take_picture(claim, outcome)
         elif isinstance(outcome, JobDone):
             done = Message(outcome.job_id, Completed(report=outcome.report))
             if self._objects is None:
@@ -310,21 +314,16 @@ class Worker:
         elif isinstance(outcome, JobBroken):
             await self._tell_failure(outcome.job_id, outcome.error)
 
-    async def _upload(self, claim: Claim, made: PictureMade) -> None:
-        """Put a picture into the object store, then tell the queue where it is."""
-        picture = await outlast_store(self.links[0].queue.put_picture, claim, made.index, made.data)
-        await self._tell(Message(made.job_id, (made.index, picture)))
-
     async def _tell_failure(self, job_id: str, error: JobError) -> None:
         self.transfers.drop(job_id)
         await self._tell(Message(job_id, Failed(error=error)))
 
     def discard(self, message: Message) -> None:
-        """Delete the picture of a message that the queue did not take, if it is in the object store."""
-        if isinstance(message.content, tuple) and not isinstance(message.content[1], bytes):
+        """Delete what a message that the queue did not take has in the object store."""
+        if message.stored is not None:
             assert self.transfers.group is not None
             queue = self.links[0].queue  # all use one store
-            self.transfers.group.create_task(queue.discard_picture(message.content[1]))  # it may be slow
+            self.transfers.group.create_task(queue.discard_picture(message.stored))  # it may be slow
 
     def record_end(self, claim: Claim, event: Completed | Failed | Cancelled) -> None:
         job = claim.job

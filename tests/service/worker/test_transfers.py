@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from io import BytesIO
+from itertools import product
 
 import pytest
+from PIL import Image
 from redis.asyncio import Redis
 
 from patchforge.model.pipeline import Pipeline
 from patchforge.service.errors import QueueFull, Unavailable
-from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Completed, Failed, ImageReady, Started
+from patchforge.service.messages.events import (
+    TERMINAL_EVENTS,
+    Cancelled,
+    Completed,
+    Failed,
+    ImageReady,
+    Preview,
+    Started,
+)
 from patchforge.service.messages.schemas import JobStatus
+from patchforge.service.messages.small_copies import split_reference
 from patchforge.service.queue import JobQueue, keys
 from patchforge.service.queue.batches import StoredBatch
 from patchforge.service.queue.claims import Delivery
@@ -22,7 +36,7 @@ from patchforge.service.results import Reference
 from patchforge.service.settings import Settings
 from patchforge.service.worker.worker import Worker
 from tests.object_store import ObjectServer, browse
-from tests.service.queue.kit import eventually, silenced
+from tests.service.queue.kit import a_preview, eventually, silenced
 from tests.service.worker.jobs import request
 from tests.service.worker.test_source_images import source
 from tests.service.worker.test_worker import BUDGETS, events, first, running
@@ -297,3 +311,92 @@ async def test_a_picture_to_edit_that_is_in_another_store_fails_its_job(
     assert isinstance(end, Failed)
     assert end.error.code == "source_lost"
     assert "another object store" in end.error.message
+
+
+@pytest.fixture
+def showing(settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline]) -> Worker:
+    """A worker that makes many previews, and counts almost all as large."""
+    eager = {"results_preview_bytes": 1024, "preview_interval_seconds": 0.0, "preview_share": 100.0}
+    return Worker(settings.model_copy(update=eager), [queue], pipelines, BUDGETS)
+
+
+async def test_large_previews_go_through_the_store_and_come_back(
+    showing: Worker, queue: JobQueue, redis_client: Redis, object_server: ObjectServer, settings: Settings
+) -> None:
+    async with running(showing):
+        job = await queue.submit(request(n=2, partial_images=2))
+        live = await events(queue, job.id)
+    [end] = {place for place, event in enumerate(live) if isinstance(event, TERMINAL_EVENTS)}
+    assert end == len(live) - 1
+    for index in range(2):
+        mine = [each for each in live if isinstance(each, Preview | ImageReady) and each.index == index]
+        assert isinstance(mine.pop(), ImageReady)
+        made = [each.evaluation for each in mine if isinstance(each, Preview)]
+        assert len(made) >= 2
+        assert made == sorted(set(made))
+    kept = [name for name in object_server.names() if f"{job.id}/preview-" in name]
+    held = [fields[b"event"] for _, fields in await redis_client.xrange(keys.events(job.id))]
+    copies = [text for text in held if text.startswith(b'{"type":"preview","index":')]
+    assert len(kept) == len(copies) == sum(isinstance(event, Preview) for event in live)
+    assert all(split_reference(json.loads(text)["b64_png"])[1] for text in copies)
+    for event in live:
+        if isinstance(event, Preview):
+            assert split_reference(event.b64_png)[1] is None
+            assert f"results/{job.id}/preview-{event.index}-{event.evaluation}-" in "".join(kept)
+    without = JobQueue.connect(settings.redis_url or "", settings.model_copy(update={"results": "redis"}))
+    plain = [event async for _, event in without.watch(job.id)]
+    await without.close()
+    assert [type(event) for event in plain] == [type(event) for event in live]
+    assert all(split_reference(event.b64_png)[1] is None for event in plain if isinstance(event, Preview))
+
+
+async def test_previews_of_a_store_that_is_away_or_empty_are_small_copies(
+    queue: JobQueue, object_server: ObjectServer
+) -> None:
+    job = await queue.submit(request())
+    claim = await queue.claim("w", ["tiny-class"], block_seconds=0)
+    assert claim is not None
+    large, small = a_png(64), a_png(8)
+    for evaluation in (1, 2):
+        drawn = a_preview(evaluation).model_copy(update={"b64_png": b64encode(large).decode()})
+        event, reference = await queue.put_preview(claim, drawn, small)
+        assert await queue.publish(claim, event)
+    await queue.discard_picture(reference)
+    await queue.finish(claim, Cancelled())
+    shown = [event.b64_png for event in await events(queue, job.id) if isinstance(event, Preview)]
+    assert list(map(b64decode, shown)) == [large, small], "the second is gone"
+    object_server.stop()
+    seen = await events(queue, job.id)
+    object_server.start()
+    assert [b64decode(event.b64_png) for event in seen if isinstance(event, Preview)] == [small, small]
+    assert isinstance(seen[-1], Cancelled)
+    seen = await events(queue, job.id)
+    assert [b64decode(event.b64_png) for event in seen if isinstance(event, Preview)] == [small, small], "not at once"
+    queue._no_previews_before = 0.0
+    seen = await events(queue, job.id)
+    assert [b64decode(event.b64_png) for event in seen if isinstance(event, Preview)] == [large, small]
+
+
+async def test_a_watcher_that_has_fallen_behind_fetches_the_newest_previews(
+    queue: JobQueue, object_server: ObjectServer
+) -> None:
+    job = await queue.submit(request(n=2))
+    claim = await queue.claim("w", ["tiny-class"], block_seconds=0)
+    assert claim is not None
+    for evaluation, index in product(range(1, 4), range(2)):
+        drawn = a_preview(evaluation, index).model_copy(update={"b64_png": b64encode(a_png(64)).decode()})
+        event, _ = await queue.put_preview(claim, drawn, a_png(8))
+        assert await queue.publish(claim, event)
+    await queue.finish(claim, Cancelled())
+    sizes = {
+        (each.evaluation, len(b64decode(each.b64_png)))
+        for each in await events(queue, job.id)
+        if isinstance(each, Preview)
+    }
+    assert sizes == {(3, len(a_png(64))), *((evaluation, len(a_png(8))) for evaluation in (1, 2))}
+
+
+def a_png(side: int) -> bytes:
+    buffer = BytesIO()
+    Image.radial_gradient("L").resize((side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
