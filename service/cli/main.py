@@ -138,7 +138,7 @@ def results_rule(
     ] = 24,
     out: Annotated[Path | None, typer.Option(help="Write the rule into this file instead.")] = None,
 ) -> None:
-    """Print the lifecycle rule that the bucket of PATCHFORGE_RESULTS needs, for `aws s3api` or `mc ilm import`."""
+    """Print the lifecycle rule that the bucket of PATCHFORGE_RESULTS needs, as JSON for `aws s3api`."""
     from patchforge.service.results.lifetime import expiry_rule
 
     settings = _read_settings()

@@ -276,23 +276,18 @@ async def test_pictures_of_an_unanswered_delivery_are_kept(
             raise Unavailable("no answer")
         return answer
 
-    async def all_done() -> bool:
-        return not worker.engine.jobs and not worker.transfers.busy
+    async def all_told() -> bool:
+        return worker.links[0].outbox.ends(job.id)
 
     monkeypatch.setattr(queue, "deliver", unanswered_once)
     async with running(worker):
         job = await queue.submit(request())
-        await eventually(lambda: is_running(queue, job.id))
-        await eventually(all_done)
+        await eventually(all_told)
         stored.set()
         assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
         await eventually(lambda: gone(worker))
     assert lost[0][-2:] == ["store_image", "finish"]
     assert (await queue.image(job.id, 0)).startswith(b"\x89PNG")
-
-
-async def is_running(queue: JobQueue, job_id: str) -> bool:
-    return (await queue.get(job_id)).status is JobStatus.RUNNING
 
 
 async def gone(worker: Worker) -> bool:
