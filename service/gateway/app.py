@@ -143,7 +143,7 @@ class Gateway:
         self.settings = settings
         self.service = JobService(queue, settings.default_models, settings.remember_seconds)
         registry = CollectorRegistry()
-        metrics = GatewayMetrics(registry, settings.max_waiting, len(queue.shards))
+        metrics = GatewayMetrics(registry, settings.max_waiting * len(queue.shards), len(queue.shards))
         watch_store(queue.objects, registry)
 
         def record_end(job: Job) -> None:
