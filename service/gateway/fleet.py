@@ -135,7 +135,7 @@ class Fleet:
             for card in served.cards
             if card.name == request.model and request.model_digest in (None, card.digest)
         ]
-        times = [request.n * card.least_seconds for card in cards if card.least_seconds is not None]
+        times = [seconds for card in cards if (seconds := _least_seconds(card, request)) is not None]
         if within is not None and len(times) == len(cards) and within < (least := min(times, default=0.0)):
             raise TooLittleTime(f"it would take {least:.2g} seconds", field="finish_within_seconds", retry_after=1)
 
@@ -145,7 +145,21 @@ class Fleet:
         return self.cards
 
 
+def _least_seconds(card: ModelCard, request: GenerationRequest) -> float | None:
+    """The least time in which a worker could finish all pictures of a request together; None: it has not told.
+
+    Pictures of a smaller size count by their patches. Less than one of the model's own takes at least that share of its
+    time, since small evaluations take no less per patch than large ones.
+    """
+    (rows, columns), (own_rows, own_columns) = card.drawn_grid(request), card.grid
+    pictures = request.n * rows * columns / (own_rows * own_columns)
+    if card.least_seconds is None:
+        return None
+    return card.least_seconds * min(pictures, 1.0) + (card.least_seconds_more or 0.0) * max(0.0, pictures - 1)
+
+
 def _asleep(remembered: Served) -> Served:
     """What a worker served, without how long a picture would take: that depends on when a worker is there."""
-    cards = [card.model_copy(update={"least_seconds": None}) for card in remembered.cards]
+    unknown = {"least_seconds": None, "least_seconds_more": None}
+    cards = [card.model_copy(update=unknown) for card in remembered.cards]
     return replace(remembered, cards=cards)

@@ -271,6 +271,11 @@ class ModelCard(Message):
         exclude_if=_is_unset,
         description="Seconds of a picture at the lowest quality, with what waits now.",
     )
+    least_seconds_more: float | None = Field(
+        None,
+        exclude_if=_is_unset,
+        description="Seconds that each further picture of a request adds at least: they share evaluations.",
+    )
     examples: list[str] = Field(
         [], exclude_if=lambda prompts: not prompts, description="Prompts that show what the model can draw."
     )
