@@ -27,9 +27,11 @@ ROOT = Path(__file__).parents[2]
 TARGETS = ("gateway", "worker")
 STORE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchforge-images"
 DEBIAN = "bookworm"
+DEBIAN_PYTHON = "cp311"
 DEBIAN_BASE = f"localhost/patchforge-base:{DEBIAN}"
 NEEDED = ("python3", "python3-venv", "ca-certificates")
 BULK = ("var/cache/apt", "var/lib/apt/lists", "var/log", "usr/share/man", "usr/share/locale", "usr/share/info")
+PYPI = "https://pypi.org/simple"
 LABEL = "patchforge.inputs"
 PIP = "/root/.config/pip"  # in the container, whose user cannot look into it later
 PIP_OPTIONS = ("index-url", "extra-index-url", "find-links", "trusted-host", "cert")
@@ -142,7 +144,8 @@ class Buildah:
 
     def build(self, target: str, arguments: dict[str, str]) -> None:
         """Builds one image, unless it was built from these very files. `arguments` are the Dockerfile's."""
-        arguments = {"BASE": arguments.get("BASE") or self.base()} | arguments
+        base = arguments.get("BASE") or self.base()
+        arguments = {"BASE": base} | index_for_torch(base) | arguments
         inputs = digest_of_inputs(arguments)
         if self.has(tag(target)) and (self.config(tag(target))["Labels"] or {}).get(LABEL) == inputs:
             return
@@ -171,24 +174,37 @@ def digest_of_inputs(arguments: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def pip_mounts(folder: Path) -> list[tuple[Path, str]]:
-    """Writes this machine's pip configuration into `folder`, for pip in the container to find packages in the same way.
-
-    Returns what to mount where: the folder, and in it the files that the configuration names. No image has them. An index
-    in a folder of this machine is left out, because its links may lead anywhere.
-    """
+def pip_configuration() -> dict[str, list[str]]:
+    """Returns how pip finds packages on this machine. An index in a folder is left out: its links may lead anywhere."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for line in sorted(listed.splitlines(), reverse=True):  # variables of the environment win: they begin with a colon
         name, _, value = line.partition("=")
-        found[name.rpartition(".")[2]] = str(ast.literal_eval(value))
-    places: dict[Path, str] = {folder: PIP}
-    lines = ["[global]"]
-    for option in PIP_OPTIONS:
-        values = [value for value in found.get(option, "").split() if not value.startswith("file:")]
-        lines += [f"{option} = {' '.join(_moved(value, folder, places) for value in values)}"] if values else []
+        option = name.rpartition(".")[2]
+        if option in PIP_OPTIONS:
+            found[option] = [each for each in str(ast.literal_eval(value)).split() if not each.startswith("file:")]
+    return {option: values for option, values in found.items() if values}
+
+
+def pip_mounts(folder: Path) -> list[tuple[Path, str]]:
+    """Writes this machine's pip configuration into `folder`, for pip in the container.
+
+    Returns what to mount where: the folder, and in it the files that the configuration names. No image has them.
+    """
+    places, lines = {folder: PIP}, ["[global]"]
+    for option, values in pip_configuration().items():
+        lines.append(f"{option} = {' '.join(_moved(value, folder, places) for value in values)}")
     (folder / "pip.conf").write_text("\n".join(lines) + "\n", "utf-8")
     return [*places.items()]
+
+
+def index_for_torch(base: str) -> dict[str, str]:
+    """Returns the argument for an index that has torch's dependencies, if pip finds a CPU build of torch by itself."""
+    pip = pip_configuration()
+    found = [
+        path for folder in pip.get("find-links", []) for path in Path(folder).glob(f"torch-*+cpu-{DEBIAN_PYTHON}-*")
+    ]
+    return {"TORCH_INDEX": pip.get("index-url", [PYPI])[0]} if found and base == DEBIAN_BASE else {}
 
 
 def _moved(value: str, folder: Path, places: dict[Path, str]) -> str:
