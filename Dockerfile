@@ -32,7 +32,8 @@ RUN pip install --require-hashes --no-deps -r /tmp/requirements.lock
 ARG TORCH=2.13.0
 # The CPU build of PyTorch, from its own index; the package index has the CUDA build, which is gigabytes larger.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --index-url ${TORCH_INDEX} torch==${TORCH}
+# Without its own tests, which are 80 MB.
+RUN pip install --index-url ${TORCH_INDEX} torch==${TORCH} && rm -rf /opt/patchforge/lib/python3*/site-packages/torch/test
 RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
 
 # The CUDA libraries come with the wheel, so that no CUDA base image is needed.

@@ -13,8 +13,11 @@ from typing import Self
 from tests.deploy.images import Buildah
 from tests.processes import Line, Process, eventually
 
-TMPFS = ["nosuid", "nodev"]
-PLACES = (("/dev", "mode=755"), ("/dev/shm", "mode=1777"), ("/tmp", "mode=1777"))  # the only ones that can be written
+PLACES = {  # the only ones that can be written, the first by nobody but root
+    "/dev": ["nosuid", "mode=755"],
+    "/dev/shm": ["nosuid", "nodev", "mode=1777"],
+    "/tmp": ["nosuid", "nodev", "mode=1777"],
+}
 
 
 def missing() -> str:
@@ -48,6 +51,7 @@ class Container:
         """The process ID, on this machine, of the container's first process."""
 
         def running() -> int:
+            assert self.process.running, self.process.transcript()
             told = subprocess.run([*self._runc, "state", self.name], capture_output=True)
             state = json.loads(told.stdout) if told.returncode == 0 else {"status": "none"}
             return state["pid"] if state["status"] == "running" else 0
@@ -71,7 +75,7 @@ class Pod:
 
     def __init__(self, buildah: Buildah, folder: Path) -> None:
         self._buildah, self._folder, self._stack = buildah, folder, ExitStack()
-        self._runc = ["runc", "--root", str(folder / "runc")]
+        self._runc = [shutil.which("runc") or "runc", "--root", str(folder / "runc")]
         self._first: Container | None = None
 
     def __enter__(self) -> Self:
@@ -100,8 +104,8 @@ class Pod:
         uid, gid = map(int, config["User"].split(":"))
         network = {"type": "network"} | ({"path": f"/proc/{self._first.init}/ns/net"} if self._first else {})
         mounts = [{"destination": "/proc", "type": "proc", "source": "proc"}]
-        for place, mode in PLACES:
-            mounts.append({"destination": place, "type": "tmpfs", "source": "tmpfs", "options": [*TMPFS, mode]})
+        for place, options in PLACES.items():
+            mounts.append({"destination": place, "type": "tmpfs", "source": "tmpfs", "options": options})
         return {
             "ociVersion": "1.0.2",
             "process": {
