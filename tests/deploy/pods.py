@@ -7,8 +7,6 @@ import shutil
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from tests.deploy.images import Buildah
 from tests.processes import Line, Process, eventually
@@ -78,12 +76,8 @@ class Pod:
         self._runc = [shutil.which("runc") or "runc", "--root", str(folder / "runc")]
         self._first: Container | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Ends all containers, the last one first."""
         self._stack.close()
 
     def start(self, name: str, image: str, *command: str, **variables: str) -> Container:

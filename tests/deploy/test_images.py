@@ -41,39 +41,45 @@ print(os.getuid(), os.getgid())
 FOUND = "import importlib.util as u; print([name for name in ('torch', 'scipy', 'sklearn') if u.find_spec(name)])"
 
 
-@pytest.fixture(scope="module")
-def buildah() -> Buildah:
-    built = Buildah()
-    for target in TARGETS:
-        built.build(target, {})
-    return built
+REDIS = {"PATCHFORGE_REDIS_URL": "redis://127.0.0.1:6379/0"}
+READY = {"gateway": "gateway is listening", "worker": "worker ready"}
+
+
+class Services:
+    """Containers of our images in one pod. Each image is built when a test first needs it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._buildah = Buildah()
+        self._pod = Pod(self._buildah, folder)
+        self.close = self._pod.close
+
+    def start(self, target: str, *command: str) -> Container:
+        self._buildah.build(target, {})
+        return self._pod.start(target, tag(target), *command, **REDIS)
+
+    def start_queue(self) -> None:
+        self._buildah.build("gateway", {})
+        self._pod.start("queue", tag("gateway"), "python", "-c", QUEUE)
 
 
 @pytest.fixture
-def pod(buildah: Buildah, tmp_path: Path) -> Iterator[Pod]:
-    with Pod(buildah, tmp_path) as made:
-        yield made
-
-
-def start_all(pod: Pod) -> tuple[Container, Container]:
-    """Starts a queue server, a gateway and a worker, and waits until both are ready."""
-    pod.start("queue", tag("gateway"), "python", "-c", QUEUE)
-    url = {"PATCHFORGE_REDIS_URL": "redis://127.0.0.1:6379/0"}
-    gateway, worker = pod.start("gateway", tag("gateway"), **url), pod.start("worker", tag("worker"), **url)
-    gateway.wait_for("gateway is listening")
-    worker.wait_for("worker ready")
-    return gateway, worker
+def services(tmp_path: Path) -> Iterator[Services]:
+    made = Services(tmp_path)
+    yield made
+    made.close()
 
 
 def written_and_user(container: Container) -> list[str]:
     return container.run("python", "-c", WRITE).stdout.decode().splitlines()
 
 
-def test_a_picture_from_containers_that_cannot_write(pod: Pod) -> None:
-    gateway, worker = start_all(pod)
-    for container in (gateway, worker):
+def test_a_picture_from_containers_that_cannot_write(services: Services) -> None:
+    services.start_queue()
+    both = {target: services.start(target) for target in TARGETS}
+    for target, container in both.items():
+        container.wait_for(READY[target])
         assert written_and_user(container) == ["/tmp", "10001 10001"]
-    server = ("--server", "http://127.0.0.1:8000", "--out", "/tmp/out")
+    gateway, server = both["gateway"], ("--server", "http://127.0.0.1:8000", "--out", "/tmp/out")
     for model, prompt in (("emoji-text", "red apple, 3d"), ("emoji-class", "cat face")):
         drawn = gateway.run("patchforge", "generate", prompt, "--model", model, "--seed", "7", *server)
         assert drawn.returncode == 0, drawn.stderr.decode()
@@ -81,15 +87,16 @@ def test_a_picture_from_containers_that_cannot_write(pod: Pod) -> None:
         with Image.open(io.BytesIO(content)) as picture:
             assert picture.size == (64, 64)
             assert len(picture.getcolors(1 << 16) or ()) > 50, "a picture of one colour"
-    assert [worker.stop(), gateway.stop()] == [0, 0]
-    for container in (gateway, worker):
+    assert [both["worker"].stop(), gateway.stop()] == [0, 0]
+    for container in both.values():
         assert [line for line in container.process.log if line["level"] not in ("debug", "info", "warning")] == []
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_health_check_tells_a_service_that_answers_from_one_that_does_not(pod: Pod, target: str) -> None:
-    gateway, worker = start_all(pod)
-    container = gateway if target == "gateway" else worker
+def test_the_health_check_tells_a_service_that_answers_from_one_that_hangs(services: Services, target: str) -> None:
+    services.start_queue()
+    container = services.start(target)
+    container.wait_for(READY[target])
     eventually(container.healthy, "the health check to pass")
     os.kill(container.init, signal.SIGSTOP)
     assert not container.healthy()
@@ -99,9 +106,9 @@ def test_the_health_check_tells_a_service_that_answers_from_one_that_does_not(po
 
 @pytest.mark.parametrize(("target", "found"), [("gateway", []), ("worker", ["torch"])])
 def test_a_container_that_serves_nothing_is_not_healthy_and_has_only_what_it_needs(
-    pod: Pod, target: str, found: list[str]
+    services: Services, target: str, found: list[str]
 ) -> None:
-    container = pod.start("other", tag(target), "python", "-c", "import time; time.sleep(1e6)")
+    container = services.start(target, "python", "-c", "import time; time.sleep(1e6)")
     assert container.init
     assert not container.healthy()
     assert container.run("python", "-c", FOUND).stdout.decode().strip() == str(found)
