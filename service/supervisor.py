@@ -54,7 +54,10 @@ async def serve(settings: Settings) -> None:
             if server is not None:
                 await processes.enter_async_context(_keeping_alive(server))
             keeper = await processes.enter_async_context(_WorkerProcess(settings, url))
-            await _serve_while(keeper, serve_gateway(settings.model_copy(update={"redis_url": url})))
+            update: dict[str, object] = {"redis_url": url}
+            if "metrics_of_workers" not in settings.model_fields_set:
+                update["metrics_of_workers"] = True  # nobody scrapes its worker
+            await _serve_while(keeper, serve_gateway(settings.model_copy(update=update)))
 
 
 async def _serve_while(keeper: asyncio.Task[None], serving: Coroutine[None, None, None]) -> None:

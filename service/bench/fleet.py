@@ -82,6 +82,8 @@ class FleetFigures:
     """Whether each process had a network namespace of its own; otherwise all used the loopback address."""
     lone_submit_ms: Latency
     """From a request to its answer, one at a time, while all workers are idle."""
+    lone_submit: Costs
+    """Per such request, beyond what the fleet costs at rest; what idle workers do with the job is included."""
     floor: Costs
     """Per second without workers."""
     rest: Costs
@@ -134,16 +136,18 @@ async def bench_fleet(folder: Path, size: Size, clients: int, seconds: float, ap
     raise_file_limit()
     with hosts(apart) as places:
         async with _Rig.running(folder, size, places) as rig:
-            lone = await rig.submit_one_by_one(LONE_SUBMITS)
             rest = await rig.measure_rest()
+            before, began = rig.costs(), time.monotonic()
+            lone = await rig.submit_one_by_one(LONE_SUBMITS)
+            lone_submit = _beyond(rest, rig.costs().since(before), time.monotonic() - began, LONE_SUBMITS)
             submits, ends, jobs, used, took = await rig.measure_load(clients, seconds)
             quiet = await rig.longest_health_check(asyncio.sleep(1.0))
             own, everything = await rig.scrape("/metrics?workers=false"), await rig.scrape("/metrics?workers=true")
         return FleetFigures(
-            *(size, places.apart, Latency.of(lone), rig.floor, rest, clients, seconds, jobs),
+            *(size, places.apart, Latency.of(lone), lone_submit, rig.floor, rest, clients, seconds, jobs),
             submit_ms=Latency.of(submits),
             end_to_end_ms=Latency.of(ends),
-            job=used.since(Costs(*(took * each for each in astuple(rest))), 1 / max(1, len(ends))),
+            job=_beyond(rest, used, took, len(ends) + len(submits)),
             quiet_ms=1000 * quiet,
             own=own,
             all=everything,
@@ -170,7 +174,9 @@ class _Rig:
             servers = [await _start_server(stack, folder, places, number) for number in range(size.queue_servers)]
             addresses = [address for address, _ in servers]
             common |= {"REDIS_URLS": ",".join(addresses)} if len(servers) > 1 else {"REDIS_URL": addresses[0]}
-            urls, gateways, workers = [], [], []
+            urls: list[str] = []
+            gateways: list[int] = []
+            workers: list[int] = []
             for number in range(size.gateways):
                 host = places.make()
                 port = 8000 if places.apart else free_port()
@@ -287,6 +293,11 @@ class _Rig:
         body = {"model": CARD.name, "prompt": "nothing", "seed": self._seed, "response_format": "b64_json"}
         status, answer = await connection.post("/v1/images/generations", json.dumps(body).encode())
         _require(status == 200, status, answer)
+
+
+def _beyond(rest: Costs, used: Costs, seconds: float, jobs: int) -> Costs:
+    """Costs per job, without those of that time at rest."""
+    return used.since(Costs(*(seconds * each for each in astuple(rest))), 1 / max(1, jobs))
 
 
 async def _start_server(stack: AsyncExitStack, folder: Path, places: Hosts, number: int) -> tuple[str, int]:

@@ -43,12 +43,13 @@ def fleet(
             raise Unavailable("the gateway closed a connection; try fewer clients or a quieter machine") from error
     rows = [
         ("submit to answer, one at a time, p50 / p95", _format_latency(figures.lone_submit_ms)),
+        ("such a job: queue servers / gateways / workers", _format_costs(figures.lone_submit)),
         (f"jobs per second from {clients} clients", f"{figures.jobs_per_second:.0f}"),
         ("submit to answer meanwhile, p50 / p95", _format_latency(figures.submit_ms)),
         ("request to picture meanwhile, p50 / p95", _format_latency(figures.end_to_end_ms)),
-        ("a job: queue servers / gateways / workers", _format_costs(figures.job)),
-        ("a second without any job: the same", _format_costs(figures.rest)),
-        ("a second without workers: the same", _format_costs(figures.floor)),
+        ("a job, its picture waited for: the same parts", _format_costs(figures.job)),
+        ("a second without any job", _format_costs(figures.rest)),
+        ("a second without workers", _format_costs(figures.floor)),
         ("scrape of the gateway's own metrics", _format_scrapes(figures.own)),
         ("scrape with all workers' metrics", _format_scrapes(figures.all)),
         ("/healthz without scrapes, longest", f"{figures.quiet_ms:.0f} ms"),
@@ -77,5 +78,5 @@ def _format_latency(latency: Latency) -> str:
 
 
 def _format_scrapes(scrapes: Scrapes) -> str:
-    took = f"{scrapes.seconds:.2f} s, {scrapes.gateway_ms:.0f} ms of processor"
-    return f"{took}; /healthz meanwhile at most {scrapes.stall_ms:.0f} ms"
+    took = f"{scrapes.seconds:.2f} s; processor {scrapes.gateway_ms:.0f} ms"
+    return f"{took}; longest /healthz {scrapes.stall_ms:.0f} ms"
