@@ -286,7 +286,7 @@ def test_what_is_no_exposition_is_left_out(garbage: bytes) -> None:
 def test_a_text_that_only_looks_right_does_not_hide_the_others(odd: bytes) -> None:
     good = b"# HELP patchforge_a_total .\n# TYPE patchforge_a_total counter\npatchforge_a_total 2.0\n"
     merged = samples(merge_expositions([good, odd, good]))
-    assert merged["patchforge_a_total"] == 4.0
+    assert merged["patchforge_a_total{}"] == 4.0
 
 
 def test_the_order_of_labels_does_not_matter() -> None:
