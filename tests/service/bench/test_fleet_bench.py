@@ -60,5 +60,5 @@ def test_what_a_core_carries_is_computed_from_processor_times() -> None:
 
 @pytest.mark.skipif("redis_urls" in Settings.model_fields, reason="several queue servers are supported")
 async def test_several_queue_servers_are_refused_where_they_are_not_supported(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="queue-servers|several queue servers"):
+    with pytest.raises(InvalidRequest, match="several queue servers"):
         await bench_fleet(tmp_path, Size(1, 1, 2), clients=1, seconds=0.1, apart=False)
