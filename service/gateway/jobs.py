@@ -90,8 +90,17 @@ class JobService:
         """Returns the model of that name; raises the same errors as `Fleet.find`."""
         return (await self.fleet()).find(name)
 
-    async def submit(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Job:
+    async def submit(
+        self,
+        request: GenerationRequest,
+        tenant: str | None,
+        idempotency_key: str | None = None,
+        *,
+        quiet: bool = False,
+    ) -> Job:
         """Queues a job that continues without its caller. Only `tenant` can see it.
+
+        `quiet`: its caller waits only for its end.
 
         Raises:
             InvalidRequest: the request does not fit the model, or a picture cannot be used; `field` says which.
@@ -116,6 +125,7 @@ class JobService:
             needs=ready.needs,
             room=ready.room,
             degradable=ready.degradable,
+            quiet=quiet,
         )
         trace.get_current_span().set_attribute("patchforge.job", job.id)
         return check_readable(job)
@@ -142,13 +152,20 @@ class JobService:
         room = room_for(filled, card, source, pictures_elsewhere=self.queue.objects is not None)
         return Prepared(filled, source, sent, needs, is_degradable(request), card, room)
 
-    async def run(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Run:
+    async def run(
+        self,
+        request: GenerationRequest,
+        tenant: str | None,
+        idempotency_key: str | None = None,
+        *,
+        quiet: bool = False,
+    ) -> Run:
         """Queues a job that belongs to its caller. Use the result in `async with`: leaving it early cancels the job.
 
         With an idempotency key the caller can come back for the job, so leaving does not cancel it.
-        Raises the same errors as `submit`.
+        `quiet`: the caller will only wait for `completed`. Raises the same errors as `submit`.
         """
-        submitting = asyncio.create_task(self.submit(request, tenant, idempotency_key))
+        submitting = asyncio.create_task(self.submit(request, tenant, idempotency_key, quiet=quiet))
         try:
             job = await asyncio.shield(submitting)
         except asyncio.CancelledError:

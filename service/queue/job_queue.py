@@ -105,6 +105,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         needs: Collection[str] | None = None,
         room: int = 0,
         degradable: bool = False,
+        quiet: bool = False,
     ) -> Job:
         """Accepts a request whose defaults are filled in, or returns the job that its key was first used for.
 
@@ -118,6 +119,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
             needs: capabilities that the job's worker must have; default: those that the request needs.
             room: bytes that the queue server may come to hold of the job: see `room_for`.
             degradable: load may lower its quality.
+            quiet: nobody waits for more than the job's end. Whoever watches it nevertheless hears of all that follows.
 
         Raises:
             QueueFull: too many jobs are waiting, or the queue server might run out of memory.
@@ -131,7 +133,8 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         job_id = new_id(self.number)
         sent = _submit_arguments(job_id, request, idempotency_key, fingerprint, tenant, trace, needed, room)
         fields = await self._keep_source(job_id, source)
-        outcome, *record = await self._run("submit", *sent, "1" if degradable else "", *fields)
+        flags = ("1" if degradable else "", "1" if quiet else "")
+        outcome, *record = await self._run("submit", *sent, *flags, *fields)
         if outcome != b"ok":
             await self._discard_source(fields)
         if outcome == b"crowded":
@@ -176,7 +179,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
             custom_id,
             result,
             *sent,
-            "",
+            *("", "1"),  # nobody watches it: the feeder looks now and then
             *source_fields(source),
         )
         if outcome.decode() in list(FeedOutcome):

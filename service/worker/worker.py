@@ -282,7 +282,8 @@ class Worker:
             await self._tell_failure(job.id, job_error(job.id, error, otherwise="preparation_failed"))
             return
         steps = live.pictures[0].trajectory.sampler.evaluations
-        await self._tell(Message(job.id, Started(attempt=claim.attempt, steps=steps)))
+        started = Started(attempt=claim.attempt, steps=steps)
+        await self._tell(Message(job.id, started, patient=job.quiet))
 
     async def _deliver_outcome(self, outcome: Outcome) -> None:
         if isinstance(outcome, PreviewMade | PatchesMade):
