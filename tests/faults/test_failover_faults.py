@@ -12,10 +12,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from patchforge.service.soak.replicated import Node, Replicated
 from tests.faults.gateways import SHORT, Gateway
 from tests.faults.harness import IDLE, Stack
-from tests.processes import eventually
-from tests.replicated import Node, Replicated, pause
+from tests.processes import eventually, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -28,6 +28,8 @@ def replicated(tmp_path: Path) -> Iterator[Replicated]:
     """A master that takes writes only while a replica follows it."""
     with Replicated(tmp_path, min_replicas_to_write=1, min_replicas_max_lag=2) as servers:
         yield servers
+    for node in servers.nodes:
+        print(f"--- {node.folder.name}\n{(node.folder / 'log').read_text()}")  # pytest shows it if the test failed
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def kill(replicated: Replicated, master: Node) -> None:
 
 
 def hang(replicated: Replicated, master: Node) -> None:
-    pause(master)
+    stop(master.pid)
 
 
 def part(replicated: Replicated, master: Node) -> None:
