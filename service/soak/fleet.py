@@ -23,6 +23,7 @@ STOP_SECONDS = 40.0
 RESULT_TTL = 120  # seconds in which the audit must see every job
 CLAIM_IDLE = 5.0
 DRAIN = 5
+STARTED = {"gateway": b'"gateway is listening"', "worker": b'"worker ready"'}  # in the log, in any version
 
 
 @dataclass
@@ -43,9 +44,11 @@ class Member:
     disturbed: bool = False
     """A fault is in progress, so the process may be down."""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _began: int = 0
 
     def start(self) -> None:
         with self.log.open("ab") as log:
+            self._began = log.tell()
             command = tied_to_parent([*self.version.command, self.role], signal.SIGKILL)
             self.process = subprocess.Popen(
                 command,
@@ -84,6 +87,17 @@ class Member:
             if status is not None or time.monotonic() > give_up:
                 return status
             await asyncio.sleep(0.05)
+
+    async def started(self) -> bool:
+        """Wait until its log says that it serves; False if it ends before, or is not ready in time."""
+        give_up = time.monotonic() + READY_SECONDS
+        while self.running and time.monotonic() < give_up:
+            with self.log.open("rb") as log:
+                log.seek(self._began)
+                if STARTED[self.role] in log.read():
+                    return True
+            await asyncio.sleep(0.2)
+        return False
 
     def close(self) -> None:
         if self.process is not None:

@@ -52,5 +52,7 @@ class Upgrade:
         member.version = version
         member.life += 1
         member.start()
+        if not await member.started():
+            self.ledger.broken.append(f"{member.name} of {version.name} did not start; see {member.log}")
         member.disturbed = False
         self.done[f"{member.role} to {version.name}"] += 1

@@ -15,7 +15,7 @@ import pytest
 from patchforge.service.soak.replicated import Node, Replicated
 from tests.faults.gateways import SHORT, Gateway
 from tests.faults.harness import IDLE, Stack
-from tests.processes import eventually, stop
+from tests.processes import Process, eventually, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -111,7 +111,19 @@ def test_row_31_the_master_fails(stack: Stack, replicated: Replicated) -> None:
     assert ended == ["completed"] * len(jobs)
     eventually(lambda: gateway.metric("patchforge_queue_replicas") == 2)
     assert len(worker.lines("worker ready")) == 1
-    assert len(gateway.lines(SWITCHED)) == len(worker.lines(SWITCHED)) == len(faults)
+    for process in (gateway, worker):
+        followed(process, replicated)
+
+
+def followed(process: Process, replicated: Replicated) -> None:
+    """A process went only where most Sentinels went, in this order: never back to a stale master.
+
+    On a busy machine, Sentinels may replace a master more often than the test harms one.
+    """
+    words = [(sentinel.folder / "log").read_text().splitlines() for sentinel in replicated.sentinels]
+    switches = [[int(line.split()[-1]) for line in lines if "+switch-master" in line] for lines in words]
+    elected = iter(max(switches, key=len))
+    assert all(line["port"] in elected for line in process.lines(SWITCHED)), switches
 
 
 def taken(accepted: list[str]) -> None:
