@@ -107,9 +107,9 @@ class Audit:
         A job that ended long ago may have expired, and remains as it was seen.
         """
         recent = time.monotonic() - self._kept / 2
-        for job_id in [each for each, seen in self._seen.items() if each in found or seen > recent]:
+        for job_id in [each for each in self.ended if each in found or self._seen[each] > recent]:
             self._doubted.add(job_id)
-            del self.ended[job_id], self._last[job_id], self._seen[job_id]
+            del self.ended[job_id]
 
     def _check_job(self, redis: Redis, job_id: str) -> None:
         status_now, last, error, entries = _read_job(redis, job_id)
@@ -120,11 +120,13 @@ class Audit:
         terminal = [kind for kind in kinds if kind in TERMINAL]
         if status not in TERMINAL:
             self.live[job_id] = status
+            self._seen.pop(job_id, None)
             if terminal:
                 self.ledger.broken.append(f"{job_id} is {status} and has a terminal event: {terminal}")
             return
         self.ended[job_id] = status
-        self._last[job_id], self._seen[job_id] = last, time.monotonic()
+        self._last[job_id] = last
+        self._seen.setdefault(job_id, time.monotonic())
         if terminal != [status] or kinds[-1] != status:
             self.ledger.broken.append(f"{job_id} is {status} with terminal events {terminal}")
         if status == JobStatus.FAILED.value and json.loads(error)["code"] == "dead_letter":

@@ -82,7 +82,7 @@ class Soak:
         try:
             while (now := time.monotonic()) < began + self.seconds or (upgrade and not upgrade.done()):
                 if now > warm and now >= sampled:
-                    self._sample_memory()
+                    await in_thread(self._sample_memory)
                     sampled = now + SAMPLE_SECONDS
                 for task in (*running, chaos):
                     if task.done():
