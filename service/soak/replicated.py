@@ -26,7 +26,7 @@ from patchforge.service.soak.relay import Relay
 
 NAME = "queue"
 HOSTS = "127.0.1.1", "127.0.1.2", "127.0.1.3"
-DOWN_MS = 2000  # silence after which a Sentinel considers a master dead
+DOWN_MS = 5000  # silence after which a Sentinel considers a master dead
 PATIENCE = 240.0  # seconds for whatever must happen
 Options = dict[str, str | int]
 
