@@ -33,7 +33,9 @@ from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
 from patchforge.service.messages.source import Source
 from patchforge.service.queue import keys
+from patchforge.service.queue.accepted import Accepted
 from patchforge.service.queue.batches import BatchStore, StoredBatch, megabytes, no_room
+from patchforge.service.queue.connection import redis_call
 from patchforge.service.queue.pictures import source_fields
 from patchforge.service.queue.records import Served, announced, job_from, served_from
 from patchforge.service.queue.roster import Roster
@@ -77,6 +79,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         """`blocking` is for reads of up to `LONGEST_BLOCK` seconds, so its socket timeout must be longer than that."""
         super().__init__(redis, blocking, settings)
         self._roster = Roster(self)
+        self._accepted = Accepted()
 
     async def submit(
         self,
@@ -124,7 +127,23 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         job = job_from(record[0])
         if job.id != sent[0]:  # the key's first job, which has its own
             await self._discard_source(fields)
+        self._accepted.note(job.id)
         return job
+
+    async def lost_jobs(self) -> list[str]:
+        """Returns jobs that were accepted here and are gone since a failover, each once. Call it every second or so."""
+        info = await self._do("INFO", "replication")
+        doubtful = self._accepted.doubtful(str(info["master_replid"]))
+        if not doubtful:
+            return []
+        with redis_call():
+            async with self._redis.pipeline(transaction=False) as looks:
+                for job_id in doubtful:
+                    looks.exists(keys.job(job_id))
+                there = await looks.execute()
+        lost = [job_id for job_id, found in zip(doubtful, there, strict=True) if not found]
+        self._accepted.looked(lost)
+        return lost
 
     async def feed_line(
         self,
