@@ -44,7 +44,7 @@ def soak(
 ) -> None:
     """Send mixed traffic while gateways, workers and Redis are killed; exit with status 1 if a promise is broken.
 
-    The soak starts its own two gateways, two workers and queue server on free ports of the loopback address.
+    The soak starts its own two gateways, two workers and queue server on free ports of loopback addresses.
     """
     from patchforge.service.soak.run import Verdict
     from patchforge.service.soak.run import soak as run
