@@ -66,7 +66,7 @@ class Audit:
             redis = self._connect()
             found = {key.decode().removeprefix(keys.JOB) for key in redis.scan_iter(f"{keys.JOB}*", count=1000)}
             if self._redis not in (None, redis):
-                self._forget(found)
+                self._forget_recent()
             self._redis = redis
             self._check_ended(redis, found & self.ended.keys())
             self.live = {}
@@ -101,13 +101,13 @@ class Audit:
         except (RedisError, OSError, Unavailable):
             return 0
 
-    def _forget(self, found: set[str]) -> None:
-        """After a failover, reads anew what had ended: the new master may not have got the last writes.
+    def _forget_recent(self) -> None:
+        """After a failover, reads anew what has just ended: the new master may not have got the last writes.
 
-        A job that ended long ago may have expired, and remains as it was seen.
+        What ended earlier has been replicated, and may expire at any moment.
         """
         recent = time.monotonic() - self._kept / 2
-        for job_id in [each for each in self.ended if each in found or self._seen[each] > recent]:
+        for job_id in [each for each in self.ended if self._seen[each] > recent]:
             self._doubted.add(job_id)
             del self.ended[job_id]
 

@@ -148,6 +148,17 @@ class TestFailover:
         assert audit.try_to_scan()
         assert (audit.lost, audit.count("cancelled")) == (set(), 1)
 
+    async def test_a_job_that_expires_while_the_audit_looks_is_not(
+        self, queue: JobQueue, masters: list[Redis], ledger: Ledger, meddler: Redis, failover: Callable[[], None]
+    ) -> None:
+        audit = Audit(lambda: masters[-1], ledger, kept=0)
+        job_id = await self.ended(queue, audit)
+        failover()
+        meddler.delete(keys.job(job_id))
+        meddler.hset(keys.job(job_id), "found", "by the scan, and expired since")
+        assert audit.try_to_scan()
+        assert (audit.lost, audit.count("cancelled")) == (set(), 1)
+
     async def test_a_job_whose_end_no_replica_had_must_end_again(
         self, queue: JobQueue, audit: Audit, meddler: Redis, failover: Callable[[], None]
     ) -> None:
@@ -199,6 +210,13 @@ class TestMemory:
         memory, chance = Memory(), Random(0)
         for number in range(10 * MIN_SAMPLES):
             memory.sample({"x": LARGE + (number << 20 if chance.random() < 0.5 else 0)})
+        assert memory.grown() == []
+
+    def test_traffic_that_comes_and_goes_is_no_leak(self) -> None:
+        """Most parts lie above the one before, and some far below."""
+        memory = Memory()
+        for number in range(12 * MIN_SAMPLES):
+            memory.sample({"x": LARGE + ALLOWED_BYTES * (number // MIN_SAMPLES % 4)})
         assert memory.grown() == []
 
     def test_many_small_steps_are_a_leak(self) -> None:
