@@ -35,7 +35,8 @@ class Memory:
 
         The samples are cut into ten parts. The growth is nine times the median difference between the minima of
         neighbouring parts: a leak raises all minima, a peak none, and a step to a new high-water mark one or two. If
-        traffic comes and goes, so does memory; a leak also raises the last minimum above the first by as much.
+        traffic comes and goes, so does memory. A leak also raises the last minimum above the first, by half as much at
+        least; otherwise the growth is this difference.
         """
         return {name: _growth(sizes[len(sizes) // 3 :]) for name, sizes in self._long().items()}
 
@@ -52,7 +53,8 @@ def _growth(sizes: Sequence[int]) -> float:
     bounds = [round(part * len(sizes) / PARTS) for part in range(PARTS + 1)]
     floors = [min(sizes[start:end]) for start, end in pairwise(bounds)]
     steady = median(later - earlier for earlier, later in pairwise(floors)) * (PARTS - 1)
-    return min(steady, floors[-1] - floors[0])
+    whole = floors[-1] - floors[0]
+    return steady if whole >= steady / 2 else whole
 
 
 def _marks(sizes: Sequence[int]) -> list[float]:
