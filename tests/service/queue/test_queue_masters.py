@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from patchforge.service.errors import InvalidRequest, QueueRefused, Unavailable
 from patchforge.service.queue import JobQueue, keys
 from patchforge.service.queue.reasons import LOADING, NOT_MASTER
 from patchforge.service.settings import Settings
-from tests.processes import eventually
+from tests.processes import eventually, stop
 from tests.service.queue.kit import DONE, a_request, claimed, watched
 from tests.service.queue.servers import Server, served
 
@@ -98,6 +99,19 @@ async def test_a_job_is_accepted_when_replicas_have_it(tmp_path: Path) -> None:
                 count, behind = await queue.replication()
                 assert count == 1
                 assert behind >= 0
+
+
+async def test_a_retry_is_accepted_no_sooner_than_the_job(tmp_path: Path) -> None:
+    with served(tmp_path / "a") as server, served(tmp_path / "b", "--replicaof", f"127.0.0.1 {server.port}") as replica:
+        eventually(lambda: follows(replica))
+        async with connected(server.url, redis_wait_replicas=1) as queue:
+            await queue.submit(a_request())
+            stop(replica.process.pid)
+            for _ in range(2):
+                with pytest.raises(Unavailable, match="1 of 1 replicas have not confirmed this"):
+                    await queue.submit(a_request(), idempotency_key="k")
+            replica.process.send_signal(signal.SIGCONT)
+            await queue.submit(a_request(), idempotency_key="k")
 
 
 async def test_jobs_that_a_failover_lost_are_found_once(tmp_path: Path) -> None:
