@@ -32,7 +32,9 @@ from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
 from patchforge.service.messages.source import Source
 from patchforge.service.queue import keys
+from patchforge.service.queue.accepted import Accepted
 from patchforge.service.queue.batches import BatchStore, StoredBatch, megabytes, no_room
+from patchforge.service.queue.connection import redis_call
 from patchforge.service.queue.ids import new_id
 from patchforge.service.queue.pictures import source_fields
 from patchforge.service.queue.records import Served, announced, job_from, served_from
@@ -87,6 +89,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         """`blocking` is for reads of up to `LONGEST_BLOCK` seconds, so its socket timeout must be longer than that."""
         super().__init__(redis, blocking, settings)
         self._roster = Roster(self)
+        self._accepted = Accepted()
 
     @property
     def shards(self) -> Sequence[JobQueue]:
@@ -143,7 +146,23 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         job = job_from(record[0])
         if job.id != job_id:  # the key's first job, which has its own
             await self._discard_source(fields)
+        self._accepted.note(job.id)
         return job
+
+    async def lost_jobs(self) -> list[str]:
+        """Returns jobs that were accepted here and are gone since a failover, each once. Call it every second or so."""
+        info = await self._do("INFO", "replication")
+        doubtful = self._accepted.doubtful(str(info["master_replid"]))
+        if not doubtful:
+            return []
+        with redis_call():
+            async with self._redis.pipeline(transaction=False) as looks:
+                for job_id in doubtful:
+                    looks.exists(keys.job(job_id))
+                there = await looks.execute()
+        lost = [job_id for job_id, found in zip(doubtful, there, strict=True) if not found]
+        self._accepted.looked(lost)
+        return lost
 
     async def feed_line(
         self,

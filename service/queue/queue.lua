@@ -259,6 +259,12 @@ local HALF = {
   memory = 0.75
 }
 
+-- The caller waits for replicas to have what it wrote. So this writes something: replicas that have it have the job too.
+local function accepted_before(id)
+  call('HSET', JOB .. id, 'status', fields(id, 'status'))
+  return { 'ok', record(id) }
+end
+
 local function submit(limits, id, model, priority, request, deadline_seconds, idempotency_key, fingerprint, tenant,
                       pictures, trace, protocol, needs, room, degradable, quiet, ...)
   if idempotency_key ~= '' then
@@ -267,11 +273,11 @@ local function submit(limits, id, model, priority, request, deadline_seconds, id
       return { 'conflict' }
     end
     if first and call('EXISTS', JOB .. first) == 1 then
-      return { 'ok', record(first) }
+      return accepted_before(first)
     end
   end
   if call('EXISTS', JOB .. id) == 1 then
-    return { 'ok', record(id) }
+    return accepted_before(id)
   end
   if call('ZCARD', WAITING) >= limits.waiting then
     return { 'full' }

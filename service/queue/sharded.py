@@ -130,6 +130,9 @@ class ShardedQueue:
         by_model = {served.cards[0].name: served for each in found.values() for served in each if served.cards}
         return list(by_model.values())
 
+    async def lost_jobs(self) -> list[str]:
+        return [job_id for each in (await self._ask_all(lambda shard: shard.lost_jobs())).values() for job_id in each]
+
     async def backlog(self) -> Backlog:
         """A server that is away counts with its last answer, as in the next two: what waited there still waits."""
         return Backlog.together(await self._count("backlog", lambda shard: shard.backlog()))
