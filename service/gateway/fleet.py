@@ -29,6 +29,11 @@ class Fleet:
         """Names of the models that no live worker serves."""
         self._workers += asleep
         self._bundles = {(card.name, card.digest): card for served in self._workers for card in served.cards}
+        self._abilities: dict[str, set[frozenset[str]]] = {}
+        """Model → the different capabilities of its workers: there are few, however many workers."""
+        for served in self._workers:
+            for card in served.cards:
+                self._abilities.setdefault(card.name, set()).add(served.capabilities)
         # A name may stand for several bundles while one replaces another: the newest describes it.
         oldest_first = sorted(self._bundles.values(), key=lambda card: (card.created, card.digest or ""))
         cards = {card.name: card for card in oldest_first}
@@ -117,8 +122,7 @@ class Fleet:
         Raises:
             Unsupported: no worker has them all.
         """
-        serving = [served for served in self._workers if any(card.name == model for card in served.cards)]
-        lacking = sorted((sorted({*needs} - served.capabilities) for served in serving), key=len)
+        lacking = sorted((sorted({*needs} - able) for able in self._abilities.get(model, ())), key=len)
         if lacking and lacking[0]:
             raise Unsupported(f"no worker that serves {model} supports this: {', '.join(lacking[0])}")
 
@@ -129,6 +133,8 @@ class Fleet:
             TooLittleTime: none could, even at the lowest quality.
         """
         within = request.finish_within_seconds
+        if within is None:
+            return
         cards = [
             card
             for served in self._workers
@@ -136,7 +142,7 @@ class Fleet:
             if card.name == request.model and request.model_digest in (None, card.digest)
         ]
         times = [seconds for card in cards if (seconds := _least_seconds(card, request)) is not None]
-        if within is not None and len(times) == len(cards) and within < (least := min(times, default=0.0)):
+        if len(times) == len(cards) and within < (least := min(times, default=0.0)):
             raise TooLittleTime(f"it would take {least:.2g} seconds", field="finish_within_seconds", retry_after=1)
 
     def _require_models(self) -> list[ModelCard]:

@@ -278,8 +278,8 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
     async def known_workers(self) -> Mapping[str, Served]:
         """Returns the same as `workers`, at a cost that does not grow with their number.
 
-        What was read before is kept, and only what changed is read. Workers that died without a word may be in it for
-        `roster.READ_AGAIN` seconds more.
+        What was read before is kept, and only what changed is read; while nothing changes, the result is the same
+        object. Workers that died without a word may be in it for `roster.READ_AGAIN` seconds more.
         """
         return await self._roster.read()
 
