@@ -3,26 +3,28 @@
 #   docker build --target gateway -t patchforge-gateway .            HTTP and gRPC; no torch
 #   docker build --target worker -t patchforge-worker .              CPU
 #   docker build --target worker-cuda -t patchforge-worker-cuda .    NVIDIA; the host needs the driver and its container toolkit
-ARG PYTHON=3.12-slim-bookworm
+# Without Docker: make images. Another base must have Python 3.11 or newer with venv, and useradd.
+ARG BASE=docker.io/library/python:3.12-slim-bookworm@sha256:54c85f3c47607a77f32adec749d3c81d1348bf25833671f512b26a9b6d778cb3
 
-FROM python:${PYTHON} AS base
+FROM ${BASE} AS base
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # Everything becomes one wheel, models and gRPC stubs included; neither tools nor sources get into an image.
 FROM base AS wheel
+RUN python3 -m venv /opt/build
 WORKDIR /build
 COPY . .
-RUN pip wheel --no-deps --wheel-dir /wheels .
+RUN /opt/build/bin/pip wheel --no-deps --wheel-dir /wheels .
 
 FROM base AS gateway-env
-RUN python -m venv /opt/patchforge
+RUN python3 -m venv /opt/patchforge
 ENV PATH=/opt/patchforge/bin:$PATH
 COPY requirements-gateway.lock /tmp/
 RUN pip install --require-hashes --no-deps -r /tmp/requirements-gateway.lock
 RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
 
 FROM base AS worker-env
-RUN python -m venv /opt/patchforge
+RUN python3 -m venv /opt/patchforge
 ENV PATH=/opt/patchforge/bin:$PATH
 # Before torch, which would bring some of these itself, and by version only.
 COPY requirements.lock /tmp/
@@ -30,12 +32,13 @@ RUN pip install --require-hashes --no-deps -r /tmp/requirements.lock
 ARG TORCH=2.13.0
 # The CPU build of PyTorch, from its own index; the package index has the CUDA build, which is gigabytes larger.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --index-url ${TORCH_INDEX} torch==${TORCH}
+# Without its own tests, which are 80 MB.
+RUN pip install --index-url ${TORCH_INDEX} torch==${TORCH} && rm -rf /opt/patchforge/lib/python3*/site-packages/torch/test
 RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
 
 # The CUDA libraries come with the wheel, so that no CUDA base image is needed.
 FROM base AS worker-cuda-env
-RUN python -m venv /opt/patchforge
+RUN python3 -m venv /opt/patchforge
 ENV PATH=/opt/patchforge/bin:$PATH
 COPY requirements.lock /tmp/
 RUN pip install --require-hashes --no-deps -r /tmp/requirements.lock

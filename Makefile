@@ -1,9 +1,10 @@
 # Two commands do everything on a fresh machine (Python ≥ 3.11, no Docker, no root):
 #   make serve    pictures at http://127.0.0.1:8000
 #   make test     lint, types and tests
-# and three take longer:
+# and four take longer:
 #   make test-faults   real processes, killed, paused and starved; REPEAT=20 runs everything 20 times
 #   make test-samples  50,000 samples of a tiny model, killed ten times
+#   make images        gateway and worker as images, with Docker or without; make test-images draws with them
 #   make test-busy     make test beside six busy loops on two cores: no test may depend on how fast the machine is
 # Tests run in one process per core, at most four, and each file in one of them; JOBS=0 uses a single process.
 PYTHON ?= python3
@@ -20,7 +21,7 @@ UNLOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $
   cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink \
   nvshmem-cu13 nvtx)
 
-.PHONY: setup serve test test-again test-busy test-faults test-samples test-clients lint types format diagrams screenshots package lock audit clean
+.PHONY: setup serve test test-again test-busy test-faults test-samples test-clients images test-images lint types format diagrams screenshots package lock audit clean
 
 setup: $(READY)
 
@@ -55,6 +56,14 @@ test-samples: setup
 test-clients: setup
 	$(BIN)/python -m pytest tests/clients/test_clients.py
 	$(BIN)/python -m pytest tests/clients/test_page.py
+
+# IMAGES=gateway builds one; BASE= and TORCH_INDEX= are the Dockerfile's. Without Docker: Linux, root, and Debian's buildah
+# and debootstrap. The tests also need runc; they build what is not up to date.
+images:
+	$(PYTHON) -m tests.deploy.images $(IMAGES) $(if $(BASE),--base $(BASE)) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
+test-images: setup
+	$(BIN)/python -m pytest tests/deploy/test_images.py
 
 lint: setup
 	$(BIN)/ruff check .

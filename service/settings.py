@@ -25,6 +25,10 @@ class NetworkSettings(BaseSettings):
     http_port: int = Field(8000, ge=0, le=65535, description="REST, OpenAI API and playground; 0 = any free port.")
     grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC; 0 = any free port.")
     worker_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus metrics of a worker; 0 = off.")
+    metrics_of_workers: bool = Field(
+        False,
+        description="Add the workers' metrics to the gateway's `/metrics`; `patchforge serve` does so by default.",
+    )
     root_path: str = Field(
         "",
         description="Path under which a proxy shows this server, such as `/images`; `X-Forwarded-Prefix` overrides it.",

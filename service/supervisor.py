@@ -54,6 +54,8 @@ async def serve(settings: Settings) -> None:
             if server is not None:
                 await processes.enter_async_context(_keeping_alive(server))
             keeper = await processes.enter_async_context(_WorkerProcess(settings))
+            if "metrics_of_workers" not in settings.model_fields_set:
+                settings = settings.model_copy(update={"metrics_of_workers": True})  # nobody scrapes its worker
             await _serve_while(keeper, serve_gateway(settings))
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from patchforge.model.device import upload
+
 GENERATIONS = 2
 """The cache keeps each patch's last two evaluations, so that attention can extrapolate from them."""
 
@@ -16,39 +18,34 @@ GENERATIONS = 2
 class Slot:
     """Rows for one guidance branch of one picture. They return to the pool when the slot is garbage-collected."""
 
-    base: int
-    """The first row in the pool."""
+    rows: Tensor = field(repr=False)
+    """`(2·P,)` long: the pool's rows of generation 0, then those of generation 1."""
     newest: Tensor = field(repr=False)
-    """`(P,)` long: which generation, 0 or 1, holds each patch's latest evaluation. Small pictures use fewer rows."""
+    """`(P,)` long: which generation, 0 or 1, holds each patch's latest evaluation."""
 
     def row_of(self, patches: Tensor, generation: Tensor) -> Tensor:
         """Pool rows `(a,)` of `patches` `(a,)` in `generation` `(a,)`."""
-        return self.base + generation * self.newest.shape[0] + patches
+        return self.rows[generation * self.newest.shape[0] + patches]
 
 
 class CachePool:
-    """One matrix per layer, whose rows are patches. It grows when pictures need more slots, and reuses free slots.
+    """One matrix per layer, whose rows are patches. It grows when pictures need more rows, and reuses free ones.
 
+    Any free rows make a slot, so pictures of different sizes leave no gaps that are too small for others.
     When no picture holds a slot, the pool frees its memory. So it takes at most twice what its pictures have needed
     at once since it was last empty, or three times while it grows.
     """
 
     def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         """`shape` is the network's `cache_shape`, `(layers, 2, heads, P, d_head)`."""
-        layers, pair, self.heads, self.patches, self.head_dim = shape
+        layers, pair, self.heads, _, self.head_dim = shape
         self._rows = torch.empty((layers, pair, 0, self.heads * self.head_dim), dtype=dtype, device=device)
         self._free: list[int] = []
 
-    @property
-    def slot_rows(self) -> int:
-        """Rows in one slot."""
-        return GENERATIONS * self.patches
-
-    @property
-    def slot_bytes(self) -> int:
-        """Memory of one slot, in bytes."""
+    def slot_bytes(self, patches: int) -> int:
+        """Memory of a slot for a sequence of `patches` patches, in bytes."""
         layers, pair, _, width = self._rows.shape
-        return layers * pair * self.slot_rows * width * self._rows.element_size()
+        return layers * pair * GENERATIONS * patches * width * self._rows.element_size()
 
     @property
     def width(self) -> int:
@@ -61,17 +58,19 @@ class CachePool:
         return self._rows.dtype
 
     @property
-    def in_use(self) -> int:
-        """The number of slots that pictures hold."""
-        return self._rows.shape[2] // self.slot_rows - len(self._free)
+    def rows_in_use(self) -> int:
+        """The number of rows in slots that pictures hold."""
+        return self._rows.shape[2] - len(self._free)
 
     def slot(self, patches: int) -> Slot:
-        """Take a free slot for a sequence of `patches` patches, at most P; its rows hold nothing useful yet."""
-        if not self._free:
-            self._grow()
-        base = self._free.pop()
-        slot = Slot(base, torch.zeros(patches, dtype=torch.long, device=self._rows.device))
-        weakref.finalize(slot, self._free_slot, base).atexit = False
+        """Take a slot for a sequence of `patches` patches; its rows hold nothing useful yet."""
+        needed = GENERATIONS * patches
+        if len(self._free) < needed:
+            self._grow(needed)
+        rows = [self._free.pop() for _ in range(needed)]  # one by one: a slot may be freed in between
+        newest = torch.zeros(patches, dtype=torch.long, device=self._rows.device)
+        slot = Slot(upload(torch.tensor(rows), self._rows.device), newest)
+        weakref.finalize(slot, self._free_slot, rows).atexit = False
         return slot
 
     def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -92,16 +91,17 @@ class CachePool:
             found.append(rows.view(*recent.shape, self.heads, self.head_dim).transpose(1, 2))
         return found[0], found[1]
 
-    def _free_slot(self, base: int) -> None:
-        self._free.append(base)
-        if not self.in_use:
+    def _free_slot(self, rows: list[int]) -> None:
+        self._free.extend(reversed(rows))
+        if not self.rows_in_use:
             self._rows = self._rows.new_empty((*self._rows.shape[:2], 0, self._rows.shape[3]))
             self._free.clear()
 
-    def _grow(self) -> None:
+    def _grow(self, needed: int) -> None:
+        """Make room for at least `needed` more rows."""
         old = self._rows.shape[2]
-        new = max(4 * self.slot_rows, 2 * old)
+        new = max(4 * needed, 2 * old)
         grown = self._rows.new_zeros((*self._rows.shape[:2], new, self._rows.shape[3]))
         grown[:, :, :old] = self._rows
         self._rows = grown
-        self._free.extend(reversed(range(old, new, self.slot_rows)))
+        self._free[:0] = reversed(range(old, new))

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,7 +149,7 @@ class _Rig:
 
     def costs(self) -> Costs:
         """Processor time since the processes started."""
-        return Costs(_processor_ms(self.pid), _processor_ms(self.server.pid))
+        return Costs(processor_ms(self.pid), processor_ms(self.server.pid))
 
     def memory(self) -> int:
         """Resident bytes of the gateway."""
@@ -235,8 +235,12 @@ async def _submit_job(connection: Connection, body: bytes) -> str:
     return job
 
 
-def _processor_ms(pid: int) -> float:
-    """Processor time of a process since it started."""
+def processor_ms(pid: int) -> float:
+    """Processor time of a process since it started. Linux counts it in nanoseconds for each thread."""
+    with suppress(OSError):
+        tasks = list(Path(f"/proc/{pid}/task").glob("*/schedstat"))
+        if tasks:
+            return sum(int(each.read_text().split()[0]) for each in tasks) / 1e6
     times = psutil.Process(pid).cpu_times()
     return 1000 * (times.user + times.system)
 

@@ -30,11 +30,21 @@ def soak(
     hurry: Annotated[
         float, typer.Option(min=0, max=10, help="Factor for how often faults happen; 0 = never, to look for leaks.")
     ] = 1.0,
+    sentinels: Annotated[
+        bool, typer.Option("--sentinels", help="Replicated queue servers with Sentinels, whose masters fail.")
+    ] = False,
+    from_version: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another version (wheel, virtual environment, or folder with patchforge/): all gateways and workers "
+            "begin with it, and change to this one, back, and to this one again."
+        ),
+    ] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep logs and queue data in this empty folder.")] = None,
 ) -> None:
     """Send mixed traffic while gateways, workers and Redis are killed; exit with status 1 if a promise is broken.
 
-    The soak starts its own two gateways, two workers and queue server on free ports of the loopback address.
+    The soak starts its own two gateways, two workers and queue server on free ports of loopback addresses.
     """
     from patchforge.service.soak.run import Verdict
     from patchforge.service.soak.run import soak as run
@@ -50,7 +60,9 @@ def soak(
                 "the folder is not empty; the soak would count jobs of an earlier run", param_hint="--keep"
             )
         with _progress_line(console, 60 * minutes) as show:
-            soaking = run(folder, bundle_dir or BUNDLES, 60 * minutes, clients, seed, show, hurry)
+            soaking = run(
+                folder, bundle_dir or BUNDLES, 60 * minutes, clients, seed, show, hurry, sentinels, from_version
+            )
             verdict: Verdict = asyncio.run(soaking)
     for title, rows in (("answers", verdict.answers), ("faults", verdict.faults), ("jobs", verdict.tally)):
         print_table(None, (title, "count"), [(name, str(count)) for name, count in rows.items()], console.width)

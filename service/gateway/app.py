@@ -143,7 +143,7 @@ class Gateway:
         self.settings = settings
         self.service = JobService(queue, settings.default_models, settings.remember_seconds)
         registry = CollectorRegistry()
-        metrics = GatewayMetrics(registry, settings.max_waiting, len(queue.shards))
+        self._metrics = metrics = GatewayMetrics(registry, settings.max_waiting * len(queue.shards), len(queue.shards))
         watch_store(queue.objects, registry)
 
         def record_end(job: Job) -> None:
@@ -202,6 +202,9 @@ class Gateway:
             fleet = await self.service.ready()
             self._mixtures.look(fleet)
             await self.service.remembered.note(fleet)
+            for job_id in await self.service.queue.lost_jobs():
+                log.error("a failover lost an accepted job", job=job_id)
+                self._metrics.count_lost_job()
         except Unavailable as error:
             reason = error.message
         if reason != self._reason:

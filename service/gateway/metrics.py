@@ -118,6 +118,11 @@ class GatewayMetrics:
             "Requests, files and batches refused because the queue server might run out of memory.",
             registry=registry,
         )
+        self._lost = Counter(
+            "patchforge_jobs_lost",
+            "Jobs accepted here that the queue server no longer had after a failover.",
+            registry=registry,
+        )
         self._ended = Counter(
             "patchforge_requests", "Ended requests, by final status.", (*BY_REQUEST, "status"), registry=registry
         )
@@ -193,6 +198,10 @@ class GatewayMetrics:
     def count_refusal_for_memory(self) -> None:
         """Counts a request, file or batch that was refused: see `JobQueue.on_no_room`."""
         self._no_room.inc()
+
+    def count_lost_job(self) -> None:
+        """Counts a job of `JobQueue.lost_jobs`."""
+        self._lost.inc()
 
     def count_batch_line(self, outcome: str) -> None:
         """Counts a request of a batch that has `completed`, `failed`, or was `cancelled` or `refused`."""

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from patchforge.service.errors import Unavailable
 from patchforge.service.gateway.answers import problems, success
-from patchforge.service.gateway.dependencies import Metrics, Service
+from patchforge.service.gateway.dependencies import AppSettings, Metrics, Service
 from patchforge.service.gateway.fleet import Fleet
 from patchforge.service.gateway.jobs import JobService
 from patchforge.service.gateway.metrics import GatewayMetrics, QueueState, ServerState
@@ -30,16 +30,17 @@ router = APIRouter(tags=["operation"])
 async def scrape(
     service: Service,
     metrics: Metrics,
+    settings: AppSettings,
     workers: Annotated[
-        bool,
-        Query(description="`false` leaves out the workers' metrics."),
-    ] = True,
+        bool | None,
+        Query(description="Whether the workers' metrics are added. Otherwise the server's settings say it."),
+    ] = None,
 ) -> Response:
-    """Prometheus metrics of this gateway, of the queue and of every live worker."""
+    """Prometheus metrics of this gateway and of the queue; if wanted, those of all live workers are added."""
     texts: list[bytes] = []
     try:
         metrics.set_queue_state(await _read_queue_state(service))
-        if workers:
+        if settings.metrics_of_workers if workers is None else workers:
             texts = [text for _, text in await service.queue.worker_metrics()]
     except Unavailable:
         metrics.set_queue_state(None)  # without a queue server, the gateway's own metrics matter most

@@ -67,6 +67,7 @@ class CardDetails(Message):
     usual_patch_evaluations: int | None = Field(None, exclude_if=lambda cost: cost is None)
     usual_seconds: float | None = Field(None, exclude_if=lambda seconds: seconds is None)
     least_seconds: float | None = Field(None, exclude_if=lambda seconds: seconds is None)
+    least_seconds_more: float | None = Field(None, exclude_if=lambda seconds: seconds is None)
     examples: list[str] = Field([])
     sizes: list[Annotated[Size, Field(strict=False)]] = Field([], exclude_if=lambda sizes: not sizes)
 

@@ -271,6 +271,11 @@ class ModelCard(Message):
         exclude_if=_is_unset,
         description="Seconds of a picture at the lowest quality, with what waits now.",
     )
+    least_seconds_more: float | None = Field(
+        None,
+        exclude_if=_is_unset,
+        description="Seconds that each further picture of a request adds at least: they share evaluations.",
+    )
     examples: list[str] = Field(
         [], exclude_if=lambda prompts: not prompts, description="Prompts that show what the model can draw."
     )
@@ -395,6 +400,8 @@ class Job(Message):
     """W3C trace context of the call that submitted it, for workers' spans; empty if it was not traced."""
     degradable: SkipJsonSchema[bool] = Field(False, exclude=True)
     """Whether load may lower its quality: nothing in the request fixes that. Only for workers."""
+    quiet: SkipJsonSchema[bool] = Field(False, exclude=True)
+    """Whether nobody waits for more than its end. Only for workers."""
     claimed_at: SkipJsonSchema[float | None] = Field(None, exclude=True)
     """When its present worker took it. Unlike `started_at`, this is not the first time. Only for workers."""
     unreadable: SkipJsonSchema[str | None] = Field(None, exclude=True)

@@ -73,6 +73,7 @@ function commands.create_batch(id, file, tenant, window, idempotency_key, finger
       return { 'conflict' }
     end
     if first and call('EXISTS', BATCH .. first) == 1 then
+      call('HSET', idempotency_key, 'batch', first)  -- the caller waits for replicas to have what it wrote
       return { 'ok', batch_record(first) }
     end
   end

@@ -33,7 +33,9 @@ from patchforge.service.messages.reading import written
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
 from patchforge.service.messages.source import Source
 from patchforge.service.queue import keys
+from patchforge.service.queue.accepted import Accepted
 from patchforge.service.queue.batches import BatchStore, StoredBatch, megabytes, no_room
+from patchforge.service.queue.connection import redis_call
 from patchforge.service.queue.ids import new_id
 from patchforge.service.queue.records import Served, announced, job_from, served_from
 from patchforge.service.queue.roster import Roster
@@ -87,6 +89,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         """`blocking` is for reads of up to `LONGEST_BLOCK` seconds, so its socket timeout must be longer than that."""
         super().__init__(redis, blocking, settings)
         self._roster = Roster(self)
+        self._accepted = Accepted()
 
     @property
     def shards(self) -> Sequence[JobQueue]:
@@ -105,6 +108,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         needs: Collection[str] | None = None,
         room: int = 0,
         degradable: bool = False,
+        quiet: bool = False,
     ) -> Job:
         """Accepts a request whose defaults are filled in, or returns the job that its key was first used for.
 
@@ -118,6 +122,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
             needs: capabilities that the job's worker must have; default: those that the request needs.
             room: bytes that the queue server may come to hold of the job: see `room_for`.
             degradable: load may lower its quality.
+            quiet: nobody waits for more than the job's end. Whoever watches it nevertheless hears of all that follows.
 
         Raises:
             QueueFull: too many jobs are waiting, or the queue server might run out of memory.
@@ -131,7 +136,8 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         job_id = new_id(self.number)
         sent = _submit_arguments(job_id, request, idempotency_key, fingerprint, tenant, trace, needed, room)
         fields = await self._keep_source(job_id, source)
-        outcome, *record = await self._run("submit", *sent, "1" if degradable else "", *fields)
+        flags = ("1" if degradable else "", "1" if quiet else "")
+        outcome, *record = await self._run("submit", *sent, *flags, *fields)
         if outcome != b"ok":
             await self._discard_source(fields)
         if outcome == b"crowded":
@@ -140,7 +146,23 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         job = job_from(record[0])
         if job.id != job_id:  # the key's first job, which has its own
             await self._discard_source(fields)
+        self._accepted.note(job.id)
         return job
+
+    async def lost_jobs(self) -> list[str]:
+        """Returns jobs that were accepted here and are gone since a failover, each once. Call it every second or so."""
+        info = await self._do("INFO", "replication")
+        doubtful = self._accepted.doubtful(str(info["master_replid"]))
+        if not doubtful:
+            return []
+        with redis_call():
+            async with self._redis.pipeline(transaction=False) as looks:
+                for job_id in doubtful:
+                    looks.exists(keys.job(job_id))
+                there = await looks.execute()
+        lost = [job_id for job_id, found in zip(doubtful, there, strict=True) if not found]
+        self._accepted.looked(lost)
+        return lost
 
     async def feed_line(
         self,
@@ -179,7 +201,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
             custom_id,
             result,
             *sent,
-            "",
+            *("", "1"),  # nobody watches it: the feeder looks now and then
             *offer.fields,
         )
         fed = FeedOutcome(outcome.decode()) if outcome.decode() in list(FeedOutcome) else FeedOutcome.QUEUED
@@ -269,8 +291,8 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
     async def known_workers(self) -> Mapping[str, Served]:
         """Returns the same as `workers`, at a cost that does not grow with their number.
 
-        What was read before is kept, and only what changed is read. Workers that died without a word may be in it for
-        `roster.READ_AGAIN` seconds more.
+        What was read before is kept, and only what changed is read; while nothing changes, the result is the same
+        object. Workers that died without a word may be in it for `roster.READ_AGAIN` seconds more.
         """
         return await self._roster.read()
 

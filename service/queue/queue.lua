@@ -21,12 +21,9 @@ local function fields(id, ...)
   return unpack(call('HMGET', JOB .. id, ...))
 end
 
-local function member(id)
-  return id .. ':' .. (fields(id, 'model') or '')
-end
-
-local function emit(id, event)
-  news[id] = true
+-- Adds an event. Its watchers hear of it, unless it is `unheard`: then nobody waits for more than the job's end.
+local function emit(id, event, unheard)
+  news[id] = news[id] or not unheard or nil
   return call('XADD', EVENTS .. id, '*', 'event', event)
 end
 
@@ -92,13 +89,13 @@ local function ring(bell)
   call('PEXPIRE', bell, BELL_MS)
 end
 
-local function enqueue(id, class, deadline)
-  local model, needs = fields(id, 'model', 'needs')
+-- `...` are more fields of the job's record, and their values.
+local function enqueue(id, model, needs, class, deadline, ...)
   local stream = QUEUE .. (needs and SPECIAL or '') .. class .. ':' .. model
   local entry = call('XADD', stream, '*', 'job', id)
   call('SADD', STREAMS, stream)
-  call('HSET', JOB .. id, 'status', 'waiting', 'stream', stream, 'entry', entry)
-  call('ZADD', WAITING, deadline, member(id))
+  call('HSET', JOB .. id, 'status', 'waiting', 'stream', stream, 'entry', entry, ...)
+  call('ZADD', WAITING, deadline, id .. ':' .. model)
   local pin = needs and string.match(needs, 'digest%.%x+') -- other workers of the model would only silence its bell
   ring(BELL .. (needs and SPECIAL or '') .. (pin and pin .. ':' or '') .. model)
 end
@@ -115,11 +112,11 @@ local function heard(stream, entry)
 end
 
 local function start(id, stream, entry, worker, token)
-  call('ZREM', WAITING, member(id))
-  local attempt = call('HINCRBY', JOB .. id, 'attempt', 1)
-  call('HSET', JOB .. id, 'status', 'running', 'owner', worker, 'stream', stream, 'entry', entry,
-    'claimed_at', now)
-  call('HSETNX', JOB .. id, 'started_at', now)
+  local model, attempt, started_at = fields(id, 'model', 'attempt', 'started_at')
+  attempt = string.format('%d', (attempt or 0) + 1)
+  call('ZREM', WAITING, id .. ':' .. (model or ''))
+  call('HSET', JOB .. id, 'status', 'running', 'attempt', attempt, 'owner', worker, 'stream', stream, 'entry', entry,
+    'claimed_at', now, 'started_at', started_at or now)
   call('HSET', TAKEN .. worker, 'token', token, 'job', id, 'attempt', attempt)
   call('EXPIRE', TAKEN .. worker, RESULT_TTL)
   return record(id)
@@ -141,17 +138,18 @@ end
 -- The only way to end a job. The entry of a job that never ran stays in its stream until a claim finds it. In a special
 -- stream it is deleted at once, because perhaps no worker reads that stream any more.
 local function finish(id, status, event, ...)
-  local was, stream, entry = fields(id, 'status', 'stream', 'entry')
+  local was, stream, entry, model, keep, tenant = fields(id, 'status', 'stream', 'entry', 'model', 'keep', 'tenant')
   if was == 'running' or special(stream) then
     drop(stream, entry)
   end
-  call('ZREM', WAITING, member(id))
-  call('HSET', JOB .. id, 'status', status, 'finished_at', now, 'last_event', emit(id, event), ...)
-  local kept = fields(id, 'keep') or RESULT_TTL
-  for _, key in ipairs({ JOB .. id, EVENTS .. id, IMAGES .. id, SOURCES .. id }) do
-    call('EXPIRE', key, kept)
+  if was == 'waiting' then
+    call('ZREM', WAITING, id .. ':' .. (model or ''))
   end
-  call('SREM', IN_FLIGHT .. (fields(id, 'tenant') or ''), id)
+  call('HSET', JOB .. id, 'status', status, 'finished_at', now, 'last_event', emit(id, event), ...)
+  for _, key in ipairs({ JOB .. id, EVENTS .. id, IMAGES .. id, SOURCES .. id }) do
+    call('EXPIRE', key, keep or RESULT_TTL)
+  end
+  call('SREM', IN_FLIGHT .. (tenant or ''), id)
   unreserve(JOB .. id)
 end
 
@@ -171,14 +169,15 @@ local function expire_overdue()
   end
 end
 
--- Tells whether a claim is still valid: its worker, attempt, stream and entry must all be those of the running job.
+-- Tells whether a claim is still valid: its worker, attempt, stream and entry must all be those of the running job. The
+-- second result is the job's `quiet`.
 -- Entry and attempt distinguish two starts of a job, the stream distinguishes entries made in the same millisecond, and
 -- the worker distinguishes two claims with equal numbers, which a fail-over to a lagging replica can create.
 local function owned(id, worker, attempt, stream, entry)
-  local status, its_worker, its_attempt, its_stream, its_entry =
-    fields(id, 'status', 'owner', 'attempt', 'stream', 'entry')
+  local status, its_worker, its_attempt, its_stream, its_entry, quiet =
+    fields(id, 'status', 'owner', 'attempt', 'stream', 'entry', 'quiet')
   return status == 'running' and its_worker == worker and its_attempt == attempt and its_stream == stream
-    and its_entry == entry
+    and its_entry == entry, quiet
 end
 
 -- Delivers up to `count` entries of a stream that no worker has been given; nil if there are none.
@@ -260,19 +259,25 @@ local HALF = {
   memory = 0.75
 }
 
+-- The caller waits for replicas to have what it wrote. So this writes something: replicas that have it have the job too.
+local function accepted_before(id)
+  call('HSET', JOB .. id, 'status', fields(id, 'status'))
+  return { 'ok', record(id) }
+end
+
 local function submit(limits, id, model, priority, request, deadline_seconds, idempotency_key, fingerprint, tenant,
-                      pictures, trace, protocol, needs, room, degradable, ...)
+                      pictures, trace, protocol, needs, room, degradable, quiet, ...)
   if idempotency_key ~= '' then
     local first, its_fingerprint = unpack(call('HMGET', idempotency_key, 'job', 'fingerprint'))
     if first and its_fingerprint ~= fingerprint then
       return { 'conflict' }
     end
     if first and call('EXISTS', JOB .. first) == 1 then
-      return { 'ok', record(first) }
+      return accepted_before(first)
     end
   end
   if call('EXISTS', JOB .. id) == 1 then
-    return { 'ok', record(id) }
+    return accepted_before(id)
   end
   if call('ZCARD', WAITING) >= limits.waiting then
     return { 'full' }
@@ -289,19 +294,14 @@ local function submit(limits, id, model, priority, request, deadline_seconds, id
     return { 'limited', wait }
   end
   reserve(JOB .. id, tonumber(room), REVIEW_SECONDS)
-  call('HSET', JOB .. id, 'id', id, 'model', model, 'request', request, 'created_at', now, 'attempt', 0,
-    'protocol', protocol)
-  if needs ~= '' then
-    call('HSET', JOB .. id, 'needs', needs)
-  end
-  if degradable ~= '' then
-    call('HSET', JOB .. id, 'degradable', degradable)
-  end
-  if tenant ~= '' then
-    call('HSET', JOB .. id, 'tenant', tenant)
-  end
-  if trace ~= '' then
-    call('HSET', JOB .. id, 'trace', trace)
+  local record_of_job = { 'id', id, 'model', model, 'request', request, 'created_at', now, 'attempt', 0, 'protocol',
+    protocol }
+  local given = { needs = needs, degradable = degradable, quiet = quiet, tenant = tenant, trace = trace }
+  for name, value in pairs(given) do
+    if value ~= '' then
+      table.insert(record_of_job, name)
+      table.insert(record_of_job, value)
+    end
   end
   if MAX_IN_FLIGHT > 0 then
     call('SADD', IN_FLIGHT .. tenant, id)
@@ -309,8 +309,9 @@ local function submit(limits, id, model, priority, request, deadline_seconds, id
   if ... then
     call('HSET', SOURCES .. id, ...)
   end
-  enqueue(id, priority, deadline_seconds == '' and '+inf' or now + deadline_seconds)
-  emit(id, QUEUED)
+  local deadline = deadline_seconds == '' and '+inf' or now + deadline_seconds
+  enqueue(id, model, needs ~= '' and needs, priority, deadline, unpack(record_of_job))
+  emit(id, QUEUED, true) -- nobody can watch a job that was not there
   if idempotency_key ~= '' then
     call('HSET', idempotency_key, 'job', id, 'fingerprint', fingerprint)
     call('EXPIRE', idempotency_key, IDEMPOTENCY_TTL)
@@ -329,7 +330,10 @@ end
 -- Events after an id, and whether there may be more. A watcher that has more to read than these limits has fallen
 -- behind, and gets only the newest preview of each picture.
 function commands.news(id, after, count, bytes)
-  local status, last_event = fields(id, 'status', 'last_event')
+  local status, last_event, quiet = fields(id, 'status', 'last_event', 'quiet')
+  if quiet then
+    call('HDEL', JOB .. id, 'quiet')
+  end
   local entries, size = call('XRANGE', EVENTS .. id, '(' .. after, '+', 'COUNT', count), 0
   for _, entry in ipairs(entries) do
     size = size + #entry[2][2]
@@ -414,7 +418,8 @@ local function take_over(streams, worker, token, can)
 end
 
 -- What `take_over` finds, but with one look a second at each stream, whoever looks: a look can take as long as many
--- jobs. In special streams, workers with other capabilities find other jobs, so they look by themselves.
+-- jobs. In special streams, workers with other capabilities find other jobs, so they look by themselves. The second
+-- result tells whether it was this worker's turn to look at any stream.
 local function take_over_in_turn(worker, token, can)
   local names, due, looked_now = {}, {}, {}
   for index, stream in ipairs(KEYS) do
@@ -433,7 +438,7 @@ local function take_over_in_turn(worker, token, can)
     call('HSET', LOOKED, unpack(looked_now))
     call('EXPIRE', LOOKED, RESULT_TTL)
   end
-  return found
+  return found, #due > 0
 end
 
 -- The first waiting job of a stream, started; or nothing. The second result tells whether there may be more behind
@@ -466,9 +471,16 @@ function commands.claim(worker, token, can, look, ...)
   if before then
     return { before, 'new' }
   end
-  local again = look == '1' and take_over_in_turn(worker, token, can)
+  local again, looked = nil, true
+  if look == '1' then
+    again, looked = take_over_in_turn(worker, token, can)
+  end
   if again then
     return { again, 'again' }
+  elseif not looked and call('ZCARD', WAITING) == 0 then
+    -- Most claims of idle workers end here. Whose turn it was goes on, clears stale entries, and makes lost groups again.
+    call('DEL', ...)
+    return { {}, 'none' }
   end
   local skipped = false
   for _, stream in ipairs(KEYS) do
@@ -512,7 +524,8 @@ end
 
 -- Adds an event. A preview that is larger than all of them together may be is left out.
 local function publish(id, worker, attempt, stream, entry, event)
-  if not owned(id, worker, attempt, stream, entry) then
+  local valid, quiet = owned(id, worker, attempt, stream, entry)
+  if not valid then
     return 0
   end
   local preview = previewed(event)
@@ -521,16 +534,17 @@ local function publish(id, worker, attempt, stream, entry, event)
   elseif preview then
     call('HINCRBY', JOB .. id, 'preview_bytes', #event)
   end
-  shed_previews(id, emit(id, event))
+  shed_previews(id, emit(id, event, quiet))
   return 1
 end
 
 local function store_image(id, worker, attempt, stream, entry, index, data, event)
-  if not owned(id, worker, attempt, stream, entry) then
+  local valid, quiet = owned(id, worker, attempt, stream, entry)
+  if not valid then
     return 0
   end
   call('HSET', IMAGES .. id, index, data)
-  emit(id, event)
+  emit(id, event, quiet)
   return 1
 end
 
@@ -564,8 +578,8 @@ function commands.release(id, worker, attempt, stream, entry)
     finish_as_side_effect(id, 'cancelled', CANCELLED)
   else
     drop(stream, entry)
-    call('HINCRBY', JOB .. id, 'attempt', -1)
-    enqueue(id, RETURNED, '+inf') -- no deadline: the job did start in time
+    local model, needs = fields(id, 'model', 'needs')
+    enqueue(id, model, needs, RETURNED, '+inf', 'attempt', attempt - 1) -- no deadline: the job did start in time
   end
   return 1
 end

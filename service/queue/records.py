@@ -157,6 +157,7 @@ class _Reader:
             tenant=fields["tenant"].decode(errors="replace") if "tenant" in fields else None,
             trace=self.trace(),
             degradable=fields.get("degradable") == b"1",
+            quiet=fields.get("quiet") == b"1",
             claimed_at=self.number("claimed_at") if "claimed_at" in fields else None,
             unreadable=self.trouble[0] if self.trouble else None,
         )

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
+from operator import is_not
 from typing import Any, TypeVar
 
 import structlog
@@ -70,6 +71,9 @@ class ShardedQueue:
         self._limited = settings.rate_limit > 0 or settings.max_in_flight > 0
         self._away: dict[int, asyncio.Task[None]] = {}
         """Server that did not answer → what tries to reach it. Meanwhile, only calls about its own jobs go there."""
+        self._known: Mapping[str, Served] = {}
+        """The live workers: `_known_parts`, what each server knows, together."""
+        self._known_parts: Sequence[Mapping[str, Served]] = ()
         self._last: dict[tuple[str, int], Any] = {}
         """(what was counted, server) → the last answer: its jobs are still there while it is away."""
 
@@ -111,8 +115,12 @@ class ShardedQueue:
         await asyncio.gather(*(shard.check_not_refused() for shard in self.shards))
 
     async def known_workers(self) -> Mapping[str, Served]:
-        found = await self._ask_all(lambda shard: shard.known_workers())
-        return {worker: served for each in found.values() for worker, served in each.items()}
+        """The same object again, if nothing has changed."""
+        parts = list((await self._ask_all(lambda shard: shard.known_workers())).values())
+        if len(parts) != len(self._known_parts) or any(map(is_not, parts, self._known_parts)):
+            self._known_parts = parts
+            self._known = {worker: served for each in parts for worker, served in each.items()}
+        return self._known
 
     async def workers(self) -> dict[str, Served]:
         found = await self._ask_all(lambda shard: shard.workers())
@@ -129,6 +137,9 @@ class ShardedQueue:
         found = await self._ask_all(lambda shard: shard.remembered())
         by_model = {served.cards[0].name: served for each in found.values() for served in each if served.cards}
         return list(by_model.values())
+
+    async def lost_jobs(self) -> list[str]:
+        return [job_id for each in (await self._ask_all(lambda shard: shard.lost_jobs())).values() for job_id in each]
 
     async def backlog(self) -> Backlog:
         """A server that is away counts with its last answer, as in the next two: what waited there still waits."""

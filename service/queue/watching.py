@@ -72,11 +72,11 @@ class WatchedJobs(StoredPreviews):
         with self._hub.listen(job_id) as bell:
             while True:
                 bell.clear()
-                known, ended = await self._do("HMGET", keys.job(job_id), "id", "last_event")
-                if known is None:
+                record = await self._do("HGETALL", keys.job(job_id))
+                if not record:
                     raise NotFound(f"no job {job_id}")
-                if ended is not None:
-                    return terminal_event(await self.get(job_id))
+                if b"last_event" in record:
+                    return terminal_event(job_from([part for pair in record.items() for part in pair]))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(POLL):
                         await bell.wait()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import signal
 from collections import Counter
 
 from patchforge.service.soak.fleet import CLAIM_IDLE, Fleet, Member
 from patchforge.service.soak.ledger import Ledger
-from patchforge.service.threads import in_thread
 
 PAUSE = (3.0, 9.0)  # seconds between two faults of a gateway or worker
 SERVER_PAUSE = (15.0, 40.0)  # seconds between two faults of the queue server
@@ -37,7 +35,10 @@ class Chaos:
             await asyncio.sleep(self.chance.uniform(*PAUSE) / self.hurry)
             fault = self.chance.choice((self.kill, self.kill, self.terminate, self.pause))
             # A spared member may be paused, because a pause does not reset its memory.
-            candidates = [m for m in self.fleet.members if fault == self.pause or not m.spared]
+            calm = [m for m in self.fleet.members if not m.disturbed]
+            candidates = [m for m in calm if fault == self.pause or not m.spared]
+            if not candidates:
+                continue
             member = self.chance.choice(candidates)
             member.disturbed = True
             await fault(member)
@@ -47,9 +48,9 @@ class Chaos:
     async def _harm_server(self) -> None:
         while True:
             await asyncio.sleep(self.chance.uniform(*SERVER_PAUSE) / self.hurry)
-            fault = self.chance.choice((self.kill_server, self.kill_server, self.stop_server, self.pause_server))
+            fault = self.chance.choice(self.fleet.servers.faults)
             self.fleet.server_disturbed = True
-            await fault()
+            await fault(self._wait_outage)
             self.fleet.server_disturbed = False
             self.done[fault.__name__.replace("_", " ")] += 1
 
@@ -60,14 +61,7 @@ class Chaos:
         member.start()
 
     async def terminate(self, member: Member) -> None:
-        """Send SIGTERM; the process must end by itself with status 0."""
-        member.send(signal.SIGTERM)
-        status = await member.wait()
-        if status not in (0, -signal.SIGTERM):  # the signal, if it had not yet set its handler
-            self.ledger.broken.append(f"{member.name} ended with {status} on SIGTERM")
-        if member.running:
-            member.send(signal.SIGKILL)
-            await member.wait()
+        await stop(member, self.ledger)
         member.start()
 
     async def pause(self, member: Member) -> None:
@@ -76,20 +70,16 @@ class Chaos:
         await asyncio.sleep(1.4 * CLAIM_IDLE)
         member.send(signal.SIGCONT)
 
-    async def kill_server(self) -> None:
-        await in_thread(self.fleet.server.kill)
-        await self._wait_outage()
-        self.fleet.restart_server()
-
-    async def stop_server(self) -> None:
-        os.kill(self.fleet.server.pid, signal.SIGTERM)
-        await self._wait_outage()
-        self.fleet.restart_server()
-
-    async def pause_server(self) -> None:
-        os.kill(self.fleet.server.pid, signal.SIGSTOP)
-        await self._wait_outage()
-        os.kill(self.fleet.server.pid, signal.SIGCONT)
-
     async def _wait_outage(self) -> None:
         await asyncio.sleep(self.chance.uniform(*OUTAGE))
+
+
+async def stop(member: Member, ledger: Ledger) -> None:
+    """Send SIGTERM; the process must end by itself with status 0."""
+    member.send(signal.SIGTERM)
+    status = await member.wait()
+    if status not in (0, -signal.SIGTERM):  # the signal, if it had not yet set its handler
+        ledger.broken.append(f"{member.name} ended with {status} on SIGTERM")
+    if member.running:
+        member.send(signal.SIGKILL)
+        await member.wait()

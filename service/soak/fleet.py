@@ -1,4 +1,4 @@
-"""The processes of a soak: its own gateways, workers and queue server."""
+"""The processes of a soak: its own gateways, workers and queue servers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +13,17 @@ from typing import Literal
 
 import httpx
 
-from patchforge.service.embedded import EmbeddedServer, free_port, tied_to_parent
+from patchforge.service.embedded import free_port, tied_to_parent
 from patchforge.service.errors import Unavailable
+from patchforge.service.soak.servers import ReplicatedServers, Servers, SingleServer
+from patchforge.service.soak.versions import TODAY, Version
 
 READY_SECONDS = 180.0  # a worker may load its models this slowly on a busy machine
 STOP_SECONDS = 40.0
 RESULT_TTL = 120  # seconds in which the audit must see every job
 CLAIM_IDLE = 5.0
 DRAIN = 5
+STARTED = {"gateway": b'"gateway is listening"', "worker": b'"worker ready"'}  # in the log, in any version
 
 
 @dataclass
@@ -34,18 +36,33 @@ class Member:
     log: Path
     http: str = ""
     grpc: str = ""
+    version: Version = TODAY
+    life: int = 1
+    """Which of its versions this is, if it is replaced."""
     spared: bool = False
     """Never killed, so that its memory can be measured from start to end."""
     disturbed: bool = False
     """A fault is in progress, so the process may be down."""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _began: int = 0
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            command = tied_to_parent([sys.executable, "-P", "-m", "patchforge", self.role], signal.SIGKILL)
+            self._began = log.tell()
+            command = tied_to_parent([*self.version.command, self.role], signal.SIGKILL)
             self.process = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=self.environment | self.version.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
+
+    @property
+    def label(self) -> str:
+        """Its name and, if it was replaced, a number."""
+        return self.name if self.life == 1 else f"{self.name} ({self.life})"
 
     @property
     def running(self) -> bool:
@@ -71,6 +88,17 @@ class Member:
                 return status
             await asyncio.sleep(0.05)
 
+    async def started(self) -> bool:
+        """Wait until its log says that it serves; False if it ends before, or is not ready in time."""
+        give_up = time.monotonic() + READY_SECONDS
+        while self.running and time.monotonic() < give_up:
+            with self.log.open("rb") as log:
+                log.seek(self._began)
+                if STARTED[self.role] in log.read():
+                    return True
+            await asyncio.sleep(0.2)
+        return False
+
     def close(self) -> None:
         if self.process is not None:
             self.process.kill()
@@ -80,15 +108,27 @@ class Member:
 class Fleet:
     """All processes; entry starts and exit ends them. Use it from the main thread: they end with their thread."""
 
-    def __init__(self, folder: Path, bundle_dir: Path, gateways: int = 2, workers: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        bundle_dir: Path,
+        *,
+        sentinels: bool = False,
+        version: Version = TODAY,
+        gateways: int = 2,
+        workers: int = 2,
+    ) -> None:
+        """`sentinels`: the queue server has replicas and Sentinels. `version` is that of all gateways and workers."""
         self.folder = folder
-        self.server = EmbeddedServer(folder)
+        self.servers: Servers = ReplicatedServers(folder) if sentinels else SingleServer(folder)
         self.server_disturbed = False
-        self.server.start()
+        self.servers.start()
         self.gateways = [self._member("gateway", bundle_dir, number) for number in range(1, gateways + 1)]
         self.workers = [self._member("worker", bundle_dir, number) for number in range(1, workers + 1)]
         for first in (self.gateways[0], self.workers[0]):
             first.spared = True
+        for member in self.members:
+            member.version = version
 
     @property
     def members(self) -> list[Member]:
@@ -132,17 +172,9 @@ class Fleet:
             await asyncio.sleep(0.2)
         raise Unavailable(f"{gateway.name} was not ready in {READY_SECONDS:.0f} s; see {gateway.log}")
 
-    def restart_server(self) -> None:
-        """Start the queue server again with the same port and data."""
-        self.server.stop()
-        self.server.start()
-
-    def restore(self) -> None:
+    async def restore(self) -> None:
         """Resume paused processes, and start killed ones."""
-        if self.server.running:
-            os.kill(self.server.pid, signal.SIGCONT)
-        else:
-            self.restart_server()
+        await self.servers.restore()
         self.server_disturbed = False
         for member in self.members:
             member.send(signal.SIGCONT)
@@ -153,12 +185,12 @@ class Fleet:
     def close(self) -> None:
         for member in self.members:
             member.close()
-        self.server.stop()
+        self.servers.stop()
 
     def _member(self, role: Literal["gateway", "worker"], bundle_dir: Path, number: int) -> Member:
         http, grpc = free_port(), free_port()
         settings = {
-            "REDIS_URL": self.server.url,
+            "REDIS_URL": self.servers.url,
             "HOST": "127.0.0.1",
             "HTTP_PORT": http,
             "GRPC_PORT": grpc,
@@ -171,6 +203,7 @@ class Fleet:
             "MAX_WAITING": 24,
             "LOG_JSON": "true",
             "THREADS": os.environ.get("PATCHFORGE_THREADS", "1"),
+            **self.servers.settings,
         }
         # Leave out the settings of the user's own service: keys, certificate, models.
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PATCHFORGE_")}

@@ -34,7 +34,9 @@ class Memory:
         """Growth in bytes over the last two thirds of the samples, single steps left out.
 
         The samples are cut into ten parts. The growth is nine times the median difference between the minima of
-        neighbouring parts: a leak raises all minima, a peak none, and a step to a new high-water mark one or two.
+        neighbouring parts: a leak raises all minima, a peak none, and a step to a new high-water mark one or two. If
+        traffic comes and goes, so does memory. A leak also raises the last minimum above the first, by half as much at
+        least; otherwise the growth is this difference.
         """
         return {name: _growth(sizes[len(sizes) // 3 :]) for name, sizes in self._long().items()}
 
@@ -50,7 +52,9 @@ class Memory:
 def _growth(sizes: Sequence[int]) -> float:
     bounds = [round(part * len(sizes) / PARTS) for part in range(PARTS + 1)]
     floors = [min(sizes[start:end]) for start, end in pairwise(bounds)]
-    return median(later - earlier for earlier, later in pairwise(floors)) * (PARTS - 1)
+    steady = median(later - earlier for earlier, later in pairwise(floors)) * (PARTS - 1)
+    whole = floors[-1] - floors[0]
+    return steady if whole >= steady / 2 else whole
 
 
 def _marks(sizes: Sequence[int]) -> list[float]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from patchforge.service.soak.audit import Audit
 from patchforge.service.soak.chaos import Chaos
-from patchforge.service.soak.fleet import Fleet
+from patchforge.service.soak.fleet import RESULT_TTL, Fleet
 from patchforge.service.soak.ledger import TERMINAL, Ledger
 from patchforge.service.soak.memory import Memory, resident
 from patchforge.service.soak.traffic import Client
+from patchforge.service.soak.upgrade import Upgrade
+from patchforge.service.soak.versions import TODAY, Version, other_version
 from patchforge.service.threads import in_thread
 
 SAMPLE_SECONDS = 2.0
@@ -37,15 +40,21 @@ class Verdict:
 
 
 class Soak:
-    """`clients` clients for `seconds`; `hurry` divides the time between faults, and 0 means no faults."""
+    """`clients` clients for `seconds`; `hurry` divides the time between faults, and 0 means no faults.
 
-    def __init__(self, fleet: Fleet, seconds: float, clients: int, seed: int, hurry: float = 1.0) -> None:
+    A fleet that is of an `older` version is upgraded meanwhile.
+    """
+
+    def __init__(
+        self, fleet: Fleet, seconds: float, clients: int, seed: int, hurry: float = 1.0, older: Version = TODAY
+    ) -> None:
         self.fleet, self.seconds = fleet, seconds
         self.ledger = Ledger()
-        self.audit = Audit(fleet.server.url, self.ledger)
+        self.audit = Audit(fleet.servers.client, self.ledger, RESULT_TTL)
         self.memory = Memory()
         chance = random.Random(seed)
         self.chaos = Chaos(fleet, self.ledger, random.Random(chance.random()), hurry)
+        self.upgrade = None if older == TODAY else Upgrade(fleet, self.ledger, older)
         self.clients = [Client(fleet.gateways, self.ledger, random.Random(chance.random())) for _ in range(clients)]
         self._done = asyncio.Event()
 
@@ -58,10 +67,7 @@ class Soak:
         finally:
             auditing.cancel()
             await asyncio.gather(auditing, return_exceptions=True)
-        try:
-            return self._judge()
-        finally:
-            self.audit.close()
+        return self._judge()
 
     def tally(self) -> dict[str, int]:
         ended = {status: self.audit.count(status) for status in TERMINAL}
@@ -71,11 +77,12 @@ class Soak:
         began = time.monotonic()
         running = [asyncio.create_task(client.run(self._done)) for client in self.clients]
         chaos = asyncio.create_task(self.chaos.run())
+        upgrade = asyncio.create_task(self.upgrade.run(self.seconds)) if self.upgrade else None
         sampled = warm = began + min(WARM_SECONDS, WARM_SHARE * self.seconds)
         try:
-            while (now := time.monotonic()) < began + self.seconds:
+            while (now := time.monotonic()) < began + self.seconds or (upgrade and not upgrade.done()):
                 if now > warm and now >= sampled:
-                    self._sample_memory()
+                    await in_thread(self._sample_memory)
                     sampled = now + SAMPLE_SECONDS
                 for task in (*running, chaos):
                     if task.done():
@@ -85,9 +92,11 @@ class Soak:
                 await asyncio.sleep(1)
         finally:
             self._done.set()
-            chaos.cancel()
-            await asyncio.gather(chaos, return_exceptions=True)
-            self.fleet.restore()
+            harming = [chaos, *([upgrade] if upgrade else [])]
+            for task in harming:
+                task.cancel()
+            await asyncio.gather(*harming, return_exceptions=True)
+            await self.fleet.restore()
         progress(self.seconds, "waiting for the last answers")
         await asyncio.gather(*running)
 
@@ -117,9 +126,9 @@ class Soak:
             broken.append(f"{lasting['reserved bytes']} bytes are reserved, but no job is left")
         broken += [f"the memory of {name} has grown" for name in self.memory.grown()]
         return Verdict(
-            tally | {"dead letters": self.audit.dead_letters},
+            tally | {"dead letters": len(self.audit.dead_letters), "undone": len(self.audit.undone)},
             dict(sorted(self.ledger.answers.items())),
-            dict(sorted(self.chaos.done.items())),
+            dict(sorted((self.chaos.done + (self.upgrade.done if self.upgrade else Counter())).items())),
             self.memory.course(),
             self.memory.trend(),
             dict(sorted(lasting.items())),
@@ -127,7 +136,7 @@ class Soak:
         )
 
     def _sample_memory(self) -> None:
-        sizes = {member.name: resident(member.pid) for member in self.fleet.members if member.spared}
+        sizes = {member.label: resident(member.pid) for member in self.fleet.members if member.spared}
         self.memory.sample(sizes | {"queue server (data)": self.audit.used_memory()})
 
     def _restart_dead(self) -> None:
@@ -135,9 +144,8 @@ class Soak:
             if not member.running and not member.disturbed:
                 self.ledger.broken.append(f"{member.name} ended by itself; see {member.log}")
                 member.start()
-        if not self.fleet.server.running and not self.fleet.server_disturbed:
-            self.ledger.broken.append("the queue server ended by itself")
-            self.fleet.restart_server()
+        if not self.fleet.server_disturbed:
+            self.ledger.broken += [f"{name} ended by itself" for name in self.fleet.servers.revive()]
 
     def _describe(self) -> str:
         tally = {kind: count for kind, count in self.tally().items() if kind != "lost"}
@@ -157,7 +165,14 @@ async def soak(
     seed: int,
     progress: Callable[[float, str], None],
     hurry: float = 1.0,
+    sentinels: bool = False,
+    from_version: Path | None = None,
 ) -> Verdict:
-    """Start everything in `folder`, run the soak, and stop everything."""
-    async with Fleet(folder, bundle_dir) as fleet:
-        return await Soak(fleet, seconds, clients, seed, hurry).run(progress)
+    """Start everything in `folder`, run the soak, and stop everything.
+
+    Raises:
+        InvalidRequest: `from_version` is no version.
+    """
+    older = other_version(from_version, folder / "older") if from_version else TODAY
+    async with Fleet(folder, bundle_dir, sentinels=sentinels, version=older) as fleet:
+        return await Soak(fleet, seconds, clients, seed, hurry, older).run(progress)

@@ -193,8 +193,8 @@ class Engine:
         key = live.job.id, picture.index
         if not picture.keeps or self.caches.holds(key):
             return True
-        pool = self.pipelines[live.model].denoiser.pool
-        return room and self.caches.grant(key, pool.slot_bytes * picture.trajectory.sampler.branches)
+        pool, sampler = self.pipelines[live.model].denoiser.pool, picture.trajectory.sampler
+        return room and self.caches.grant(key, sampler.branches * pool.slot_bytes(sampler.grid.patches))
 
     def _evaluate(self, planned: list[Chosen]) -> list[Prediction | Exception]:
         """Return one prediction or error per plan, in order."""

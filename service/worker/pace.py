@@ -87,7 +87,7 @@ def _spread(works: Sequence[Work], average: float) -> list[float]:
 
 
 @dataclass
-class Size:
+class SizeMeans:
     """Evaluations of about one size: means, in which the newest count most."""
 
     weight: float = 0.0
@@ -102,6 +102,28 @@ class Size:
 
 
 @dataclass
+class DutyMeans:
+    """What else a worker does between evaluations: means, in which the newest count most."""
+
+    weight: float = 0.0
+    evaluating: float = 0.0
+    """Seconds of an evaluation, of any size."""
+    others: float = 0.0
+    """Seconds between it and the one before."""
+
+    def add(self, evaluating: float, others: float) -> None:
+        """Record an evaluation, and what was done before it."""
+        self.weight = DECAY * self.weight + 1
+        self.evaluating += (evaluating - self.evaluating) / self.weight
+        self.others += (others - self.others) / self.weight
+
+    @property
+    def drag(self) -> float:
+        """Seconds in which the worker makes evaluations of one second: at least 1."""
+        return 1 + self.others / self.evaluating if self.evaluating else 1.0
+
+
+@dataclass
 class Speed:
     """How long the work for one model takes.
 
@@ -109,12 +131,11 @@ class Speed:
     takes alone must not be forgotten.
     """
 
-    sizes: dict[int, Size] = field(default_factory=dict)
+    sizes: dict[int, SizeMeans] = field(default_factory=dict)
     """By the patches' number of binary digits."""
     measured: int = 0
     """Number of evaluations."""
-    others: Size = field(default_factory=Size)
-    """What else was done between evaluations, in seconds; and the seconds of these evaluations, as its `patches`."""
+    duties: DutyMeans = field(default_factory=DutyMeans)
     begin: float = 0.0
     """Seconds to begin one job: to read its prompt, to encode its source picture."""
     decode: float | None = None
@@ -127,8 +148,8 @@ class Speed:
         """
         if self.known:
             seconds = min(seconds, OUTLIER * self.evaluation(patches))
-        self.sizes.setdefault(patches.bit_length(), Size()).add(patches, seconds)
-        self.others.add(seconds, min(others, OUTLIER * seconds))
+        self.sizes.setdefault(patches.bit_length(), SizeMeans()).add(patches, seconds)
+        self.duties.add(seconds, min(others, OUTLIER * seconds))
         self.measured += 1
 
     def began(self, seconds: float) -> None:
@@ -147,7 +168,7 @@ class Speed:
     @property
     def drag(self) -> float:
         """Seconds in which the worker makes evaluations of one second: more than 1, since it also does other things."""
-        return 1 + self.others.seconds / self.others.patches if self.others.patches else 1.0
+        return self.duties.drag
 
     def evaluation(self, patches: float) -> float:
         """Seconds of an evaluation of so many patches: on the line between the sizes that were measured."""

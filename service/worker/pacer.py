@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from patchforge.model.budget import expected_cost, expected_costs, lower
 from patchforge.model.pipeline import Pipeline
 from patchforge.model.trajectory import Trajectory
+from patchforge.service.messages.schemas import MAX_IMAGES
 from patchforge.service.worker.live import LiveJob, LivePicture
 from patchforge.service.worker.pace import DECAY, Allowance, Backlog, Speed, Work, shares
 
@@ -96,13 +97,30 @@ class Pacer:
         speed = self.speeds[model]
         return _rounded(speed.run(self._usual[model])) if speed.known else None
 
-    def least_seconds(self, model: str, now: float) -> float | None:
-        """Seconds that a picture takes at the floor, after the jobs that wait at present; None: not known now."""
+    def least_seconds(self, model: str, now: float) -> tuple[float, float] | None:
+        """The least that a request takes at the floor: seconds of its first picture, and of each further one.
+
+        The first one's seconds are after the jobs that wait at present. None: not known now.
+        """
         if not self.speeds[model].known or now - self._measured[model] > RECENT_SECONDS:
             return None
-        least = {name: speed.run(self._least[name]) for name, speed in self.speeds.items() if speed.known}
-        waiting = sum(least.get(name, 0.0) * backlog.jobs for name, backlog in self.backlogs.items())
-        return _rounded(least[model] + waiting)
+        further = {name: self._least_further(name) for name, speed in self.speeds.items() if speed.known}
+        waiting = sum(further.get(name, 0.0) * backlog.jobs for name, backlog in self.backlogs.items())
+        return _rounded(self._least_together(model, 1) + waiting), _rounded(further[model])
+
+    def _least_further(self, model: str) -> float:
+        """Seconds that each further picture adds at least, if as many share evaluations as a request may have."""
+        first, *more = (self._least_together(model, pictures) for pictures in range(1, MAX_IMAGES + 1))
+        return min((seconds - first) / further for further, seconds in enumerate(more, 1))
+
+    def _least_together(self, model: str, pictures: int) -> float:
+        """Seconds of so many pictures at the floor that share evaluations, if nothing else runs."""
+        evaluations: list[float] = []
+        for cost in self._least[model]:
+            pack = max(1, int(self._budgets[model] / cost))
+            packs = [min(pack, pictures - done) for done in range(0, pictures, pack)]
+            evaluations += [together * cost for together in packs]
+        return self.speeds[model].run(evaluations, pictures)
 
     def _limit(self, short: Collection[str]) -> None:
         """Set the limits: smaller ones for models that are short of time."""

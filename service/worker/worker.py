@@ -113,19 +113,13 @@ class Worker:
     def cards(self) -> list[ModelCard]:
         """The models that this worker serves."""
         now = time.monotonic()
-        cards = [
-            model_card(each.manifest, weights_sha256=each.weights_sha256, digest=each.digest)
-            for each in self.engine.pipelines.values()
-        ]
-        return [
-            card.model_copy(
-                update={
-                    "usual_seconds": self.pacer.usual_seconds(card.name),
-                    "least_seconds": self.pacer.least_seconds(card.name, now),
-                }
-            )
-            for card in cards
-        ]
+        cards = []
+        for each in self.engine.pipelines.values():
+            card = model_card(each.manifest, weights_sha256=each.weights_sha256, digest=each.digest)
+            first, more = self.pacer.least_seconds(card.name, now) or (None, None)
+            measured = {"usual_seconds": self.pacer.usual_seconds(card.name), "least_seconds": first}
+            cards.append(card.model_copy(update=measured | {"least_seconds_more": more}))
+        return cards
 
     def announcement(self) -> tuple[list[ModelCard], bytes]:
         return self.cards, self.metrics.exposition()
@@ -290,7 +284,8 @@ class Worker:
             await self._tell_failure(job.id, job_error(job.id, error, otherwise="preparation_failed"))
             return
         steps = live.pictures[0].trajectory.sampler.evaluations
-        await self._tell(Message(job.id, Started(attempt=claim.attempt, steps=steps)))
+        started = Started(attempt=claim.attempt, steps=steps)
+        await self._tell(Message(job.id, started, patient=job.quiet))
 
     async def _deliver_outcome(self, outcome: Outcome) -> None:
         if isinstance(outcome, PreviewMade | PatchesMade):

@@ -107,6 +107,7 @@ CASES = [
         {"patchforge_memory_refusals_total": "5x20"},
         {"patchforge_memory_refusals_total": "0+1x20"},
     ),
+    *both("PatchforgeJobsLost", {"patchforge_jobs_lost_total": "5x20"}, {"patchforge_jobs_lost_total": "0x15 2x5"}),
     *both("PatchforgeNoWorkers", {"patchforge_workers": "1x20"}, {"patchforge_workers": "0x20"}),
     Case("PatchforgeNoWorkers", {"patchforge_workers": " ".join(["NaN"] * 20)}, False),
     Case("PatchforgeNoWorkers", {"patchforge_workers": "0x20", 'patchforge_model_asleep{model="m"}': "1x20"}, False),

@@ -79,6 +79,19 @@ def test_no_torch_in_the_gateway_and_no_root_anywhere() -> None:
         assert built[name].startswith("FROM worker-base\n")
 
 
+def test_every_image_starts_from_one_base_which_an_argument_replaces() -> None:
+    assert {text.split("\n")[0].removeprefix("FROM ") for text in stages().values()} <= {"${BASE}", *stages()}
+    assert re.search(r"(?m)^ARG BASE=docker\.io/library/python:3\.\d+-slim-\w+@sha256:[0-9a-f]{64}$", DOCKERFILE)
+
+
+def test_the_base_needs_python_and_venv_but_no_pip_of_its_own() -> None:
+    for name, text in stages().items():
+        for line in re.findall(r"(?m)^RUN .*", text):
+            assert not re.search(r"\bpython\b", line), "Debian only has python3"
+            if re.search(r"(?<!/bin/)\bpip (install|wheel)", line):
+                assert "\nENV PATH=/opt/patchforge/bin:" in text.partition(line)[0], f"{name}: {line}"
+
+
 def test_the_images_run_what_was_tested() -> None:
     torch = re.search(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
     assert torch is not None
@@ -114,6 +127,7 @@ def test_a_service_of_compose(services: dict[str, Any], name: str, monkeypatch: 
     assert settings.redis_url == "redis://queue:6379/0"
     assert service["build"]["target"] in stages()
     assert service["read_only"]
+    assert service["tmpfs"] == ["/tmp"]
     assert service["cap_drop"] == ["ALL"]
     if name != "gateway":
         assert service["networks"]["default"]["aliases"] == ["workers"]
@@ -192,6 +206,9 @@ def test_a_replicated_queue_server_is_an_option(monkeypatch: pytest.MonkeyPatch)
         assert [host for host, _ in target.addresses] == sentinels
         for sentinel in sentinels:
             assert f"sentinel monitor {target.service} queue 6379 2" in together[sentinel]["command"][-1]
+    for name in ("queue", "replica-1", "replica-2", *sentinels):
+        assert together[name]["read_only"]
+        assert [mount["target"] for mount in together[name]["volumes"]] == ["/data"]
     for server in ("queue", "replica-1", "replica-2"):
         command = " ".join(together[server]["command"])
         assert "--maxmemory-policy noeviction --min-replicas-to-write 1 --min-replicas-max-lag 4" in command
@@ -212,6 +229,7 @@ def test_the_queue_server_of_compose_is_one_the_service_accepts(services: dict[s
     command = " ".join(services["queue"]["command"])
     assert "--maxmemory-policy noeviction" in command
     assert "--appendonly yes" in command
+    assert services["queue"]["read_only"]
 
 
 def test_what_compose_mounts_and_prometheus_asks_is_there(services: dict[str, Any]) -> None:

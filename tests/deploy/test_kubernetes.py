@@ -135,6 +135,8 @@ def test_the_queue_server_is_one_the_service_accepts(settings: Settings) -> None
     arguments = " ".join(valkey["args"])
     assert "--maxmemory-policy noeviction" in arguments
     assert "--appendonly yes" in arguments
+    assert valkey["securityContext"]["readOnlyRootFilesystem"]
+    assert [mount["mountPath"] for mount in valkey["volumeMounts"]] == ["/data"]
     assert settings.redis_url == "redis://queue:6379/0"
     one(written(), "Service", "queue")
 

@@ -109,7 +109,7 @@ def test_nothing_is_counted_twice(live: Live, prometheus: httpx.Client) -> None:
     query = "sum(patchforge_patch_evaluations_total)"
 
     def same() -> bool:
-        families = text_string_to_metric_families(live.gateway.http.get("/metrics").text)
+        families = text_string_to_metric_families(live.gateway.http.get("/metrics", params={"workers": "true"}).text)
         samples = [sample for family in families for sample in family.samples]
         counted = sum(sample.value for sample in samples if sample.name == "patchforge_patch_evaluations_total")
         return float(ask(prometheus, query)[0]["value"][1]) == counted > 0

@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 from redis import Redis
 
 from patchforge.service.embedded import EmbeddedServer
+from patchforge.service.soak.versions import TODAY, Version
 from tests.faults.gateways import Gateway
 from tests.patience import PATIENCE
 from tests.processes import Process
@@ -71,19 +72,19 @@ class Stack:
         self.server.kill()
         self.server.stop()
 
-    def start_gateway(self, script: str | None = None, **settings: Any) -> Gateway:
+    def start_gateway(self, script: str | None = None, *, version: Version = TODAY, **settings: Any) -> Gateway:
         """Starts a gateway and waits until its ports are open. It is ready when a worker is."""
-        gateway = self._launch(Gateway, "gateway", script, settings)
+        gateway = self._launch(Gateway, "gateway", script, settings, version)
         gateway.await_ports()
         return gateway
 
-    def launch_worker(self, script: str | None = None, **settings: Any) -> Process:
+    def launch_worker(self, script: str | None = None, *, version: Version = TODAY, **settings: Any) -> Process:
         """Starts a worker without waiting. `script` is a module of tests/faults that runs the CLI with some changes."""
-        return self._launch(Process, "worker", script, settings)
+        return self._launch(Process, "worker", script, settings, version)
 
-    def start_worker(self, script: str | None = None, **settings: Any) -> Process:
+    def start_worker(self, script: str | None = None, *, version: Version = TODAY, **settings: Any) -> Process:
         """Starts a worker and waits until it takes jobs."""
-        worker = self.launch_worker(script, **settings)
+        worker = self.launch_worker(script, version=version, **settings)
         worker.wait_for("worker ready")
         return worker
 
@@ -102,10 +103,12 @@ class Stack:
         gateway.await_ready()
         return gateway
 
-    def _launch(self, kind: type[P], role: str, script: str | None, settings: dict[str, Any]) -> P:
-        module = f"tests.faults.{script}" if script else "patchforge"
-        command = sys.executable, "-m", module, role
-        process = kind(f"{role} {len(self._processes)}", *command, **self._variables(settings))
+    def _launch(
+        self, kind: type[P], role: str, script: str | None, settings: dict[str, Any], version: Version = TODAY
+    ) -> P:
+        command = (sys.executable, "-m", f"tests.faults.{script}") if script else version.command
+        variables = self._variables(settings) | version.environment
+        process = kind(f"{role} {len(self._processes)}", *command, role, **variables)
         self._processes.append(process)
         return process
 

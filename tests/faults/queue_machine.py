@@ -132,7 +132,7 @@ class QueueMachine(RuleBasedStateMachine):
     ) -> None:
         request = a_request(model=model, priority=priority, deadline_seconds=3600.0 if deadline else None)
         needs = {"special"} if special else None
-        known = {"idempotency_key": key, "fingerprint": fingerprint}
+        known = {"idempotency_key": key, "fingerprint": fingerprint, "quiet": len(self.jobs) % 2 == 0}
         answer = self.ask(self.rig.gateway.submit(request, needs=needs, room=room, **known))
         self.check_ended()
         expected, first = self.model.submit_outcome(key, fingerprint, room)
@@ -183,7 +183,12 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(worker=WORKERS, models=MODELS, able=ABLE)
     def claim(self, worker: str, models: list[str], able: bool) -> None:
-        self.claim_one(worker, models, able)
+        """Every other time, it would look for jobs of silent workers, but another worker has just done so."""
+        just_looked = len(self.claims) % 2 == 0
+        if just_looked:
+            self.rig.just_looked(models, able)
+            self.rig.tally["claims of idle workers"] += not self.model.lines
+        self.claim_one(worker, models, able, take_over=just_looked)
 
     # Hypothesis leaves out some rules in each run; without this one, little would happen.
     @rule(worker=WORKERS, count=st.integers(1, 3), able=ABLE)
@@ -200,8 +205,8 @@ class QueueMachine(RuleBasedStateMachine):
         require(held == running, f"{held} are held, expected {running}")
         self.rig.tally["counts of held jobs"] += held != {}
 
-    def claim_one(self, worker: str, models: list[str], able: bool) -> None:
-        taken = self.call(self.rig.worker_that(able).claim(worker, models, block_seconds=0))
+    def claim_one(self, worker: str, models: list[str], able: bool, take_over: bool = False) -> None:
+        taken = self.call(self.rig.worker_that(able).claim(worker, models, block_seconds=0, take_over=take_over))
         expected = self.model.next_up(models, able)
         self.check_ended()
         if self.told_at_last(worker, taken):

@@ -97,6 +97,14 @@ class Rig:
         self.worker.capabilities = CAPABILITIES | {"special"} if able else CAPABILITIES
         return self.worker
 
+    def just_looked(self, models: Sequence[str], able: bool) -> None:
+        """Makes all workers believe that one like this has just looked for jobs of silent workers."""
+        worker, (seconds, _) = self.worker_that(able), self.client.time()
+        can = " ".join(sorted(worker._special))
+        streams = worker._list_streams(models)
+        looked = [f"{name} {can}" if f":{keys.SPECIAL}" in name else name for name in streams]
+        self.client.hset(keys.LOOKED, mapping=dict.fromkeys(looked, seconds))
+
     async def unanswered(self, worker: str, models: Sequence[str], able: bool) -> Claim | None:
         """Makes a claim whose answer the worker does not get. The test gets it."""
         queue, taken = self.worker_that(able), None

@@ -12,10 +12,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from patchforge.service.soak.replicated import Node, Replicated
 from tests.faults.gateways import SHORT, Gateway
 from tests.faults.harness import IDLE, Stack
-from tests.processes import eventually
-from tests.replicated import Node, Replicated, pause
+from tests.processes import Process, eventually, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -28,6 +28,8 @@ def replicated(tmp_path: Path) -> Iterator[Replicated]:
     """A master that takes writes only while a replica follows it."""
     with Replicated(tmp_path, min_replicas_to_write=1, min_replicas_max_lag=2) as servers:
         yield servers
+    for node in servers.nodes:
+        print(f"--- {node.folder.name}\n{(node.folder / 'log').read_text()}")  # pytest shows it if the test failed
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def kill(replicated: Replicated, master: Node) -> None:
 
 
 def hang(replicated: Replicated, master: Node) -> None:
-    pause(master)
+    stop(master.pid)
 
 
 def part(replicated: Replicated, master: Node) -> None:
@@ -109,7 +111,19 @@ def test_row_31_the_master_fails(stack: Stack, replicated: Replicated) -> None:
     assert ended == ["completed"] * len(jobs)
     eventually(lambda: gateway.metric("patchforge_queue_replicas") == 2)
     assert len(worker.lines("worker ready")) == 1
-    assert len(gateway.lines(SWITCHED)) == len(worker.lines(SWITCHED)) == len(faults)
+    for process in (gateway, worker):
+        followed(process, replicated)
+
+
+def followed(process: Process, replicated: Replicated) -> None:
+    """A process went only where most Sentinels went, in this order: never back to a stale master.
+
+    On a busy machine, Sentinels may replace a master more often than the test harms one.
+    """
+    words = [(sentinel.folder / "log").read_text().splitlines() for sentinel in replicated.sentinels]
+    switches = [[int(line.split()[-1]) for line in lines if "+switch-master" in line] for lines in words]
+    elected = iter(max(switches, key=len))
+    assert all(line["port"] in elected for line in process.lines(SWITCHED)), switches
 
 
 def taken(accepted: list[str]) -> None:

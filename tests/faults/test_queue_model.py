@@ -51,6 +51,7 @@ def test_random_interleavings(rig: Rig) -> None:
         "submit: full",
         "submit: crowded",
         "taken over in turn",
+        "claims of idle workers",
         "deliveries together",
         "rosters",
         "feed: queued",

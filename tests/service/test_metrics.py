@@ -272,3 +272,24 @@ def test_what_is_no_exposition_is_left_out(garbage: bytes) -> None:
     gateway = a_gateway().exposition()
     kept = {name: value for name, value in samples(gateway).items() if "_created" not in name}
     assert samples(merge_expositions([gateway, garbage])) == kept
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'# HELP x_total .\n# TYPE x_total counter\nx_total{a="b} 5\n',
+        b"# HELP x_total .\n# TYPE x_total counter\nx_total 5\nx_total 5\n",
+    ],
+)
+def test_a_text_that_only_looks_right_does_not_hide_the_others(odd: bytes) -> None:
+    good = b"# HELP patchforge_a_total .\n# TYPE patchforge_a_total counter\npatchforge_a_total 2.0\n"
+    merged = samples(merge_expositions([good, odd, good]))
+    assert merged["patchforge_a_total{}"] == 4.0
+
+
+def test_the_order_of_labels_does_not_matter() -> None:
+    texts = [
+        b'# HELP x_total .\n# TYPE x_total counter\nx_total{a="1",b="2"} 1.0\n',
+        b'# HELP x_total .\n# TYPE x_total counter\nx_total{b="2",a="1"} 2.0\n',
+    ]
+    assert list(samples(merge_expositions(texts)).values()) == [3.0]

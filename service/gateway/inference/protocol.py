@@ -204,7 +204,7 @@ async def infer(service: JobService, tenant: str | None, card: ModelCard, wish: 
 
 
 async def _draw(service: JobService, tenant: str | None, card: ModelCard, wish: Wish) -> Result:
-    async with await service.run(build_generation(card, wish), tenant) as run:
+    async with await service.run(build_generation(card, wish), tenant, quiet=True) as run:
         report, pictures = (await run.completed()).report, []
         if "image" in wish.outputs:
             pictures = await asyncio.gather(*(service.image(run.job, index) for index in range(run.job.request.n)))

@@ -47,11 +47,13 @@ class Drawing:
         self.kind = kind
         self.generation = body.generation(card)
 
-    async def begin(self) -> Run:
-        return await self.service.run(self.generation, self.caller.tenant, self.caller.idempotency_key)
+    async def begin(self, *, quiet: bool = False) -> Run:
+        """Queues the job. `quiet`: the caller will only wait for `completed`."""
+        caller = self.caller
+        return await self.service.run(self.generation, caller.tenant, caller.idempotency_key, quiet=quiet)
 
     async def complete(self) -> dict[str, Any]:
-        async with await self.begin() as run:
+        async with await self.begin(quiet=True) as run:
             return await self._build_response(run, (await run.completed()).report)
 
     async def stream(self, run: Run) -> AsyncIterator[ServerSentEvent]:

@@ -2,7 +2,7 @@
 
 import { SamplerPicker, samplersOf } from "./knobs.js";
 import { ModelPanel } from "./models.js";
-import { SizePicker } from "./size.js";
+import { drawnGrid, SizePicker } from "./size.js";
 import { base64, SourcePicker, STARTERS } from "./source.js";
 
 const MOST_SEED = 2 ** 32;
@@ -23,6 +23,7 @@ export class Form {
     this.panel = new ModelPanel();
     this.source = new SourcePicker();
     this.source.addEventListener("change", () => this.#showSource());
+    for (const name of ["size", "width", "height"]) $(name).addEventListener("change", () => this.#showFrame());
     $("model").replaceChildren(...[...this.cards.keys()].map((name) => new Option(name)));
     $("model").value = (cards.find(({ kind }) => kind === "text") ?? cards[0]).name;
     $("model").addEventListener("change", () => this.#showModel());
@@ -91,9 +92,11 @@ export class Form {
     $("class").value = request.class_label ?? "";
     $("negative").value = request.negative_prompt ?? "";
     this.#showModel();
-    if (source) await this.source.take(source.image, { marked: source.marked, strength: request.strength });
+    if (source) await this.source.take(source.image, { strength: request.strength });
     else this.source.clear();
     this.size.show(request);
+    this.#showFrame();
+    if (source) this.source.mask.mark(source.marked);
     const preset = this.card.presets[request.quality];
     if (preset) this.#choose(preset);
     if (this.samplers.has(request.sampler?.name)) this.first.show(request.sampler);
@@ -156,7 +159,6 @@ export class Form {
     $("steps").value = steps;
     $("guidance").value = guidance;
     this.first.show(sampler);
-    this.source.card = this.card;
     this.#showSource();
     this.#showPreset();
   }
@@ -164,12 +166,19 @@ export class Form {
   // With a picture to start from, only some samplers work, and the default size is the picture's own.
   #showSource() {
     this.size.offer(this.card, this.source.size);
+    this.#showFrame();
     const names = this.source.size ? STARTERS : null;
     for (const picker of [this.first, this.second]) picker.allow(names);
     if (names && !names.includes(this.first.select.value)) {
       this.#choose(this.card.presets.standard);
     }
     if (this.comparing) this.#showCompare();
+  }
+
+  // Painting is on the patches of which the finished picture is drawn.
+  #showFrame() {
+    const asked = this.size.asked;
+    this.source.mask.fit({ ...asked, grid: drawnGrid(this.card, asked) });
   }
 
   #showCompare() {

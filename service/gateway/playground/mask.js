@@ -1,7 +1,10 @@
 // Paints on a large copy of the picture to start from: which of its patches may change.
 
+import { placed } from "./size.js";
+
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const MARK = "#ff8f4d";
+const EDGE = 1e-6; // shares closer than this to a picture's edge are at it
 
 const $ = (id) => document.getElementById(id);
 const within = (at, count) => Math.min(count - 1, Math.max(0, at));
@@ -9,6 +12,7 @@ const within = (at, count) => Math.min(count - 1, Math.max(0, at));
 // Fires `change` when the marks change.
 export class MaskEditor extends EventTarget {
   #bitmap = null;
+  #frame = { width: 1, height: 1 }; // the finished picture, whose patches are painted on
   #grid = [1, 1]; // rows and columns
   #marked = new Set();
   #cursor = 0;
@@ -28,38 +32,58 @@ export class MaskEditor extends EventTarget {
   get marked() { return [...this.#marked].sort((a, b) => a - b); }
   get #count() { return `${this.#marked.size} of ${this.#grid[0] * this.#grid[1]} patches marked`; }
 
-  // Sets the model's grid. Another grid has other patches, so the marks are cleared.
+  // Sets the size of the finished picture, and the grid on which it is drawn. Another grid has other patches, so the
+  // marks are cleared; so are those that another size leaves beside the picture.
   fit({ grid, width, height }) {
-    if (String(grid) !== String(this.#grid)) this.#marked.clear();
+    const same = String(grid) === String(this.#grid);
+    if (same && width === this.#frame.width && height === this.#frame.height) return;
     this.#grid = grid;
+    this.#frame = { width, height };
     this.#cursor = 0;
-    this.canvas.style.aspectRatio = `${width} / ${height}`;
-    this.#show();
+    this.canvas.style.setProperty("--ratio", width / height);
+    this.mark(same ? this.marked : []);
   }
 
-  // Shows a picture with these patches marked; null shows none.
-  open(bitmap, marked = []) {
+  // Shows a picture without marks; null shows none.
+  open(bitmap) {
     this.#bitmap = bitmap;
-    this.#marked = new Set(marked);
+    this.mark([]);
+  }
+
+  // Marks these patches and no others.
+  mark(patches) {
+    this.#marked = new Set(patches.filter((patch) => this.#isOnPicture(patch)));
     this.#show();
   }
 
-  // Of this size in pixels, transparent where the picture may change. Pixels shared with a kept patch stay opaque.
-  toBlob({ width, height }) {
-    const [rows, columns] = this.#grid;
+  // Of the picture's size in pixels, transparent where it may change. Pixels shared with a kept patch stay opaque.
+  toBlob() {
+    const { width, height } = this.#bitmap;
     const sheet = new OffscreenCanvas(width, height);
     const context = sheet.getContext("2d");
     context.fillRect(0, 0, width, height);
-    const inside = (at, size, count) => {
-      const [from, to] = [Math.ceil((at * size) / count), Math.floor(((at + 1) * size) / count)];
-      return from < to ? [from, to - from] : [Math.min(size - 1, to), 1];
-    };
     for (const patch of this.#marked) {
-      const [left, across] = inside(patch % columns, width, columns);
-      const [top, down] = inside(Math.floor(patch / columns), height, rows);
-      context.clearRect(left, top, across, down);
+      const [[left, right], [top, bottom]] = this.#within(patch);
+      const [across, down] = [inside(left, right, width), inside(top, bottom, height)];
+      context.clearRect(across[0], down[0], across[1], down[1]);
     }
     return sheet.convertToBlob({ type: "image/png" });
+  }
+
+  // Where a patch lies in the picture, as shares of its sides: [[left, right], [top, bottom]].
+  #within(patch) {
+    const [rows, columns] = this.#grid;
+    const { left, top, width, height } = placed(this.#bitmap, this.#frame);
+    const side = (at, count, whole, from, size) => [at, at + 1].map((edge) => ((edge * whole) / count - from) / size);
+    return [
+      side(patch % columns, columns, this.#frame.width, left, width),
+      side(Math.floor(patch / columns), rows, this.#frame.height, top, height),
+    ];
+  }
+
+  // What is beside a picture of another shape stays white.
+  #isOnPicture(patch) {
+    return this.#bitmap !== null && this.#within(patch).every(([from, to]) => from < 1 - EDGE && to > EDGE);
   }
 
   #show() {
@@ -72,13 +96,12 @@ export class MaskEditor extends EventTarget {
 
   #mark(wanted) {
     const [rows, columns] = this.#grid;
-    this.#marked = new Set(Array.from({ length: rows * columns }, (_, patch) => patch).filter(wanted));
-    this.#show();
+    this.mark(Array.from({ length: rows * columns }, (_, patch) => patch).filter(wanted));
   }
 
   #set(patches, marked) {
     for (const patch of patches) {
-      if (marked) this.#marked.add(patch);
+      if (marked && this.#isOnPicture(patch)) this.#marked.add(patch);
       else this.#marked.delete(patch);
       this.#cursor = patch;
     }
@@ -141,7 +164,9 @@ export class MaskEditor extends EventTarget {
     const context = this.canvas.getContext("2d");
     context.fillStyle = "#fff"; // transparent parts become white, as on the server
     context.fillRect(0, 0, width, height);
-    context.drawImage(this.#bitmap, 0, 0, width, height);
+    const place = placed(this.#bitmap, this.#frame);
+    const [across, down] = [width / this.#frame.width, height / this.#frame.height];
+    context.drawImage(this.#bitmap, across * place.left, down * place.top, across * place.width, down * place.height);
     const cell = (patch) => {
       const [left, top] = [(width * (patch % columns)) / columns, (height * Math.floor(patch / columns)) / rows];
       return [left, top, width / columns, height / rows];
@@ -159,6 +184,12 @@ export class MaskEditor extends EventTarget {
       context.strokeRect(...cell(this.#cursor));
     }
   }
+}
+
+// The whole pixels [first, count] of a side between two shares of it, at least one.
+function inside(from, to, size) {
+  const [first, end] = [Math.ceil(Math.max(0, from) * size - EDGE), Math.floor(Math.min(1, to) * size + EDGE)];
+  return first < end ? [first, end - first] : [Math.min(size - 1, end), 1];
 }
 
 // The unit cells [x, y] that a straight line enters, in order, after Amanatides and Woo (1987).

@@ -42,9 +42,6 @@ export class SourcePicker extends EventTarget {
   get size() { return this.#picture && { width: this.#picture.bitmap.width, height: this.#picture.bitmap.height }; }
   get strength() { return Number($("strength").value); }
 
-  // Sets the model.
-  set card(card) { this.mask.fit(card); }
-
   // Takes a picture. Rejects with a message for the user if the file is not one.
   take(blob, how) {
     const taking = this.#take(blob, how);
@@ -52,13 +49,13 @@ export class SourcePicker extends EventTarget {
     return taking;
   }
 
-  async #take(blob, { marked = [], strength = null } = {}) {
+  async #take(blob, { strength = null } = {}) {
     if (blob.type && !KINDS.includes(blob.type)) throw new Error("Choose a PNG, WebP or JPEG picture.");
     const found = await createImageBitmap(blob).catch(() => { throw new Error("This file is not a valid picture."); });
     this.#picture = await fitted(found);
     this.#strengthChosen = strength !== null;
     if (strength !== null) $("strength").value = this.slider.value = strength;
-    this.mask.open(this.#picture.bitmap, marked);
+    this.mask.open(this.#picture.bitmap);
     this.#show();
     this.dispatchEvent(new Event("change"));
   }
@@ -76,7 +73,7 @@ export class SourcePicker extends EventTarget {
     await this.#taking; // a picture may still be loading
     if (!this.#picture) return null;
     const { marked } = this.mask;
-    return { image: this.#picture.blob, mask: marked.length > 0 ? await this.mask.toBlob(this.size) : null, marked };
+    return { image: this.#picture.blob, mask: marked.length > 0 ? await this.mask.toBlob() : null, marked };
   }
 
   // A picture dropped on its field is one to start from; dropped elsewhere, one to make again, if it says how.

@@ -231,12 +231,12 @@ def test_rows_are_free_for_others_once_a_picture_is_gone() -> None:
     for _ in range(3):
         runs = [Trajectory.begin(Adaptive(GRID, 2, 2.0), conditions[0], torch.randn(16, 12)) for _ in range(3)]
         run(denoiser, runs)
-        assert denoiser.pool.in_use == 6
+        assert denoiser.pool.rows_in_use == 6 * 2 * 16
         bytes_held = denoiser.pool._rows.nbytes
         del runs
-        assert denoiser.pool.in_use == 0
+        assert denoiser.pool.rows_in_use == 0
         assert denoiser.pool._rows.nbytes == 0, "given back once nobody needs it"
-    assert bytes_held == 8 * denoiser.pool.slot_bytes, "twice four slots, not more each time"
+    assert bytes_held == 8 * denoiser.pool.slot_bytes(16), "twice four slots, not more each time"
 
 
 def test_a_track_predicts_the_error_of_a_parabola_exactly() -> None:

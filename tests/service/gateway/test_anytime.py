@@ -167,8 +167,25 @@ def test_the_least_time_of_any_worker_counts_and_an_unknown_one_accepts() -> Non
     fleet(9.0, None).check_time(request)
     fleet().check_time(request)
     with pytest.raises(TooLittleTime, match="6 seconds"):
-        fleet(9.0, 3.0).check_time(request)
+        fleet(9.0, 6.0).check_time(request)
     fleet(9.0).check_time(GenerationRequest(model=CARDS[0].name, prompt="x"))
+
+
+def test_pictures_of_one_request_take_what_each_further_one_adds_and_small_ones_their_share() -> None:
+    own = CARDS[0].model_copy(update={"grid": (4, 4)})
+    smaller = [(own.width // 2, own.height)]
+    card = own.model_copy(update={"least_seconds": 2.0, "least_seconds_more": 0.5, "sizes": smaller})
+
+    def least(n: int, width: int = own.width) -> float:
+        """The time that is told when there is none."""
+        wish = {"prompt": "x", "n": n, "width": width, "height": own.height, "finish_within_seconds": 1e-9}
+        with pytest.raises(TooLittleTime) as refused:
+            Fleet([Served([card])]).check_time(GenerationRequest(model=own.name, **wish))
+        return float(refused.value.message.split()[-2])
+
+    assert (least(1), least(4)) == (2.0, 3.5)
+    assert (least(1, own.width // 2), least(2, own.width // 2), least(6, own.width // 2)) == (1.0, 2.0, 3.0)
+    Fleet([Served([card])]).check_time(GenerationRequest(model=own.name, prompt="x", n=4, finish_within_seconds=3.6))
 
 
 def test_all_of_it_survives_grpc() -> None:

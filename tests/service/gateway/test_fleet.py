@@ -12,6 +12,7 @@ import pytest
 from patchforge.service.errors import NotFound, Unavailable, Unsupported
 from patchforge.service.gateway.app import Gateway
 from patchforge.service.gateway.fleet import Fleet
+from patchforge.service.gateway.jobs import JobService
 from patchforge.service.messages.protocol import FIRST
 from patchforge.service.messages.schemas import GenerationRequest, ModelCard
 from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
@@ -151,3 +152,14 @@ async def test_the_setting_orders_what_is_listed_and_what_is_chosen(
         assert [model["id"] for model in listed] == ["tiny-text", "a-text", "tiny-class"]
         job = (await http.post("/v1/jobs", json={"prompt": "red apple"})).json()
         assert job["request"]["model"] == "tiny-text"
+
+
+async def test_workers_are_looked_at_again_only_when_something_changed(queue: JobQueue) -> None:
+    service = JobService(queue)
+    await queue.announce("one", CARDS[:1])
+    before = await service.fleet()
+    assert await service.fleet() is before
+    await queue.announce("two", CARDS)
+    after = await service.fleet()
+    assert [card.name for card in after.cards] == sorted(card.name for card in CARDS)
+    assert await service.fleet() is after

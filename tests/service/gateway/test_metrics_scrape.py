@@ -70,12 +70,12 @@ async def test_a_job_deleted_by_hand_has_no_age(queue: JobQueue, redis_client: R
     assert await queue.oldest_waiting() == {}
 
 
-async def test_workers_can_be_left_to_a_scrape_of_their_own(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
+async def test_workers_are_left_to_a_scrape_of_their_own(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
     await worker.queue.announce_metrics("scripted", WORKERS_OWN)
-    assert (await scraped(http))["patchforge_patch_evaluations_total",] == 32
-    alone = await scraped(http, workers="false")
-    assert ("patchforge_patch_evaluations_total",) not in alone
-    assert alone["patchforge_workers",] == 1
+    assert (await scraped(http, workers="true"))["patchforge_patch_evaluations_total",] == 32
+    for alone in (await scraped(http), await scraped(http, workers="false")):
+        assert ("patchforge_patch_evaluations_total",) not in alone
+        assert alone["patchforge_workers",] == 1
     assert (await http.get("/metrics", params={"workers": "some"})).status_code == 422
 
 

@@ -11,8 +11,9 @@ import httpx
 import pytest
 from playwright.async_api import FilePayload, Page, expect
 
+from patchforge.service.messages.fit import Fit, place
 from patchforge.service.messages.samplers import Adaptive
-from patchforge.service.messages.schemas import Job
+from patchforge.service.messages.schemas import GenerationRequest, Job
 from patchforge.service.queue import JobQueue
 from tests.service.gateway.browser import BROWSER, draw, nameless, playground
 from tests.service.gateway.harness import CARDS, COLUMNS, PATCHES, ROWS, ScriptedWorker, png
@@ -41,13 +42,13 @@ async def edit(page: Page) -> None:
     await expect(page.locator("#mask")).to_be_visible()
 
 
-async def mark(page: Page, *patches: tuple[int, int]) -> None:
+async def mark(page: Page, *patches: tuple[int, int], rows: int = ROWS, columns: int = COLUMNS) -> None:
     """Marks patches, each by row and column, with a click."""
     canvas = page.locator("#mask")
     box = await canvas.bounding_box()
     assert box is not None
     for row, column in patches:
-        middle = (column + 0.5) * box["width"] / COLUMNS, (row + 0.5) * box["height"] / ROWS
+        middle = (column + 0.5) * box["width"] / columns, (row + 0.5) * box["height"] / rows
         await canvas.click(position={"x": middle[0], "y": middle[1]})
 
 
@@ -77,6 +78,90 @@ async def test_marked_patches_may_change_and_no_pixel_of_the_others(page: Page, 
     touched = {(y * ROWS // HEIGHT, x * COLUMNS // WIDTH) for x, y in pixels}
     assert touched == {(0, 1), (1, 2)}
     assert len(pixels) > 0.9 * 2 * WIDTH * HEIGHT / PATCHES, "and nearly all pixels of the marked patches"
+
+
+async def changing(queue: JobQueue, job: Job) -> tuple[tuple[int, int], tuple[int, int, int, int] | None]:
+    """The size of the finished picture, and the box of it that may change."""
+    changes = decoded((await queue.source(job.id)).mask or b"")
+    return changes.size, changes.getbbox()
+
+
+async def test_painting_is_on_the_patches_of_the_size_that_is_drawn(
+    url: str, queue: JobQueue, worker: ScriptedWorker
+) -> None:
+    """The model draws 48×32 in 2 × 3 patches, and 32×32 in 2 × 2."""
+    worker.cards = [CARDS[0].model_copy(update={"sizes": [(32, 32)]})]
+    await worker.queue.announce(worker.name, worker.cards)
+    async with playground(url, advanced=True, reduced_motion="reduce") as page:
+        await choose(page, encoded(gradient(64, 64)))
+        await expect(page.locator("#mask")).to_be_visible()
+        marked, box = page.locator("#marked"), page.locator("#mask")
+        await mark(page, (0, 1), rows=2, columns=2)
+        await expect(marked).to_contain_text("1 of 4 patches marked")
+        await draw(page)
+        assert await changing(queue, await job_on_stage(page, queue)) == ((64, 64), (32, 0, 64, 32))
+        await page.get_by_role("button", name="Paint").click()
+        await expect(box).to_be_visible()
+        await page.select_option("#size", "32 × 32")
+        await expect(marked).to_contain_text("1 of 4 patches marked")  # the same patches
+        await page.select_option("#size", "96 × 64")
+        await expect(marked).to_have_text("Without marks, the whole picture may change.")
+        sides = await box.bounding_box()
+        assert sides is not None
+        assert sides["width"] / sides["height"] == pytest.approx(1.5, rel=0.02)
+        await mark(page, (0, 0), rows=2, columns=3)
+        await expect(marked).to_contain_text("1 of 6 patches marked")
+        await draw(page, "a pear", 78)
+        wanted = ((96, 64), (16, 0, 32, 32))  # beside white bars of 16 pixels
+        assert await changing(queue, await job_on_stage(page, queue)) == wanted
+        await page.reload()
+        await page.get_by_role("button", name="a pear, Adaptive").click()
+        await expect(page.locator("#size")).to_have_value("96 × 64")
+        await expect(marked).to_contain_text("1 of 6 patches marked")
+        await page.get_by_role("button", name="Paint").click()
+        await expect(box).to_be_visible()
+        await page.select_option("#size", "other")
+        for side in ("width", "height"):
+            await page.fill(f"#{side}", "40")
+        await page.press("#height", "Tab")
+        await mark(page, (1, 0), (1, 1), rows=2, columns=2)
+        await expect(marked).to_contain_text("2 of 4 patches marked")
+
+
+async def test_what_lies_beside_the_picture_cannot_be_marked(page: Page, queue: JobQueue) -> None:
+    await choose(page, encoded(gradient(64, 192)))
+    await page.select_option("#size", "96 × 64")
+    await page.get_by_role("button", name="All", exact=True).press("Enter")
+    await expect(page.locator("#marked")).to_contain_text("2 of 6 patches marked")
+    await mark(page, (0, 0), (1, 2))
+    await expect(page.locator("#marked")).to_contain_text("2 of 6 patches marked")
+
+
+async def test_grids_and_places_are_those_that_workers_choose(page: Page) -> None:
+    card = CARDS[0].model_copy(update={"sizes": [(32, 32), (16, 32), (96, 64)]})
+    told = card.model_dump(mode="json")
+    script = """async ([card, asked, picture]) => {
+        const { drawnGrid, placed } = await import("/playground/size.js");
+        const place = placed(picture, asked);
+        return [drawnGrid(card, asked), [place.left, place.top, place.left + place.width, place.top + place.height]];
+    }"""
+    for width, height in (
+        (48, 32),
+        (96, 64),
+        (49, 32),
+        (40, 40),
+        (20, 40),
+        (2048, 64),
+        (64, 2048),
+        (1000, 668),
+        (16, 16),
+    ):
+        request = GenerationRequest(prompt="x", width=width, height=height)
+        for picture in ((100, 70), (70, 101), (48, 32)):
+            sizes = [{"width": size[0], "height": size[1]} for size in ((width, height), picture)]
+            grid, box = await page.evaluate(script, [told, *sizes])
+            assert tuple(grid) == card.drawn_grid(request), (width, height)
+            assert tuple(box) == place(picture, (width, height), Fit.CONTAIN).place, (width, height, picture)
 
 
 async def test_patches_are_marked_by_keyboard_too(page: Page, queue: JobQueue) -> None:

@@ -137,7 +137,7 @@ def test_a_job_without_metadata_goes_to_workers_that_know_of_it() -> None:
 def test_what_protocol_0_does_not_know_of_a_card_travels_apart() -> None:
     card = a_card("a").model_copy(
         update={"weights_sha256": "0" * 64, "usual_patch_evaluations": 300, "examples": ["a cat"], "sizes": [(32, 32)]}
-        | {"usual_seconds": 0.2, "least_seconds": 0.1, "digest": "1" * 64}
+        | {"usual_seconds": 0.2, "least_seconds": 0.1, "least_seconds_more": 0.05, "digest": "1" * 64}
     )
     plain, rest = split_card(card)
     assert set(json.loads(written(plain))) == FIELDS["card"]

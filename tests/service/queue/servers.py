@@ -12,9 +12,9 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from patchforge.service.embedded import find_binary, free_port
+from patchforge.service.soak.replicated import Tls
 from tests.patience import PATIENCE
 from tests.processes import eventually, launch
-from tests.replicated import Tls
 
 
 @dataclass(frozen=True)

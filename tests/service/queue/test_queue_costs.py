@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.errors import NotFound
@@ -116,6 +117,61 @@ class TestLooks:
         assert fresh is not None
         assert fresh.taken_over
 
+    async def test_a_claim_with_nothing_to_claim_reads_no_stream(
+        self, slow_looks: JobQueue, redis_client: Redis
+    ) -> None:
+        queue = slow_looks
+        assert await queue.claim("w1", ["emoji"], block_seconds=0, take_over=True) is None, "this one looks for all"
+        await redis_client.config_resetstat()
+        assert await queue.claim("w2", ["emoji"], block_seconds=0, take_over=True) is None
+        assert "cmdstat_xreadgroup" not in await redis_client.info("commandstats")
+        job = await queue.submit(a_request())
+        claim = await queue.claim("w2", ["emoji"], block_seconds=0, take_over=True)
+        assert claim is not None
+        assert claim.job.id == job.id
+
+    async def test_a_look_makes_lost_groups_again(self, queue: JobQueue, redis_client: Redis) -> None:
+        await queue.submit(a_request())
+        claim = await claimed(queue)
+        await redis_client.xgroup_destroy(claim.stream, keys.GROUP)
+        await redis_client.delete(keys.LOOKED)
+        assert await queue.claim("w", ["emoji"], block_seconds=0, take_over=True) is None
+        assert (await redis_client.xpending(claim.stream, keys.GROUP))["pending"] == 1, "its idle time counts again"
+
+
+class TestQuietJobs:
+    async def test_nobody_hears_of_them_before_their_end(self, queue: JobQueue, redis_client: Redis) -> None:
+        async with redis_client.pubsub() as heard:
+            await heard.subscribe(keys.NEWS)
+            loud, quiet = await queue.submit(a_request()), await queue.submit(a_request(), quiet=True)
+            claims = [await claimed(queue) for _ in (loud, quiet)]
+            assert [claim.job.quiet for claim in claims] == [False, True]
+            assert "quiet" not in claims[1].job.model_dump(), "nobody else sees it"
+            for claim in claims:
+                await queue.publish(claim, Started(attempt=1, steps=4))
+                await queue.store_image(claim, 0, b"picture")
+            for claim in claims:
+                await queue.finish(claim, DONE)
+            assert await next_news(heard, 4) == [loud.id, loud.id, loud.id, quiet.id]
+        assert [event.type for _, event in await watched(queue, quiet.id)] == [
+            "queued",
+            "started",
+            "image",
+            "completed",
+        ]
+
+    async def test_who_watches_one_hears_of_all_from_then_on(self, queue: JobQueue, redis_client: Redis) -> None:
+        job = await queue.submit(a_request(), quiet=True)
+        claim = await claimed(queue)
+        seen = queue.watch(job.id)
+        assert (await anext(seen))[1].type == "queued"
+        async with redis_client.pubsub() as heard:
+            await heard.subscribe(keys.NEWS)
+            await queue.publish(claim, Started(attempt=1, steps=4))
+            assert await next_news(heard, 1) == [job.id]
+        assert (await anext(seen))[1].type == "started"
+        await seen.aclose()
+
 
 class TestCallsTogether:
     async def test_heartbeats_of_several_claims(self, queue: JobQueue) -> None:
@@ -210,6 +266,18 @@ def test_a_script_defines_only_what_its_command_needs() -> None:
     )
     assert "local HALF =" not in scripts["submit"]
     assert not any("COMMAND" in text or "--" in text for text in scripts.values())
+
+
+async def next_news(subscription: PubSub, count: int) -> list[str]:
+    """Returns the next jobs of which watchers hear."""
+    found: list[str] = []
+    async with asyncio.timeout(PATIENCE):
+        async for message in subscription.listen():
+            if message["type"] == "message":
+                found.append(message["data"].decode())
+            if len(found) == count:
+                break
+    return found
 
 
 async def blocked(redis_client: Redis, clients: int) -> None:

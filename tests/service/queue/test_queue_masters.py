@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from patchforge.service.errors import InvalidRequest, QueueRefused, Unavailable
 from patchforge.service.queue import JobQueue, keys
 from patchforge.service.queue.reasons import LOADING, NOT_MASTER
 from patchforge.service.settings import Settings
-from tests.processes import eventually
+from tests.processes import eventually, stop
 from tests.service.queue.kit import DONE, a_request, claimed, watched
 from tests.service.queue.servers import Server, served
 
@@ -98,6 +99,47 @@ async def test_a_job_is_accepted_when_replicas_have_it(tmp_path: Path) -> None:
                 count, behind = await queue.replication()
                 assert count == 1
                 assert behind >= 0
+
+
+async def test_a_retry_is_accepted_no_sooner_than_the_job(tmp_path: Path) -> None:
+    with served(tmp_path / "a") as server, served(tmp_path / "b", "--replicaof", f"127.0.0.1 {server.port}") as replica:
+        eventually(lambda: follows(replica))
+        async with connected(server.url, redis_wait_replicas=1) as queue:
+            await queue.submit(a_request())
+            stop(replica.process.pid)
+            for _ in range(2):  # the second time at another gateway, whose connection has written nothing
+                async with connected(server.url, redis_wait_replicas=1) as gateway:
+                    with pytest.raises(Unavailable, match="1 of 1 replicas have not confirmed this"):
+                        await gateway.submit(a_request(), idempotency_key="k")
+            replica.process.send_signal(signal.SIGCONT)
+            await queue.submit(a_request(), idempotency_key="k")
+
+
+async def test_jobs_that_a_failover_lost_are_found_once(tmp_path: Path) -> None:
+    with served(tmp_path / "a") as server, served(tmp_path / "b", "--replicaof", f"127.0.0.1 {server.port}") as replica:
+        eventually(lambda: follows(replica))
+        async with connected(server.url, redis_wait_replicas=1) as queue:
+            assert await queue.lost_jobs() == []
+            kept = await queue.submit(a_request())
+            with server.client() as old, replica.client() as new:
+                new.replicaof("NO", "ONE")
+                old.config_set("min-replicas-to-write", 0)
+                lost = [await submitted_unconfirmed(queue) for _ in range(2)]
+                assert await queue.lost_jobs() == [], "nothing has happened to the server that is used"
+                old.replicaof("127.0.0.1", replica.port)
+                eventually(lambda: follows(server))
+                old.replicaof("NO", "ONE")
+                assert sorted(await queue.lost_jobs()) == sorted(lost)
+                assert await queue.lost_jobs() == []
+                assert (await queue.get(kept.id)).id == kept.id
+
+
+async def submitted_unconfirmed(queue: JobQueue) -> str:
+    """A job that was accepted although the next master does not have it."""
+    wait, queue._wait_replicas = queue._wait_replicas, 0
+    job = await queue.submit(a_request())
+    queue._wait_replicas = wait
+    return job.id
 
 
 def follows(replica: Server) -> bool:

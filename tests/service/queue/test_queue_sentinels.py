@@ -13,9 +13,9 @@ import pytest
 from patchforge.service.errors import QueueRefused, Unavailable
 from patchforge.service.queue import JobQueue
 from patchforge.service.settings import Settings
+from patchforge.service.soak.replicated import HOSTS, NAME, Replicated, Tls
 from tests.patience import PATIENCE
 from tests.processes import run
-from tests.replicated import HOSTS, NAME, Replicated, Tls
 from tests.service.queue.kit import a_request, eventually
 from tests.service.queue.servers import served
 from tests.service.queue.test_queue_masters import connected, works

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 
 import httpx
@@ -19,6 +19,7 @@ from patchforge.service.soak.traffic import Client
 from tests.service.queue.kit import DONE, REPORT, UNKNOWN, a_request, claimed
 
 LARGE = 700 << 20
+KEPT = 3600.0
 
 
 @pytest.fixture
@@ -27,16 +28,20 @@ def ledger() -> Ledger:
 
 
 @pytest.fixture
-def audit(queue_server: EmbeddedServer, ledger: Ledger) -> Iterator[Audit]:
-    audit = Audit(queue_server.url, ledger)
-    yield audit
-    audit.close()
-
-
-@pytest.fixture
 def meddler(queue_server: EmbeddedServer) -> Iterator[Redis]:
     with Redis.from_url(queue_server.url) as client:
         yield client
+
+
+@pytest.fixture
+def masters(meddler: Redis) -> list[Redis]:
+    """The last one is the master: a client that is appended is a failover."""
+    return [meddler]
+
+
+@pytest.fixture
+def audit(masters: list[Redis], ledger: Ledger) -> Audit:
+    return Audit(lambda: masters[-1], ledger, KEPT)
 
 
 class TestAudit:
@@ -104,9 +109,69 @@ class TestAudit:
 
     def test_a_server_that_is_away_is_no_fault_of_the_jobs(self, ledger: Ledger) -> None:
         ledger.accepted.add(UNKNOWN)
-        audit = Audit("redis://127.0.0.1:1/0", ledger)
+        audit = Audit(lambda: Redis(port=1), ledger, KEPT)
         assert not audit.try_to_scan()
         assert audit.used_memory() == 0
+
+
+class TestFailover:
+    """The new master has the old one's data here, except for what a test takes from it."""
+
+    @pytest.fixture
+    def failover(self, masters: list[Redis], queue_server: EmbeddedServer) -> Iterator[Callable[[], None]]:
+        with Redis.from_url(queue_server.url) as other:
+            yield lambda: masters.append(other)
+
+    async def ended(self, queue: JobQueue, audit: Audit) -> str:
+        job = await queue.submit(a_request())
+        await queue.cancel(job.id)
+        audit.ledger.accepted.add(job.id)
+        assert audit.try_to_scan()
+        return job.id
+
+    async def test_a_job_that_the_new_master_lacks_is_lost(
+        self, queue: JobQueue, audit: Audit, meddler: Redis, failover: Callable[[], None]
+    ) -> None:
+        job_id = await self.ended(queue, audit)
+        failover()
+        meddler.delete(keys.job(job_id), keys.events(job_id))
+        assert audit.try_to_scan()
+        assert (audit.lost, audit.count("cancelled")) == ({job_id}, 0)
+
+    async def test_a_job_that_had_expired_is_not(
+        self, queue: JobQueue, masters: list[Redis], ledger: Ledger, meddler: Redis, failover: Callable[[], None]
+    ) -> None:
+        audit = Audit(lambda: masters[-1], ledger, kept=0)
+        job_id = await self.ended(queue, audit)
+        failover()
+        meddler.delete(keys.job(job_id), keys.events(job_id))
+        assert audit.try_to_scan()
+        assert (audit.lost, audit.count("cancelled")) == (set(), 1)
+
+    async def test_a_job_that_expires_while_the_audit_looks_is_not(
+        self, queue: JobQueue, masters: list[Redis], ledger: Ledger, meddler: Redis, failover: Callable[[], None]
+    ) -> None:
+        audit = Audit(lambda: masters[-1], ledger, kept=0)
+        job_id = await self.ended(queue, audit)
+        failover()
+        meddler.delete(keys.job(job_id))
+        meddler.hset(keys.job(job_id), "found", "by the scan, and expired since")
+        assert audit.try_to_scan()
+        assert (audit.lost, audit.count("cancelled")) == (set(), 1)
+
+    async def test_a_job_whose_end_no_replica_had_must_end_again(
+        self, queue: JobQueue, audit: Audit, meddler: Redis, failover: Callable[[], None]
+    ) -> None:
+        job_id = await self.ended(queue, audit)
+        failover()
+        meddler.hset(keys.job(job_id), "status", "waiting")
+        meddler.xtrim(keys.events(job_id), maxlen=0)
+        assert audit.try_to_scan()
+        assert (audit.lost, audit.undone, audit.ledger.broken) == ({job_id}, {job_id}, [])
+        meddler.xadd(keys.events(job_id), {"event": Cancelled().model_dump_json()})
+        meddler.hset(keys.job(job_id), "status", "cancelled")
+        assert audit.try_to_scan()
+        assert (audit.lost, audit.undone, audit.ledger.broken) == (set(), {job_id}, [])
 
 
 class TestWatch:
@@ -145,6 +210,13 @@ class TestMemory:
         memory, chance = Memory(), Random(0)
         for number in range(10 * MIN_SAMPLES):
             memory.sample({"x": LARGE + (number << 20 if chance.random() < 0.5 else 0)})
+        assert memory.grown() == []
+
+    def test_traffic_that_comes_and_goes_is_no_leak(self) -> None:
+        """Most parts lie above the one before, and some far below."""
+        memory = Memory()
+        for number in range(12 * MIN_SAMPLES):
+            memory.sample({"x": LARGE + ALLOWED_BYTES * (number // MIN_SAMPLES % 4)})
         assert memory.grown() == []
 
     def test_many_small_steps_are_a_leak(self) -> None:

@@ -1,11 +1,14 @@
 """Pictures end when their time is up, or get less work under load; at low load nothing changes.
 
-The clock counts the patches that the engine evaluates, a thousand to the second.
+The clock counts the patches that the engine evaluates, a thousand to the second, and the evaluations if they cost more.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -13,13 +16,18 @@ import pytest
 import torch
 
 from patchforge.model.pipeline import Pipeline
+from patchforge.model.storage.manifest import SamplerChoice
+from patchforge.service.errors import TooLittleTime
+from patchforge.service.gateway.fleet import Fleet
 from patchforge.service.messages.schemas import Job, SavingsReport
+from patchforge.service.queue.records import Served
+from patchforge.service.worker.cards import model_card
 from patchforge.service.worker.engine import Engine
 from patchforge.service.worker.outcomes import JobDone
 from patchforge.service.worker.pace import Backlog
 from patchforge.service.worker.pacer import Pacer
 from patchforge.service.worker.previews import PreviewPace
-from patchforge.service.worker.scheduler import Scheduler
+from patchforge.service.worker.scheduler import Candidate, Scheduler
 from tests.service.worker.jobs import job
 from tests.service.worker.test_engine import pixels, run
 
@@ -28,17 +36,35 @@ USUAL = 8 * 2 * 16 / 1000
 """Seconds of a dense run of `wish`."""
 
 
+class Counting(Scheduler):
+    """Counts the evaluations, each before it is made."""
+
+    evaluations = 0
+
+    def choose(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        chosen = super().choose(candidates)
+        self.evaluations += bool(chosen)
+        return chosen
+
+
 class Busy:
     """An engine, and a clock that its work moves."""
 
     def __init__(
-        self, pipelines: dict[str, Pipeline], target: float | None = None, step: int = 4096, floor: float = 0.5
+        self,
+        pipelines: dict[str, Pipeline],
+        target: float | None = None,
+        step: int = 4096,
+        floor: float = 0.5,
+        overhead: float = 0.0,
     ) -> None:
+        """`overhead`: seconds of any evaluation, however small."""
         budgets = dict.fromkeys(pipelines, step)
         self.pacer = Pacer(pipelines, budgets, floor, target)
+        self.overhead, self.scheduler = overhead, Counting(budgets, self.pacer.limits)
         self.engine = Engine(
             pipelines,
-            Scheduler(budgets, self.pacer.limits),
+            self.scheduler,
             PreviewPace(0.0, math.inf),
             1 << 30,
             self.pacer,
@@ -50,7 +76,7 @@ class Busy:
 
     @property
     def now(self) -> float:
-        return self.engine.evaluated / 1000
+        return self.engine.evaluated / 1000 + self.overhead * self.scheduler.evaluations
 
     def draw(self, *jobs: Job) -> tuple[list[Any], dict[str, SavingsReport]]:
         for each in jobs:
@@ -209,10 +235,43 @@ def test_the_seconds_of_a_picture_are_known_once_one_was_drawn(pipelines: dict[s
     assert busy.pacer.usual_seconds("tiny-text") is None
     assert busy.pacer.least_seconds("tiny-text", busy.now) is None
     usual = busy.pacer.usual_seconds("tiny-class")
-    least = busy.pacer.least_seconds("tiny-class", busy.now)
+    found = busy.pacer.least_seconds("tiny-class", busy.now)
     assert usual is not None
-    assert least is not None
+    assert found is not None
+    least, further = found
     assert 0 < least <= usual
+    assert further == pytest.approx(least, rel=0.1), "by this clock pictures gain nothing from being drawn together"
     assert busy.pacer.least_seconds("tiny-class", busy.now + 3600) is None, "too long ago to refuse anything"
     busy.pacer.backlogs = {"tiny-class": Backlog(2, 0.0)}
-    assert busy.pacer.least_seconds("tiny-class", busy.now) == pytest.approx(3 * least, rel=0.1)
+    after_others = busy.pacer.least_seconds("tiny-class", busy.now)
+    assert after_others == pytest.approx((3 * least, further), rel=0.1)
+
+
+@pytest.mark.parametrize(("step", "together"), [(4096, True), (32, False)])
+def test_what_can_be_met_by_pictures_together_is_accepted_and_no_less(
+    pipelines: dict[str, Pipeline], step: int, together: bool
+) -> None:
+    """One evaluation has room for all pictures of a request, or for one."""
+    own = copy(pipelines["tiny-class"])
+    defaults = own.manifest.defaults
+    choice = {"sampler": SamplerChoice(**DENSE), "steps": 8, "guidance": 2.0}  # what it costs is known exactly
+    own.manifest = own.manifest.model_copy(update={"defaults": defaults.model_copy(update=choice)})
+    busy = Busy({"tiny-class": own}, step=step, overhead=0.05)
+    for n in (1, 4, 2):
+        busy.draw(wish(n=n, sampler=DENSE))
+    card = model_card(own.manifest)
+    first, further = busy.pacer.least_seconds(card.name, busy.now) or (0.0, 0.0)
+    fleet = Fleet([Served([card.model_copy(update={"least_seconds": first, "least_seconds_more": further})])])
+
+    _, reports = busy.draw(lowest := wish(n=4, finish_within_seconds=1e-3, sampler=DENSE))
+    least = reports[lowest.id].duration_seconds - lowest.started_at + lowest.created_at
+    assert (least < 3 * first) is together
+    with pytest.raises(TooLittleTime) as refused:
+        fleet.check_time(wish(n=4, finish_within_seconds=0.9 * least, sampler=DENSE).request)
+    [told] = re.findall(r"[\d.]+", refused.value.message)
+    assert float(told) == pytest.approx(least, rel=0.05), "it is told in two digits"
+
+    enough = wish(n=4, finish_within_seconds=1.3 * least, sampler=DENSE)
+    fleet.check_time(enough.request)
+    _, reports = busy.draw(enough)
+    assert reports[enough.id].finished_in_time

@@ -405,7 +405,7 @@ def test_a_deterministic_request_shares_no_evaluation(
 
 
 def test_kept_keys_and_values_are_bounded_and_everyone_finishes(pipelines: dict[str, Pipeline]) -> None:
-    slot = pipelines["tiny-class"].denoiser.pool.slot_bytes
+    slot = pipelines["tiny-class"].denoiser.pool.slot_bytes(16)
     budgets = dict.fromkeys(pipelines, 4096)
     engine = Engine(pipelines, Scheduler(budgets), PreviewPace(0.0, math.inf), cache_bytes=5 * slot)
     mix = [job(sampler=DUAL_LOOP, n=2), job(sampler=DUAL_LOOP, steps=2), job(steps=2)]
@@ -427,8 +427,27 @@ def test_kept_keys_and_values_are_bounded_and_everyone_finishes(pipelines: dict[
     assert engine.caches.used == 0
 
 
+def test_small_pictures_take_room_for_their_own_patches_only(pipelines: dict[str, Pipeline]) -> None:
+    pool = pipelines["tiny-text"].denoiser.pool
+    small, large = {"width": 16, "height": 16}, {"width": 32, "height": 32}
+    room = 2 * (pool.slot_bytes(16) + 4 * pool.slot_bytes(4))  # two branches each
+    assert room == 4 * pool.slot_bytes(16)
+    engine = Engine(pipelines, Scheduler(dict.fromkeys(pipelines, 4096)), PreviewPace(0.0, math.inf), cache_bytes=room)
+    for size in (large, *4 * [small]):
+        engine.admit(job(model="tiny-text", sampler=DUAL_LOOP, **size))
+    engine.admit(waiting := job(model="tiny-text", sampler=DUAL_LOOP, **small))
+    most = kept = 0
+    while waiting.id in engine.jobs and len(engine.jobs) > 1:
+        engine.step()
+        most = max(most, engine.caches.used)
+        kept = max(kept, pool.slot_bytes(1) * pool.rows_in_use // 2)
+    assert most == kept == room, "what is granted is what is kept"
+    run(engine)
+    assert engine.caches.used == 0
+
+
 def test_a_picture_waiting_for_room_is_not_overtaken_by_smaller_ones(pipelines: dict[str, Pipeline]) -> None:
-    slot = pipelines["tiny-class"].denoiser.pool.slot_bytes
+    slot = pipelines["tiny-class"].denoiser.pool.slot_bytes(16)
     engine = Engine(
         pipelines, Scheduler(dict.fromkeys(pipelines, 4096)), PreviewPace(0.0, math.inf), cache_bytes=3 * slot
     )

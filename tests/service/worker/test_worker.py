@@ -95,6 +95,28 @@ async def test_a_job_runs_from_queued_to_completed(worker: Worker, queue: JobQue
     assert 'patchforge_requests_running{model="tiny-class",sampler="euler"} 0.0' in exposition
 
 
+async def test_news_that_nobody_waits_for_goes_with_the_picture(
+    worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    deliver = worker.queue.deliver
+
+    async def watched_deliver(deliveries: Sequence[Delivery]) -> list[bool]:
+        calls.append([what for what, *_ in deliveries])
+        return await deliver(deliveries)
+
+    monkeypatch.setattr(worker.queue, "deliver", watched_deliver)
+    async with running(worker):
+        job = await queue.submit(request(previews=False), quiet=True)
+        assert isinstance(await queue.wait_for_end(job.id), Completed)
+        assert calls[0][0] == "publish"
+        assert "store_image" in calls[0], "the news that it started waited for this call"
+        calls.clear()
+        job = await queue.submit(request(previews=False))
+        await queue.wait_for_end(job.id)
+        assert calls[0] == ["publish"], "someone may wait for the news that it started"
+
+
 async def test_a_running_job_stops_when_cancelled(worker: Worker, queue: JobQueue) -> None:
     async with running(worker):
         job = await queue.submit(request(steps=200))

@@ -10,6 +10,8 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +20,14 @@ from typing import Any, Self
 from redis import Redis
 from redis.exceptions import RedisError
 
-from patchforge.service.embedded import find_binary
-from tests.patience import PATIENCE
-from tests.processes import eventually, launch, stop
-from tests.relay import Relay
+from patchforge.service.embedded import find_binary, tied_to_parent
+from patchforge.service.errors import Unavailable
+from patchforge.service.soak.relay import Relay
 
 NAME = "queue"
 HOSTS = "127.0.1.1", "127.0.1.2", "127.0.1.3"
-DOWN_MS = 2000  # silence after which a Sentinel considers a master dead
+DOWN_MS = 5000  # silence after which a Sentinel considers a master dead
+PATIENCE = 240.0  # seconds for whatever must happen
 Options = dict[str, str | int]
 
 
@@ -60,7 +62,7 @@ class Node:
     options: Options = field(default_factory=dict)
     sentinel: bool = False
     tls: Tls | None = None
-    process: subprocess.Popen[str] | None = None
+    process: subprocess.Popen[bytes] | None = None
 
     @property
     def host(self) -> str:
@@ -72,8 +74,13 @@ class Node:
 
     @property
     def pid(self) -> int:
-        assert self.process is not None
+        if self.process is None:
+            raise Unavailable(f"the server in {self.folder} was not started")
         return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     def start(self) -> None:
         """Starts it with the configuration that it was first given, plus what it wrote there itself."""
@@ -82,7 +89,8 @@ class Node:
             config.write_text("".join(f"{name} {value}\n" for name, value in self.options.items()))
         words = ["--sentinel"] if self.sentinel else []
         with (self.folder / "log").open("a") as log:
-            self.process = launch(self.binary, config, *words, cwd=self.folder, stdout=log, stderr=log)
+            command = tied_to_parent([self.binary, str(config), *words], signal.SIGKILL)
+            self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
 
     def kill(self) -> None:
         if self.process is not None:
@@ -91,13 +99,13 @@ class Node:
 
     def client(self, **options: Any) -> Redis:
         """A plain client, past the relay."""
-        options |= {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE}
+        options = {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE} | options
         options |= self.tls.client() if self.tls else {}
         return Redis(host=self.host, port=self.relay.server_port, **options)
 
 
 class Replicated:
-    """Three servers and three Sentinels; a context manager."""
+    """Three servers and three Sentinels; a context manager. Use it from a thread that does not end: so do they."""
 
     def __init__(
         self, folder: Path, *, sentinel_password: str = "", tls: Tls | None = None, **server: str | int
@@ -122,25 +130,47 @@ class Replicated:
         return f"{scheme}+sentinel://{f':{self.password}@' if self.password else ''}{hosts}/{NAME}/0"
 
     @property
+    def nodes(self) -> list[Node]:
+        return [*self.servers, *self.sentinels]
+
+    @property
     def master(self) -> Node:
-        """The server that most Sentinels name."""
-        named = [self._named_by(each) for each in self.sentinels if each.host not in self.isolated]
-        [master] = [each for each in self.servers if named.count(each.port) > 1]
-        return master
+        """The server that most Sentinels name.
+
+        Raises:
+            Unavailable: they do not agree at the moment.
+        """
+        named = self._named()
+        for server in self.servers:
+            if named.count(server.port) > 1:
+                return server
+        raise Unavailable("the Sentinels do not agree on a master")
 
     def new_master(self, old: Node) -> Node:
-        """Waits until all Sentinels that are not cut off name another server."""
-
-        def changed() -> bool:
-            named = [self._named_by(each) for each in self.sentinels if each.host not in self.isolated]
-            return len(set(named)) == 1 and named[0] not in (None, old.port)
-
-        eventually(changed, "another master")
+        """Waits until `replaced`; returns the new master."""
+        _eventually(lambda: self.replaced(old), "another master")
         return self.master
 
+    def replaced(self, old: Node) -> bool:
+        """Whether all Sentinels that are not cut off name the same other server."""
+        named = set(self._named())
+        return len(named) == 1 and named.isdisjoint({None, old.port})
+
     def settled(self) -> None:
-        """Waits until the master has two replicas that follow it."""
-        eventually(self._settled, "two replicas")
+        """Waits until `whole`."""
+        _eventually(self.whole, "two replicas")
+
+    def whole(self) -> bool:
+        """Whether the master has two replicas that follow it."""
+        with contextlib.suppress(RedisError, OSError, ValueError, Unavailable), self.client(self.master) as client:
+            info: Any = client.info("replication")
+            online = [each for each in info.values() if isinstance(each, dict) and each.get("state") == "online"]
+            return info["role"] == "master" and len(online) == len(HOSTS) - 1
+        return False
+
+    def client(self, node: Node, **options: Any) -> Redis:
+        """A plain client of one server, past its relay."""
+        return node.client(password=self.password or None, **options)
 
     def cut_off(self, host: str) -> None:
         """Parts a host from the other hosts, and not from clients."""
@@ -149,25 +179,31 @@ class Replicated:
     def repair(self) -> None:
         """Starts what was killed, resumes what was paused, and joins what was parted."""
         self.isolated.clear()
-        for node in (*self.servers, *self.sentinels):
-            if node.process is None or node.process.poll() is not None:
+        for node in self.nodes:
+            if not node.running:
                 node.start()
             os.kill(node.pid, signal.SIGCONT)
 
     def __enter__(self) -> Self:
-        for node in (*self.servers, *self.sentinels):
-            node.start()
-        self.settled()
-        eventually(self._acquainted, "the Sentinels to know each other and the replicas")
+        try:
+            for node in self.nodes:
+                node.start()
+            self.settled()
+            _eventually(self._acquainted, "the Sentinels to know each other and the replicas")
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for node in (*self.servers, *self.sentinels):
+        self.close()
+
+    def close(self) -> None:
+        for node in self.nodes:
             node.kill()
             node.relay.close()
-            print(f"--- {node.folder.name}\n{(node.folder / 'log').read_text()}")  # pytest shows it if the test failed
 
     def _node(self, folder: Path, host: str, kind: str) -> Node:
         place = folder / f"{kind}-{HOSTS.index(host)}"
@@ -212,18 +248,14 @@ class Replicated:
             options |= {"requirepass": self.sentinel_password, "sentinel sentinel-pass": self.sentinel_password}
         return options
 
+    def _named(self) -> list[int | None]:
+        return [self._named_by(each) for each in self.sentinels if each.host not in self.isolated]
+
     def _named_by(self, sentinel: Node) -> int | None:
         with contextlib.suppress(RedisError, OSError), sentinel.client(password=self.sentinel_password or None) as ask:
             answer: Any = ask.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", NAME)
             return int(answer[1]) if answer else None
         return None
-
-    def _settled(self) -> bool:
-        with contextlib.suppress(RedisError, OSError, ValueError), self._client(self.master) as client:
-            info: Any = client.info("replication")
-            online = [each for each in info.values() if isinstance(each, dict) and each.get("state") == "online"]
-            return info["role"] == "master" and len(online) == len(HOSTS) - 1
-        return False
 
     def _acquainted(self) -> bool:
         for sentinel in self.sentinels:
@@ -233,9 +265,10 @@ class Replicated:
                     return False
         return True
 
-    def _client(self, node: Node) -> Redis:
-        return node.client(password=self.password or None)
 
-
-def pause(node: Node) -> None:
-    stop(node.pid)
+def _eventually(attempt: Callable[[], bool], what: str) -> None:
+    give_up = time.monotonic() + PATIENCE
+    while not attempt():
+        if time.monotonic() > give_up:
+            raise Unavailable(f"waited {PATIENCE:.0f} s for {what}")
+        time.sleep(0.02)

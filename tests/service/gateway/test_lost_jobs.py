@@ -1,0 +1,35 @@
+"""A gateway says which of its accepted jobs a failover lost."""
+
+from __future__ import annotations
+
+import httpx
+from redis.asyncio import Redis
+from structlog.testing import capture_logs
+
+from patchforge.service.gateway.app import Gateway
+from patchforge.service.queue import keys
+from tests.service.gateway.harness import ScriptedWorker
+
+
+async def test_a_job_that_the_next_master_lacks_is_told(
+    gateway: Gateway,
+    http: httpx.AsyncClient,
+    worker: ScriptedWorker,
+    redis_client: Redis,
+) -> None:
+    await gateway.tick()
+    kept, lost = [(await http.post("/v1/jobs", json={"prompt": "apple"})).json()["id"] for _ in range(2)]
+    await gateway.tick()
+    assert "patchforge_jobs_lost_total 0.0" in (await http.get("/metrics")).text
+    await redis_client.delete(keys.job(lost))
+    # For a moment a replica of nobody, so that it becomes the master again, with another history.
+    await redis_client.replicaof("127.0.0.1", "1")
+    await redis_client.replicaof("NO", "ONE")
+    with capture_logs() as logs:
+        for _ in range(2):
+            await gateway.tick()
+    assert "patchforge_jobs_lost_total 1.0" in (await http.get("/metrics")).text
+    assert [line for line in logs if line["log_level"] == "error"] == [
+        {"job": lost, "event": "a failover lost an accepted job", "log_level": "error"}
+    ]
+    assert (await http.get(f"/v1/jobs/{kept}")).status_code == 200
