@@ -11,6 +11,7 @@ PatchforgeError
 ├── RateLimited           429 / RESOURCE_EXHAUSTED   too many pictures for this API key; see `retry_after`
 │   └── TooManyJobs       429 / RESOURCE_EXHAUSTED   this API key has reached its concurrent-job limit
 ├── QueueFull             503 / UNAVAILABLE          too many jobs are waiting; see `retry_after`
+│   └── NoRoom            503 / UNAVAILABLE          the queue server might run out of memory
 ├── TooLittleTime         503 / UNAVAILABLE          no worker could finish in the time asked for
 ├── Unavailable           503 / UNAVAILABLE          Redis is down, or the server is shutting down
 │   ├── QueueRefused      503 / UNAVAILABLE          Redis answers and refuses this server: its password, its ACL
@@ -99,6 +100,10 @@ class QueueFull(PatchforgeError):
     """The queue has reached its limit of waiting jobs; try again after `retry_after` seconds."""
 
     status, grpc_status, code = 503, "UNAVAILABLE", "queue_full"
+
+
+class NoRoom(QueueFull):
+    """The queue server might run out of memory."""
 
 
 class TooLittleTime(PatchforgeError):

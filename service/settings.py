@@ -100,6 +100,11 @@ class QueueSettings(BaseSettings):
         description="Several queue servers that share the jobs, instead of `PATCHFORGE_REDIS_URL`: one list for all "
         "gateways and workers, in an order that never changes. New ones go to its end.",
     )
+    redis_draining: Annotated[list[int], NoDecode] = Field(
+        [],
+        description="Places in `PATCHFORGE_REDIS_URLS`, from 0, of servers that get no new jobs, files or batches; for "
+        "gateways.",
+    )
     redis_password_file: Path | None = Field(
         None, description="File with the queue server's password, read for each connection; replaces the URL's."
     )
@@ -293,7 +298,7 @@ class Settings(
             return [part for part in value.split(os.pathsep) if part]
         return [value] if isinstance(value, Path) else value
 
-    @field_validator("models", "default_models", "api_keys", "cors_origins", mode="before")
+    @field_validator("models", "default_models", "api_keys", "cors_origins", "redis_draining", mode="before")
     @classmethod
     def _split_list(cls, value: Any) -> Any:
         if not isinstance(value, str):

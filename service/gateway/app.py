@@ -202,15 +202,16 @@ class Gateway:
             fleet = await self.service.ready()
             self._mixtures.look(fleet)
             await self.service.remembered.note(fleet)
-            for job_id in await self.service.queue.lost_jobs():
-                log.error("a failover lost an accepted job", job=job_id)
-                self._metrics.count_lost_job()
         except Unavailable as error:
             reason = error.message
         if reason != self._reason:
             self._reason = reason
             log.info("ready for requests") if reason is None else log.warning("not ready", reason=reason)
         self.rpc.health.report(serving=reason is None)
+        with contextlib.suppress(Unavailable):
+            for job_id in await self.service.queue.lost_jobs():
+                log.error("a failover lost an accepted job", job=job_id)
+                self._metrics.count_lost_job()
 
     async def shutdown(self) -> None:
         """Reports not ready, ends event watches, gives running calls `drain_seconds`, then closes everything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -20,6 +21,7 @@ from patchforge.service.errors import (
     NotFound,
     PatchforgeError,
     PayloadTooLarge,
+    Unavailable,
     Unsupported,
 )
 from patchforge.service.gateway.prefix import route_path
@@ -152,6 +154,10 @@ class UnexpectedErrorMiddleware:
 
         try:
             await self.app(scope, receive, watched_send)
+        except asyncio.CancelledError:  # the server stops, and the call has used up the time for that
+            if started:
+                raise
+            await Problem.of(Unavailable("the server is shutting down")).response(scope)(scope, receive, send)
         except Exception as error:
             log.error("unexpected error", path=route_path(scope), exc_info=error)
             if started:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Collection
 
 KEPT_SECONDS = 30.0  # longer than Sentinels take to tell everybody of a new master
@@ -14,13 +13,18 @@ LOOKS = 5  # after a failover: for a moment, connections to the old master may s
 class Accepted:
     """The jobs that this process accepted a moment ago. Ask once a second or so."""
 
-    def __init__(self) -> None:
-        self._jobs: deque[tuple[float, str]] = deque(maxlen=MOST)
+    def __init__(self, longest: float) -> None:
+        """`longest`: seconds after which a job may have ended and expired, so that nothing follows if it is gone."""
+        self._longest = longest
+        self._jobs: dict[str, float] = {}
         self._history: str | None = None
         self._looks = 0
 
     def note(self, job_id: str) -> None:
-        self._jobs.append((time.monotonic(), job_id))
+        if job_id not in self._jobs:  # a repeated key finds the job again
+            self._jobs[job_id] = time.monotonic()
+            if len(self._jobs) > MOST:
+                del self._jobs[next(iter(self._jobs))]
 
     def doubtful(self, history: str) -> list[str]:
         """Returns the jobs that must be looked for, now that the server's data has this history.
@@ -31,14 +35,13 @@ class Accepted:
         if self._history not in (None, history):
             self._looks = LOOKS
         self._history = history
-        if self._looks:
-            return [job_id for _, job_id in self._jobs]
-        old = time.monotonic() - KEPT_SECONDS
-        while self._jobs and self._jobs[0][0] < old:
-            self._jobs.popleft()
-        return []
+        kept = self._longest if self._looks else min(KEPT_SECONDS, self._longest)
+        old = time.monotonic() - kept
+        self._jobs = {job_id: at for job_id, at in self._jobs.items() if at >= old}
+        return list(self._jobs) if self._looks else []
 
     def looked(self, lost: Collection[str]) -> None:
         """Call it when the doubtful ones have been looked for."""
         self._looks -= 1
-        self._jobs = deque((each for each in self._jobs if each[1] not in lost), MOST)
+        for job_id in lost:
+            self._jobs.pop(job_id, None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
 
-from patchforge.service.errors import IdempotencyConflict, NotFound, NotReady, QueueFull, TooManyJobs
+from patchforge.service.errors import IdempotencyConflict, NoRoom, NotFound, NotReady, TooManyJobs
 from patchforge.service.messages.batches import Batch, BatchFile, BatchNotes, BatchStatus, RequestCounts
 from patchforge.service.queue import keys
 from patchforge.service.queue.connection import MAX_OPEN_BATCHES
@@ -316,9 +316,9 @@ class BatchStore(Offers):
             start += len(lines)
 
 
-def no_room(needed: int, free: int, most: int) -> QueueFull:
+def no_room(needed: int, free: int, most: int) -> NoRoom:
     """Returns the refusal of what may need so many bytes of the queue server, which has `free` of `most` left."""
-    return QueueFull(
+    return NoRoom(
         f"the queue server has no room: this may need {megabytes(needed)}, and {megabytes(free)} of {megabytes(most)} "
         "are free; delete results that you have, or wait until some expire",
         retry_after=WAIT_SECONDS,

@@ -123,6 +123,16 @@ class QueueConnection:
                 f"{self.number} of ours: all need the same list, and its order must not change"
             )
 
+    async def check_accepts(self) -> None:
+        """Checks that the server takes writes, and has the replicas that a job needs to be accepted.
+
+        Raises:
+            Unavailable: it does not.
+        """
+        await self._do("SET", keys.SERVER, self.number)
+        if self._wait_replicas and (await self.replication())[0] < self._wait_replicas:
+            raise Unavailable(f"fewer than {self._wait_replicas} replicas follow the queue server")
+
     async def check_not_refused(self) -> None:
         """For start-up: raises QueueRefused if the server answers and will not serve; it may be away."""
         try:

@@ -89,7 +89,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         """`blocking` is for reads of up to `LONGEST_BLOCK` seconds, so its socket timeout must be longer than that."""
         super().__init__(redis, blocking, settings)
         self._roster = Roster(self)
-        self._accepted = Accepted()
+        self._accepted = Accepted(settings.result_ttl_seconds / 2)
 
     @property
     def shards(self) -> Sequence[JobQueue]:
@@ -109,6 +109,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         room: int = 0,
         degradable: bool = False,
         quiet: bool = False,
+        tell_no_room: bool = True,
     ) -> Job:
         """Accepts a request whose defaults are filled in, or returns the job that its key was first used for.
 
@@ -122,6 +123,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
             needs: capabilities that the job's worker must have; default: those that the request needs.
             room: bytes that the queue server may come to hold of the job: see `room_for`.
             degradable: load may lower its quality.
+            tell_no_room: call `on_no_room` if that is why it is refused. Otherwise the caller tries another server.
             quiet: nobody waits for more than the job's end. Whoever watches it nevertheless hears of all that follows.
 
         Raises:
@@ -140,7 +142,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         outcome, *record = await self._run("submit", *sent, *flags, *fields)
         if outcome != b"ok":
             await self._discard_source(fields)
-        if outcome == b"crowded":
+        if outcome == b"crowded" and tell_no_room:
             self.on_no_room()
         _raise_if_refused(outcome, record)
         job = job_from(record[0])
@@ -148,6 +150,10 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
             await self._discard_source(fields)
         self._accepted.note(job.id)
         return job
+
+    async def has_key(self, key: str) -> bool:
+        """Tells whether a job was made with a key, which is from `keys.idempotency`."""
+        return bool(await self._do("EXISTS", key))
 
     async def lost_jobs(self) -> list[str]:
         """Returns jobs that were accepted here and are gone since a failover, each once. Call it every second or so."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from patchforge.service.errors import NotFound, QueueFull, ResultsUnavailable, Unavailable
+from patchforge.service.errors import NoRoom, NotFound, QueueFull, ResultsUnavailable, Unavailable
 from patchforge.service.messages.batches import Batch, BatchFile
 from patchforge.service.messages.events import Event
 from patchforge.service.messages.schemas import GenerationRequest, Job
@@ -69,6 +69,8 @@ class ShardedQueue:
         self.shards = shards
         """The queue on each server, at the place that is its number."""
         self._limited = settings.rate_limit > 0 or settings.max_in_flight > 0
+        self._open = [shard for shard in shards if shard.number not in settings.redis_draining] or list(shards)
+        """Those that take new jobs."""
         self._away: dict[int, asyncio.Task[None]] = {}
         """Server that did not answer → what tries to reach it. Meanwhile, only calls about its own jobs go there."""
         self._known: Mapping[str, Served] = {}
@@ -166,16 +168,19 @@ class ShardedQueue:
         A server that did not answer may have accepted the job nevertheless. Then it is drawn there too, for nobody.
         """
         refusal: QueueFull | Unavailable | None = None
-        for shard in self._places_for(idempotency_key, tenant):
+        for shard in await self._places_for(idempotency_key, tenant):
+            submitting = shard.submit(
+                request, idempotency_key=idempotency_key, tenant=tenant, tell_no_room=False, **details
+            )
             try:
-                return await self._ask(
-                    shard, shard.submit(request, idempotency_key=idempotency_key, tenant=tenant, **details)
-                )
+                return await self._ask(shard, submitting)
             except ResultsUnavailable:
                 raise
             except (QueueFull, Unavailable) as error:
                 refusal = refusal or error
         assert refusal is not None
+        if isinstance(refusal, NoRoom):
+            self.on_no_room()
         raise refusal
 
     def source_needs(self, source: Source | None) -> frozenset[str]:
@@ -250,16 +255,24 @@ class ShardedQueue:
 
     def _home(self, name: str) -> JobQueue:
         """Returns the server that a name chooses. When a server is added, only names that choose that one move."""
-        return max(self.shards, key=lambda shard: sha256(f"{shard.number}\0{name}".encode("utf-8", "replace")).digest())
+        return _chosen(name, self._open)
 
-    def _places_for(self, idempotency_key: str | None, tenant: str | None) -> list[JobQueue]:
+    async def _places_for(self, idempotency_key: str | None, tenant: str | None) -> list[JobQueue]:
         """Returns the servers that may take a new job, in the order to try them."""
-        if self._limited:
-            return [self._home(tenant or "")]
-        if idempotency_key is not None:
-            return [self._home(keys.idempotency(idempotency_key, tenant))]
-        usable = self._list_usable()
-        return random.sample(usable, len(usable))
+        if not self._limited and idempotency_key is None:
+            usable = [shard for shard in self._open if shard.number not in self._away] or self._open
+            return random.sample(usable, len(usable))
+        key = None if idempotency_key is None else keys.idempotency(idempotency_key, tenant)
+        name = (tenant or "") if self._limited or key is None else key
+        home = self._home(name)
+        if key is not None:
+            # Before a server was added, or began to drain, the name chose another one. A key that is there stays there.
+            former = {_chosen(name, self.shards[:count]).number for count in range(1, len(self.shards) + 1)}
+            for number in former - {home.number, *self._away}:
+                with suppress(Unavailable):
+                    if await self._ask(self.shards[number], self.shards[number].has_key(key)):
+                        return [self.shards[number]]
+        return [home]
 
     def _shard_of(self, number: str) -> JobQueue:
         server = server_of(number)
@@ -286,9 +299,14 @@ class ShardedQueue:
     async def _await(self, shard: JobQueue) -> None:
         while True:
             await asyncio.sleep(RETRY_SECONDS)
-            with suppress(Unavailable):
+            try:
                 await shard.check_server()
+                await shard.check_accepts()
                 break
+            except Unavailable:
+                pass
+            except Exception as error:
+                log.error("unexpected error", server=shard.number, exc_info=error)
         log.info("a queue server can be used again", server=shard.number)
         del self._away[shard.number]
 
@@ -327,18 +345,34 @@ class ShardedQueue:
         limit: int,
         read: Callable[[JobQueue, str | None, int], Awaitable[tuple[list[T], bool]]],
     ) -> tuple[list[T], bool]:
-        """Returns a page of a tenant's files or batches: those of its server, then older ones elsewhere."""
+        """Returns a page of a tenant's files or batches: those of its server, then older ones elsewhere.
+
+        Older ones on a server that is away are left out.
+        """
         home = self._home(tenant or "")
         order = [home, *(shard for shard in self.shards if shard is not home)]
         if after is not None:
             order = order[order.index(self._shard_of(_number_in(after))) :]
         found: list[T] = []
         for shard in order:
-            page, more = await self._ask(shard, read(shard, after, limit - len(found)))
+            needed = shard is home or after is not None
+            if not needed and shard.number in self._away:
+                continue
+            try:
+                page, more = await self._ask(shard, read(shard, after, limit - len(found)))
+            except Unavailable:
+                if needed:
+                    raise
+                continue
             found, after = found + page, None
             if more:
                 return found, True
         return found, False
+
+
+def _chosen(name: str, shards: Sequence[JobQueue]) -> JobQueue:
+    """Rendezvous hashing: each server has a random number for each name, and the largest wins."""
+    return max(shards, key=lambda shard: sha256(f"{shard.number}\0{name}".encode("utf-8", "replace")).digest())
 
 
 def _number_in(name: str) -> str:

@@ -55,7 +55,10 @@ class Soak:
         chance = random.Random(seed)
         self.chaos = Chaos(fleet, self.ledger, random.Random(chance.random()), hurry)
         self.upgrade = None if older == TODAY else Upgrade(fleet, self.ledger, older)
-        self.clients = [Client(fleet.gateways, self.ledger, random.Random(chance.random())) for _ in range(clients)]
+        self.clients = [
+            Client(fleet.gateways, self.ledger, random.Random(chance.random()), cut_answers=older != TODAY)
+            for _ in range(clients)
+        ]
         self._done = asyncio.Event()
 
     async def run(self, progress: Callable[[float, str], None]) -> Verdict:
@@ -84,9 +87,9 @@ class Soak:
                 if now > warm and now >= sampled:
                     await in_thread(self._sample_memory)
                     sampled = now + SAMPLE_SECONDS
-                for task in (*running, chaos):
+                for task in (*running, chaos, *([upgrade] if upgrade else [])):
                     if task.done():
-                        await task  # a task that has ended has failed: raise its error
+                        await task  # apart from a finished upgrade, it has failed: raise its error
                 self._restart_dead()
                 progress(now - began, self._describe())
                 await asyncio.sleep(1)

@@ -18,6 +18,7 @@ from patchforge.service.threads import in_thread
 
 TIMEOUT = 2.0
 LOOK_SECONDS = 0.1
+LONGEST_SECONDS = 180.0  # of a failover, on a machine that does much else
 
 Outage = Callable[[], Awaitable[None]]
 Fault = Callable[[Outage], Awaitable[None]]
@@ -182,8 +183,13 @@ class ReplicatedServers:
 
 
 async def _until(reached: Callable[[], bool]) -> None:
-    """Looks until it is so; the soak's own limits end what never becomes so."""
-    while True:
-        if await in_thread(reached):
-            return
-        await asyncio.sleep(LOOK_SECONDS)
+    """Looks until it is so.
+
+    Raises:
+        TimeoutError: it never is.
+    """
+    async with asyncio.timeout(LONGEST_SECONDS):
+        while True:
+            if await in_thread(reached):
+                return
+            await asyncio.sleep(LOOK_SECONDS)

@@ -50,6 +50,11 @@ class Holder(Protocol):
     @property
     def claim_idle_seconds(self) -> float: ...
 
+    @property
+    def occupants(self) -> Sequence[Claim]:
+        """The claims of all links that take up room."""
+        ...
+
     def has_room(self) -> bool: ...
 
     def reserve_room(self) -> contextlib.AbstractContextManager[None]:
@@ -101,6 +106,7 @@ class Link:
         self.news = asyncio.Event()
         """Set when there is something to announce."""
         self._holder = holder
+        self._only = only
         self._ready = asyncio.Event()
         self._called = asyncio.Event()
         """Set when a job may have been cancelled."""
@@ -125,15 +131,23 @@ class Link:
         room_made = self._holder.room_made
         while True:
             room_made.clear()
-            if self._holder.has_room() and self.outages.reason is None and await self._take_job():
+            if self._has_room() and self.outages.reason is None and await self._take_job():
                 continue
             self._holder.wake()  # only now, so that jobs which waited together begin together
-            if not self._holder.has_room():
+            if not self._has_room():
                 await room_made.wait()
             elif self.outages.reason is not None:
                 await self._await_return()
             else:
                 await self._wait_for_job()
+
+    def _has_room(self) -> bool:
+        return not self.refused and self._holder.has_room()
+
+    def list_occupants(self) -> list[Claim]:
+        """Returns the claims that take up room: not those of jobs that ended and cannot tell an absent server."""
+        away = self.outages.reason is not None
+        return [claim for job_id, claim in self.claims.items() if not (away and self.outbox.ends(job_id))]
 
     async def _take_job(self) -> bool:
         """Claims a job. Returns False if no other job waits, or the queue is away."""
@@ -151,9 +165,9 @@ class Link:
             await self._pass_on(claim)
         elif claim.job.id in self.claims:
             self.claims[claim.job.id] = claim  # it was already ours, but idle during an outage: continue with it
-        elif any(map(self._holder.must_run_alone, self._holder.claims.values())):  # one that another link just took
+        elif any(map(self._holder.must_run_alone, self._holder.occupants)):  # one that another link just took
             await self._pass_on(claim)
-        elif self._holder.must_run_alone(claim) and self._holder.claims:
+        elif self._holder.must_run_alone(claim) and self._holder.occupants:
             # If the worker dies then, this job is the cause. So it waits until the running jobs are finished, or goes
             # to a worker that is idle.
             await self._pass_on(claim)
@@ -213,10 +227,14 @@ class Link:
                 results = await self.queue.deliver([each.delivery(claim) for each, claim in ours]) if ours else []
             except Unavailable as error:
                 self.outages.failed(error)
+                if not self._only:  # jobs of other servers need not wait for this one
+                    await self.outbox.lift_limit()
+                    self._holder.room_made.set()
                 new = False
                 messages = [each for each in messages if not each.may_be_lost]
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
+            self.outbox.unlimited = False
             if ours:
                 self.outages.answered()
             messages = []

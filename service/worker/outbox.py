@@ -73,6 +73,11 @@ class Outbox:
         self._changed = asyncio.Condition()
         self._sent = -TOGETHER_SECONDS
         self._ending: set[str] = set()
+        self.unlimited = False
+        """Set while the server is away, if there are others whose jobs must go on: the engine then never waits.
+
+        No job is claimed from that server meanwhile, and previews are left out, so there is an end to what waits.
+        """
 
     def ends(self, job_id: str) -> bool:
         """Tells whether the job's last message waits or is being sent: how the job ends is decided."""
@@ -81,10 +86,16 @@ class Outbox:
     async def put(self, message: Message) -> None:
         """Adds a message. Waits while there are too many."""
         async with self._changed:
-            await self._changed.wait_for(lambda: len(self._waiting) < MOST_WAITING)
+            await self._changed.wait_for(lambda: len(self._waiting) < MOST_WAITING or self.unlimited)
             if message.ends_job:
                 self._ending.add(message.job_id)
             self._waiting.append(message)
+            self._changed.notify_all()
+
+    async def lift_limit(self) -> None:
+        """Sets `unlimited`, and lets whoever waits go on."""
+        async with self._changed:
+            self.unlimited = True
             self._changed.notify_all()
 
     async def run(self) -> None:

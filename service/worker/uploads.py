@@ -30,12 +30,21 @@ class Uploads:
     """The uploads of all jobs."""
 
     def __init__(
-        self, queue: JobQueue, transfers: Transfers, tell: Callable[[Message], Awaitable[None]], preview_bytes: int
+        self,
+        queue: JobQueue,
+        transfers: Transfers,
+        tell: Callable[[Message], Awaitable[None]],
+        discard: Callable[[Message], None],
+        preview_bytes: int,
     ) -> None:
-        """`queue`: any one, as all use one store. `preview_bytes`: larger previews go into the store."""
+        """`queue`: any one, as all use one store. `preview_bytes`: larger previews go into the store.
+
+        `discard` deletes what a message has in the store, if nobody is told of it.
+        """
         self._queue = queue
         self._transfers = transfers
         self._tell = tell
+        self._discard = discard
         self._preview_bytes = preview_bytes
         self._under_way: dict[tuple[str, int], list[asyncio.Task[None]]] = {}
         """(job, index of its picture) → what is not told yet, in order."""
@@ -67,8 +76,12 @@ class Uploads:
 
     async def _tell_in_turn(self, work: Callable[[], Awaitable[Message]], earlier: asyncio.Task[None] | None) -> None:
         message = await work()
-        if earlier is not None:
-            await asyncio.wait([earlier])
+        try:
+            if earlier is not None:
+                await asyncio.wait([earlier])
+        except asyncio.CancelledError:  # the job is dropped
+            self._discard(message)
+            raise
         await self._tell(message)
 
     def _forget(self, key: tuple[str, int], done: asyncio.Task[None]) -> None:

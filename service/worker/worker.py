@@ -87,7 +87,7 @@ class Worker:
         self.draining = asyncio.Event()
         self.room_made = asyncio.Event()
         self.transfers = Transfers()
-        self._uploads = Uploads(queues[0], self.transfers, self._tell, settings.results_preview_bytes)
+        self._uploads = Uploads(queues[0], self.transfers, self._tell, self.discard, settings.results_preview_bytes)
         self._fetched: list[tuple[str, Source | NotFound]] = []
         """Jobs to admit, with the pictures that they edit."""
         self._parent = parent
@@ -177,7 +177,8 @@ class Worker:
         while True:
             backlogs = {}
             if len(self.claims) >= self.settings.max_running:
-                answers = await asyncio.gather(*(link.outages.attempt(link.queue.backlog) for link in self.links))
+                usable = [link for link in self.links if link.outages.reason is None]
+                answers = await asyncio.gather(*(link.outages.attempt(link.queue.backlog) for link in usable))
                 seen = QueueBacklog.together([each for each in answers if each is not None])
                 workers = max(1, seen.workers)
                 backlogs = {
@@ -193,13 +194,16 @@ class Worker:
                 self.draining.set()
             await asyncio.sleep(PARENT_SECONDS)
 
+    @property
+    def occupants(self) -> Sequence[Claim]:
+        return [claim for link in self.links for claim in link.list_occupants()]
+
     def has_room(self) -> bool:
-        self._making_room = self._making_room and bool(self.claims)
-        if any(link.refused for link in self.links) or self._making_room or self.draining.is_set():
+        occupants = self.occupants
+        self._making_room = self._making_room and bool(occupants)
+        if self._making_room or self.draining.is_set() or any(map(self.must_run_alone, occupants)):
             return False
-        if any(map(self.must_run_alone, self.claims.values())):
-            return False
-        return len(self.claims) + self._being_claimed < self.settings.max_running
+        return len(occupants) + self._being_claimed < self.settings.max_running
 
     @contextlib.contextmanager
     def reserve_room(self) -> Iterator[None]:
@@ -241,7 +245,7 @@ class Worker:
         log.info("job started", job=job.id, attempt=claim.attempt, model=job.request.model, n=job.request.n)
         if job.unreadable is not None:
             await self._tell_failure(job.id, unsupported(job.unreadable))
-        elif job.request.image and self._objects is not None:
+        elif job.request.image and (self._objects is not None or len(self.links) > 1):  # its server may be away
             self.transfers.begin(job.id, self._fetch_source(job.id))
         else:
             await self._admit_job(claim)
@@ -318,7 +322,8 @@ class Worker:
         if message.stored is not None:
             assert self.transfers.group is not None
             queue = self.links[0].queue  # all use one store
-            self.transfers.group.create_task(queue.discard_picture(message.stored))  # it may be slow
+            with contextlib.suppress(RuntimeError):  # the worker breaks off: then the bucket's rule deletes it
+                self.transfers.group.create_task(queue.discard_picture(message.stored))  # it may be slow
 
     def record_end(self, claim: Claim, event: Completed | Failed | Cancelled) -> None:
         job = claim.job

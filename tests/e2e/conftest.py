@@ -26,6 +26,7 @@ def start(data_dir: Path, cwd: Path = ROOT, **settings: str) -> Served:
         "PATCHFORGE_DATA_DIR": str(data_dir),
         "PATCHFORGE_LOG_JSON": "true",
         "PATCHFORGE_THREADS": "1",
+        "PATCHFORGE_DEGRADE": "false",  # nor does its load change what is drawn
         "PATCHFORGE_PREVIEW_SHARE": "1",  # tests see previews on any machine
     }
     served = Served("serve", *PATCHFORGE, "serve", cwd=cwd, **usual | settings)

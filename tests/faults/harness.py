@@ -124,6 +124,7 @@ class Stack:
             "threads": 1,
             "patch_budget": 4096,  # profiling takes seconds, and its result depends on the machine's load
             "log_json": True,
+            "degrade": False,  # the machine's load must not change what is drawn
             **self._settings,
             **settings,
         }

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
 
 import pytest
 from ulid import ULID
 
 from patchforge.service.embedded import EmbeddedServer
-from patchforge.service.errors import IdempotencyConflict, NotFound, QueueFull, QueueRefused, TooManyJobs, Unavailable
+from patchforge.service.errors import (
+    IdempotencyConflict,
+    NoRoom,
+    NotFound,
+    QueueFull,
+    QueueRefused,
+    TooManyJobs,
+    Unavailable,
+)
 from patchforge.service.messages.events import Cancelled
 from patchforge.service.messages.schemas import JobStatus
-from patchforge.service.queue import JobQueue, ShardedQueue, connect, connect_all, keys, sharded
+from patchforge.service.queue import JobQueue, ShardedQueue, connect, connect_all, connection, keys, sharded
 from patchforge.service.queue.ids import MOST_SERVERS, new_id, server_of
 from patchforge.service.settings import Settings
 from tests.service.queue.kit import a_card, a_request, claimed, eventually
@@ -184,8 +192,74 @@ class TestFiles:
             seen += [each.id for each in page]
         assert seen == [*reversed(new), *reversed(old)]
 
+    async def test_elsewhere_are_left_out_while_their_server_is_away(
+        self, queue: ShardedQueue, servers: Servers
+    ) -> None:
+        tenant = next(name for name in map(str, range(99)) if queue._home(name).number == 0)
+        file = await queue.add_file([b"x"], "file", tenant, 60)
+        servers[1].stop()
+        assert [each.id for each in (await queue.files(tenant, None, 10))[0]] == [file.id]
+        servers[0].stop()
+        with pytest.raises(Unavailable):
+            await queue.files(tenant, None, 10)
+
+
+class TestChanges:
+    async def test_a_key_of_the_time_before_a_server_was_added_finds_its_job(self, queue: ShardedQueue) -> None:
+        before = ShardedQueue(queue.shards[:1], Settings())
+        for key in map(str, range(12)):
+            first = await before.submit(a_request(), idempotency_key=key, tenant="alice")
+            assert (await queue.submit(a_request(), idempotency_key=key, tenant="alice")).id == first.id
+            await before.cancel(first.id)
+        with pytest.raises(IdempotencyConflict):
+            await queue.submit(a_request(seed=9), idempotency_key="0", tenant="alice")
+
+    async def test_a_server_that_drains_gets_nothing_new_and_keeps_what_it_has(
+        self, queue: ShardedQueue, servers: Servers
+    ) -> None:
+        old = await sent(queue, 2)
+        key = next(key for key in map(str, range(99)) if queue._home(keys.idempotency(key)).number == 2)
+        keyed = await queue.submit(a_request(), idempotency_key=key)
+        draining = ShardedQueue(queue.shards, Settings(redis_draining="2"))
+        assert {server_of((await draining.submit(a_request())).id) for _ in range(10)} == {0, 1}
+        assert (await draining.add_file([b"x"], "file", "a", 60)).id[5] in "01"
+        assert (await draining.get(old)).status is JobStatus.WAITING
+        assert (await draining.submit(a_request(), idempotency_key=key)).id == keyed.id
+
 
 class TestOutages:
+    async def test_a_server_without_its_replicas_is_left_alone(
+        self, queue: ShardedQueue, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(connection, "REPLICAS_TIMEOUT", 0.05)
+        lacking = connect(settings_for(servers))
+        assert isinstance(lacking, ShardedQueue)
+        lacking.shards[0]._wait_replicas = 1
+        for _ in range(30):
+            assert server_of((await lacking.submit(a_request(), room=0)).id) in (1, 2)
+            await asyncio.gather(*(lacking.cancel(job) for job in await waiting_on(lacking.shards[1:])))
+        orphans = await waiting_on([lacking.shards[0]])
+        assert len(orphans) <= 1
+        await lacking.close()
+
+    async def test_refused_for_lack_of_room_counts_once_and_only_if_all_refuse(
+        self, queue: ShardedQueue, servers: Servers
+    ) -> None:
+        counted: list[None] = []
+        queue.on_no_room = lambda: counted.append(None)
+        room = (await queue.shards[0].memory()).admission_limit - (await queue.shards[0].memory()).used - 10_000_000
+        for shard in queue.shards[:2]:
+            await shard.submit(a_request(), room=room)
+        for _ in range(6):
+            await queue.submit(a_request(), room=20_000_000)
+            for job in await waiting_on(queue.shards[2:]):
+                await queue.cancel(job)
+        assert not counted
+        await queue.shards[2].submit(a_request(), room=room)
+        with pytest.raises(NoRoom):
+            await queue.submit(a_request(), room=20_000_000)
+        assert len(counted) == 1
+
     async def test_one_server_costs_only_its_own_jobs(self, queue: ShardedQueue, servers: Servers) -> None:
         here, there = await sent(queue, 0), await sent(queue, 1)
         for shard in queue.shards:
@@ -244,6 +318,12 @@ async def test_a_server_that_was_alone_stays_the_first(queue: ShardedQueue, serv
     with pytest.raises(QueueRefused):
         await queue.shards[1].check_server()
     await alone.close()
+
+
+async def waiting_on(shards: Sequence[JobQueue]) -> list[str]:
+    """Returns the ids of the jobs that wait on these servers."""
+    entries = [entry for shard in shards for entry in await shard._do("ZRANGE", keys.WAITING, 0, -1)]
+    return [entry.decode().partition(":")[0] for entry in entries]
 
 
 async def found(queue: ShardedQueue, job_id: str) -> JobStatus | None:

@@ -12,12 +12,15 @@ from patchforge.model.pipeline import Pipeline
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Started
 from patchforge.service.messages.schemas import Job, JobStatus
+from patchforge.service.messages.source import Source
 from patchforge.service.queue import JobQueue, connect_all, keys, work
 from patchforge.service.settings import Settings
 from patchforge.service.worker import link as links
+from patchforge.service.worker import outbox
 from patchforge.service.worker.worker import Worker
 from tests.service.queue.kit import eventually, silenced
 from tests.service.worker.jobs import request
+from tests.service.worker.test_source_images import source
 from tests.service.worker.test_worker import BUDGETS, first, running
 
 
@@ -96,6 +99,59 @@ async def test_a_server_that_stops_costs_only_its_own_jobs(
         assert (await queues[1].get(cut_off.id)).attempt == 1
         after = await queues[1].submit(request())
         assert isinstance(await first(queues[1], after.id, TERMINAL_EVENTS), Completed)
+
+
+@pytest.mark.parametrize("most", [1, 16])
+async def test_drawn_jobs_of_an_absent_server_hold_nothing_up(
+    both: Settings,
+    servers: list[EmbeddedServer],
+    queues: list[JobQueue],
+    of_worker: list[JobQueue],
+    pipelines: dict[str, Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+) -> None:
+    """Neither the room that they take, nor their messages, although few may wait."""
+    monkeypatch.setattr(outbox, "MOST_WAITING", 2)
+    worker = Worker(both.model_copy(update={"max_running": most}), of_worker, pipelines, BUDGETS)
+    drawn = [await queues[1].submit(request(steps=20, n=4)) for _ in range(min(most, 3))]
+    async with running(worker):
+        for job in drawn:
+            await first(queues[1], job.id, Started)
+        servers[1].stop()
+        await eventually(lambda: all_told(worker, drawn))
+        job = await queues[0].submit(request())
+        assert isinstance(await first(queues[0], job.id, TERMINAL_EVENTS), Completed)
+        servers[1].start()
+        for job in drawn:
+            assert isinstance(await eventually(lambda job=job: ended(queues[1], job)), Completed)
+
+
+async def test_the_source_of_an_absent_server_is_waited_for_beside_other_jobs(
+    both: Settings,
+    servers: list[EmbeddedServer],
+    queues: list[JobQueue],
+    of_worker: list[JobQueue],
+    pipelines: dict[str, Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = Worker(both, of_worker, pipelines, BUDGETS)
+    read, asked = of_worker[1].source, list[str]()
+
+    async def away(job_id: str) -> Source:
+        if not asked:
+            servers[1].stop()
+        asked.append(job_id)
+        return await read(job_id)
+
+    monkeypatch.setattr(of_worker[1], "source", away)
+    edit = await queues[1].submit(request(image="sha256:x", sampler="adaptive"), source=source())
+    async with running(worker):
+        await eventually(lambda: stopped(servers[1]))
+        job = await queues[0].submit(request())
+        assert isinstance(await first(queues[0], job.id, TERMINAL_EVENTS), Completed)
+        servers[1].start()
+        assert isinstance(await eventually(lambda: ended(queues[1], edit)), Completed)
 
 
 async def test_a_worker_starts_while_a_server_is_away(
@@ -193,6 +249,15 @@ async def test_a_bell_that_a_busy_worker_hears_rings_on(
         assert rung == [keys.bell("tiny-class")]
         assert await status(queues[1], job) is JobStatus.WAITING
         await queues[0].cancel(long.id)
+
+
+async def all_told(worker: Worker, jobs: list[Job]) -> bool | None:
+    """Whether the end of each job waits to be told."""
+    return all(worker.links[1].outbox.ends(job.id) for job in jobs) or None
+
+
+async def stopped(server: EmbeddedServer) -> bool | None:
+    return not server.running or None
 
 
 async def ended(queue: JobQueue, job: Job) -> object:

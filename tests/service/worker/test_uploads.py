@@ -22,7 +22,7 @@ from patchforge.service.worker.pictures import shrink_preview
 from patchforge.service.worker.transfers import Transfers
 from patchforge.service.worker.uploads import MOST_WAITING, Uploads
 from tests.patience import PATIENCE
-from tests.service.queue.kit import a_preview
+from tests.service.queue.kit import a_preview, eventually
 from tests.service.worker.jobs import job
 
 CLAIM = Claim(job(), "w", 1, "stream", "1-1")
@@ -40,6 +40,7 @@ class SlowStore:
 
     def __init__(self) -> None:
         self.begun: list[int] = []
+        self.ended: list[int] = []
         self.gates: dict[int, asyncio.Future[None]] = {}
 
     async def put_picture(self, claim: Claim, index: int, data: bytes) -> Reference:
@@ -49,7 +50,11 @@ class SlowStore:
         assert len(small) <= SMALL_COPY_BYTES
         self.begun.append(preview.evaluation)
         await self.gates.setdefault(preview.evaluation, asyncio.get_running_loop().create_future())
+        self.ended.append(preview.evaluation)
         return preview, Reference(f"s3://b/preview-{preview.evaluation}")
+
+    async def has(self, evaluation: int) -> bool:
+        return evaluation in self.ended
 
     def open(self, evaluation: int) -> None:
         self.gates.setdefault(evaluation, asyncio.get_running_loop().create_future()).set_result(None)
@@ -64,9 +69,10 @@ class Bench:
 
     def __init__(self, group: asyncio.TaskGroup) -> None:
         self.store, self.transfers, self.told = SlowStore(), Transfers(), list[Message]()
+        self.discarded = list[Message]()
         self.transfers.group = group
         self._changed = asyncio.Condition()
-        self.uploads = Uploads(cast(JobQueue, self.store), self.transfers, self._tell, 50_000)
+        self.uploads = Uploads(cast(JobQueue, self.store), self.transfers, self._tell, self.discarded.append, 50_000)
 
     async def _tell(self, message: Message) -> None:
         async with self._changed:
@@ -109,6 +115,18 @@ async def test_small_ones_and_patches_are_told_at_once(bench: Bench) -> None:
     assert not bench.take(a_preview(1))
     assert not bench.take(patches(1))
     assert not bench.transfers.busy
+
+
+async def test_what_was_stored_for_a_dropped_job_is_discarded(bench: Bench) -> None:
+    assert all(map(bench.take, (large(1), large(2))))
+    bench.store.open(2)
+    await eventually(lambda: bench.store.has(2))
+    await asyncio.sleep(0)  # the second one waits for the first
+    waiting = [task for tasks in bench.transfers._tasks.values() for task in tasks]
+    bench.transfers.drop("a")
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert not bench.told
+    assert [each.stored for each in bench.discarded] == ["s3://b/preview-2"]
 
 
 async def test_what_happens_to_a_picture_is_told_in_order(bench: Bench) -> None:

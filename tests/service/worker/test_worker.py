@@ -99,13 +99,13 @@ async def test_news_that_nobody_waits_for_goes_with_the_picture(
     worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[list[str]] = []
-    deliver = worker.queue.deliver
+    deliver = worker.links[0].queue.deliver
 
     async def watched_deliver(deliveries: Sequence[Delivery]) -> list[bool]:
         calls.append([what for what, *_ in deliveries])
         return await deliver(deliveries)
 
-    monkeypatch.setattr(worker.queue, "deliver", watched_deliver)
+    monkeypatch.setattr(worker.links[0].queue, "deliver", watched_deliver)
     async with running(worker):
         job = await queue.submit(request(previews=False), quiet=True)
         assert isinstance(await queue.wait_for_end(job.id), Completed)
