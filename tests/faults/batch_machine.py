@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from patchforge.service.errors import NotReady, QueueFull
+from patchforge.service.errors import NoRoom, NotReady, QueueFull
 from patchforge.service.messages.schemas import Priority
 from patchforge.service.queue import keys
 from patchforge.service.queue.batches import StoredBatch
@@ -92,8 +92,8 @@ class BatchMachine(FleetMachine):
         gateway = self.rig.gateway
         file = self.ask(gateway.add_file([b"{}"] * length, "lines.jsonl", None, 3600))
         self.check_ended()
-        require((file is QueueFull) == self.crowded, f"a file was answered with {file}")
-        if file is QueueFull:
+        require((file is NoRoom) == self.crowded, f"a file was answered with {file}")
+        if file is NoRoom:
             self.rig.tally["file: crowded"] += 1
             return
         made = self.call(gateway.create_batch(file.id, None, endpoint=None, window="24h", metadata=None))
@@ -128,7 +128,9 @@ class BatchMachine(FleetMachine):
             return FeedOutcome.DUPLICATE
         if len(self.jobs_of_batches()) >= BATCH_IN_FLIGHT * max(1, len(self.served)):
             return FeedOutcome.ENOUGH
-        return QueueFull if self.crowded or len(self.model.lines) >= CAP // 2 else FeedOutcome.QUEUED
+        if len(self.model.lines) >= CAP // 2:
+            return QueueFull
+        return NoRoom if self.crowded else FeedOutcome.QUEUED
 
     @with_batches
     @rule(which=BATCHES, late=st.booleans(), name=NAMES, refused=st.booleans())

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from patchforge.service.errors import IdempotencyConflict, NotFound, NotReady, QueueFull, Unavailable
+from patchforge.service.errors import IdempotencyConflict, NoRoom, NotFound, NotReady, QueueFull, Unavailable
 from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Failed, Started
 from patchforge.service.messages.schemas import Job as RealJob
 from patchforge.service.messages.schemas import JobError, Priority
@@ -137,7 +137,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.check_ended()
         expected, first = self.model.submit_outcome(key, fingerprint, room)
         self.rig.tally[f"submit: {expected}"] += 1
-        refusal = {"full": QueueFull, "crowded": QueueFull, "conflict": IdempotencyConflict}.get(expected)
+        refusal = {"full": QueueFull, "crowded": NoRoom, "conflict": IdempotencyConflict}.get(expected)
         if refusal or not isinstance(answer, RealJob):
             require(answer is refusal, f"submit answered {answer}, expected {expected}")
         elif expected == "same":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.faults.gateways import Gateway
+from tests.faults.gateways import SHORT, Gateway
 from tests.faults.harness import Stack
 from tests.processes import Process, eventually
 
@@ -34,6 +34,13 @@ class Shared:
         name = "patchforge_requests_total"
         own = self.other_gateway.metric(name, workers=False, status=status)
         return own + self.gateway.metric(name, status=status)
+
+    def catch_up(self) -> None:
+        """Waits until the metrics have all requests that have ended: a worker publishes all its metrics together."""
+        name, labels = "patchforge_requests_total", {"sampler": "heun", "status": "completed"}
+        before = self.gateway.metric(name, **labels)
+        self.gateway.ended(self.gateway.submit(SHORT | {"sampler": "heun"}))
+        eventually(lambda: self.gateway.metric(name, **labels) > before)
 
     def await_ended(self, status: str, count: float) -> None:
         """Waits until the metrics say so. Workers publish theirs every two seconds."""

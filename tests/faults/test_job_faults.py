@@ -79,6 +79,7 @@ def test_row_12_deadline_passes_while_queued(shared: Shared) -> None:
 
 
 def test_row_14_cancel_races_completion(shared: Shared) -> None:
+    shared.catch_up()
     before = {status: shared.total(status) for status in ("completed", "cancelled")}
     seen = {"completed": 0, "cancelled": 0}
     moments = [*["queued", "started"] * 3, *["image"] * 14, *["completed"] * 2]
