@@ -19,7 +19,10 @@ from patchforge.service.soak.ledger import TERMINAL, Ledger
 from patchforge.service.threads import in_thread
 
 SCAN_SECONDS = 1.0
-LASTING = (keys.QUEUE, keys.STREAMS, keys.WORKERS, keys.REMEMBERED, keys.WAITING, keys.RESERVED, keys.DEAD_LETTERS)
+LASTING = (
+    *(keys.QUEUE, keys.STREAMS, keys.WORKERS, keys.REMEMBERED, keys.WAITING, keys.RESERVED, keys.DEAD_LETTERS),
+    keys.SERVER,
+)
 """Keys that may lack an expiry: one stream per model and class, and lists of bounded length."""
 
 
