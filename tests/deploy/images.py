@@ -31,7 +31,6 @@ DEBIAN_PYTHON = "cp311"
 DEBIAN_BASE = f"localhost/patchforge-base:{DEBIAN}"
 NEEDED = ("python3", "python3-venv", "ca-certificates")
 BULK = ("var/cache/apt", "var/lib/apt/lists", "var/log", "usr/share/man", "usr/share/locale", "usr/share/info")
-PYPI = "https://pypi.org/simple"
 LABEL = "patchforge.inputs"
 PIP = "/root/.config/pip"  # in the container, whose user cannot look into it later
 PIP_OPTIONS = ("index-url", "extra-index-url", "find-links", "trusted-host", "cert")
@@ -204,7 +203,7 @@ def index_for_torch(base: str) -> dict[str, str]:
     found = [
         path for folder in pip.get("find-links", []) for path in Path(folder).glob(f"torch-*+cpu-{DEBIAN_PYTHON}-*")
     ]
-    return {"TORCH_INDEX": pip.get("index-url", [PYPI])[0]} if found and base == DEBIAN_BASE else {}
+    return {"TORCH_INDEX": pip["index-url"][0]} if found and "index-url" in pip and base == DEBIAN_BASE else {}
 
 
 def _moved(value: str, folder: Path, places: dict[Path, str]) -> str:

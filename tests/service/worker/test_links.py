@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 
 import pytest
@@ -17,6 +17,7 @@ from patchforge.service.queue import JobQueue, connect_all, keys, work
 from patchforge.service.settings import Settings
 from patchforge.service.worker import link as links
 from patchforge.service.worker import outbox
+from patchforge.service.worker.outcomes import Outcome
 from patchforge.service.worker.worker import Worker
 from tests.service.queue.kit import eventually, silenced
 from tests.service.worker.jobs import request
@@ -50,6 +51,16 @@ async def of_worker(both: Settings) -> AsyncIterator[list[JobQueue]]:
     await asyncio.gather(*(queue.close() for queue in queues))
 
 
+def before_each_step(worker: Worker, look: Callable[[], object]) -> None:
+    step = worker.engine.step
+
+    def watched() -> list[Outcome]:
+        look()
+        return step()
+
+    worker.engine.step = watched
+
+
 async def status(queue: JobQueue, job: Job) -> JobStatus:
     return (await queue.get(job.id)).status
 
@@ -59,13 +70,7 @@ async def test_jobs_of_all_servers_share_the_engine(
 ) -> None:
     worker = Worker(both, of_worker, pipelines, BUDGETS)
     together: set[int] = set()
-    step = worker.engine.step
-
-    def watched() -> object:
-        together.add(len(worker.engine.jobs))
-        return step()
-
-    worker.engine.step = watched
+    before_each_step(worker, lambda: together.add(len(worker.engine.jobs)))
     jobs = [(queue, await queue.submit(request(steps=20, n=2))) for queue in queues]
     async with running(worker):
         for queue, job in jobs:
@@ -177,19 +182,12 @@ async def test_all_servers_together_fill_no_more_than_the_room(
 ) -> None:
     jobs = [(queue, await queue.submit(request(steps=8))) for queue in queues for _ in range(4)]
     worker = Worker(both.model_copy(update={"max_running": 3}), of_worker, pipelines, BUDGETS)
-    most = 0
-    step = worker.engine.step
-
-    def watched() -> object:
-        nonlocal most
-        most = max(most, len(worker.claims))
-        return step()
-
-    worker.engine.step = watched
+    held: set[int] = set()
+    before_each_step(worker, lambda: held.add(len(worker.claims)))
     async with running(worker):
         for queue, job in jobs:
             assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Completed)
-    assert most == 3
+    assert max(held) == 3
 
 
 async def test_a_job_on_its_last_attempt_runs_alone_whatever_server_has_it(
@@ -206,13 +204,7 @@ async def test_a_job_on_its_last_attempt_runs_alone_whatever_server_has_it(
     other = await queues[1].submit(request(steps=5, n=4))
     worker = Worker(both, of_worker, pipelines, BUDGETS)
     together: list[set[str]] = []
-    step = worker.engine.step
-
-    def watched() -> object:
-        together.append(set(worker.engine.jobs))
-        return step()
-
-    worker.engine.step = watched
+    before_each_step(worker, lambda: together.append(set(worker.engine.jobs)))
     async with running(worker):
         assert isinstance(await first(queues[0], suspect.id, TERMINAL_EVENTS), Completed)
         assert isinstance(await first(queues[1], other.id, TERMINAL_EVENTS), Completed)
