@@ -14,6 +14,8 @@ from patchforge.service.results import Reference
 
 TOGETHER_SECONDS = 0.1
 """How long news may wait for more, so that one call carries both. What clients wait for never waits."""
+PATIENCE_SECONDS = 1.0
+"""How long news that nobody is known to wait for may wait for more. Somebody may have begun to watch meanwhile."""
 TOGETHER_BYTES = 1 << 20
 MOST_WAITING = 64
 """If there are more, the engine waits: an outage, or a slow connection, must not use up memory."""
@@ -28,7 +30,7 @@ class Message:
     """An event, or the index of a finished picture and its data or where it is."""
 
     patient: bool = False
-    """Whether it can wait for another message, because nobody looks on."""
+    """Whether it can wait for another message, at most PATIENCE_SECONDS, because nobody was looking on."""
 
     apart: Reference | None = None
     """Where the preview is of which this has only a small copy."""
@@ -109,7 +111,10 @@ class Outbox:
 
     async def _take(self) -> list[Message]:
         async with self._changed:
-            await self._changed.wait_for(self._is_due)
+            await self._changed.wait_for(lambda: self._waiting)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    await self._changed.wait_for(self._is_due)
             left = self._sent + TOGETHER_SECONDS - time.monotonic()
             if left > 0:
                 with suppress(TimeoutError):

@@ -66,9 +66,10 @@ async def playground(
 
 
 async def grey(page: Page, pane: int = 0) -> int:
-    """The red value of a pixel of a pane's first picture; scripted pictures are uniformly grey."""
+    """The red value of a pixel of a pane's first picture; scripted pictures are uniformly grey. -1: no such pane yet."""
     script = """([pane]) => {
-        const canvas = document.querySelectorAll(".pane")[pane].querySelector("canvas");
+        const canvas = document.querySelectorAll(".pane")[pane]?.querySelector("canvas");
+        if (!canvas) return -1;
         const middle = [canvas.width / 4, canvas.height / 4].map(Math.floor);
         return canvas.getContext("2d").getImageData(...middle, 1, 1).data[0];
     }"""

@@ -257,6 +257,7 @@ async def test_a_picture_dropped_on_its_field_is_one_to_start_from(page: Page) -
 async def test_every_patch_that_a_fast_brush_crosses_is_marked(page: Page) -> None:
     await page.evaluate("window.scrollTo(0, 0)")
     await drop(page, encoded(gradient(48, 32), "png"), "png")
+    await expect(page.locator("#mask")).to_be_visible()
     box = await page.locator("#mask").bounding_box()
     assert box is not None
     assert box["width"] > 300, "it is the large picture that is painted on"

@@ -92,7 +92,8 @@ async def test_previews_wait_for_each_other_but_an_end_does_not_wait(monkeypatch
     assert wire.calls == [[preview(1)], [preview(2), preview(3), END]]
 
 
-async def test_what_nobody_looks_at_waits_for_the_next_message() -> None:
+async def test_what_nobody_looks_at_waits_for_the_next_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 10 * PATIENCE)
     wire = Wire()
     outbox, patient = Outbox(wire.send), Message("a", PATCHES.content, patient=True)
     async with running(outbox):
@@ -103,6 +104,17 @@ async def test_what_nobody_looks_at_waits_for_the_next_message() -> None:
         await outbox.put(END)
         await wire.received(2)
     assert wire.calls == [[patient, END]]
+
+
+async def test_what_nobody_looks_at_is_sent_soon_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may begin to watch a job whose next step takes minutes."""
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.01)
+    wire = Wire()
+    outbox, patient = Outbox(wire.send), Message("a", STARTED.content, patient=True)
+    async with running(outbox):
+        await outbox.put(patient)
+        await wire.received(1)
+    assert wire.calls == [[patient]]
 
 
 async def test_too_many_messages_hold_up_the_engine() -> None:
