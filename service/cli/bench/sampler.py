@@ -34,6 +34,10 @@ PROMPTS = (
 )
 
 
+INTERVAL = "uniform, guidance interval"
+FAMILIES = "paper", "uniform", INTERVAL, "paper, cheaper", "adaptive", "adaptive, in part"
+SHARES = 0.5, 0.75, 1, 1.25, 1.5
+"""Steps of the uniform samplers in the guidance interval, as shares of those of `standard`."""
 REAL = "real pictures of the same concepts in another style; FD of the prompts' own"
 COSTS = "sampler", "patch evaluations", "saved", "seconds", "GFLOP", "floor, s", "PSNR, dB", "finished by half"
 QUALITY = "found first", "cosine", "cosine − first row's", "sharpness", "FD", "FD − first row's", "worse in"
@@ -59,6 +63,9 @@ def sampler(
         Path | None, typer.Option(help="Picture table: draw prompts from it, and measure quality too.")
     ] = None,
     only: Annotated[list[str] | None, typer.Option("--sampler", help="Samplers to measure; default: all.")] = None,
+    families: Annotated[
+        list[str] | None, typer.Option("--family", help=f"Families to measure: {', '.join(FAMILIES)}. Default: all.")
+    ] = None,
     pictures: Annotated[int, typer.Option(min=32, help="Number of prompts to draw from --data, roughly.")] = 98,
     tune: Annotated[
         bool, typer.Option("--tune", help="Use the half of the concepts on which presets are chosen.")
@@ -78,6 +85,8 @@ def sampler(
 
     prepare_cpu(threads)
     with typed_errors():
+        if unknown := sorted(set(families or ()) - set(FAMILIES)):
+            raise InvalidRequest(f"there is no family {unknown[0]!r}: {', '.join(FAMILIES)}", field="family")
         pipeline = Pipeline.open(bundle)
         wanted = prompt or list(pipeline.manifest.class_names[::8]) or list(PROMPTS)
         gallery = None
@@ -85,17 +94,19 @@ def sampler(
             wanted, gallery = _make_gallery(pipeline, data, pictures, tune, judge)
         chosen = pipeline.manifest.defaults.guidance if guidance is None else guidance
         bench = SamplerBench(pipeline, wanted, chosen, gallery, seed)
-        families = {
+        every = {
             "paper": PAPER if gallery else (),
             "uniform": UNIFORM,
-            "uniform, guidance interval": _uniform_with_interval(pipeline),
+            INTERVAL: _uniform_with_interval(pipeline),
             "paper, cheaper": PAPER_CHEAPER,
             "adaptive": _list_presets(pipeline),
             "adaptive, in part": _parts_of_adaptive(pipeline),
         }
         rows: dict[str, list[Row]] = {}
-        for family, configurations in families.items():
+        for family, configurations in every.items():
             rows[family] = []
+            if families and family not in families:
+                continue
             for row in bench.measure([found for found in configurations if not only or found.sampler in only]):
                 rows[family].append(row)
                 Console().print(f"{row.sampler} {row.options}: {row.seconds:.2f} s per picture", style="dim")
@@ -155,11 +166,11 @@ def _parts_of_adaptive(pipeline: Pipeline) -> list[Configuration]:
 
 def _uniform_with_interval(pipeline: Pipeline) -> list[Configuration]:
     """Uniform steps of first and second order in the model's guidance interval: adaptive, but all patches alike."""
-    standard, _ = _standard(pipeline)
+    standard, steps = _standard(pipeline)
     uniform = standard.model_copy(update={"tolerance": 0.0, "skip_tolerance": 0.0})
-    return [
-        _configuration(uniform.model_copy(update={"order": order}), steps) for order in (1, 2) for steps in (3, 4, 5, 6)
-    ]
+    orders = [uniform.model_copy(update={"order": order}) for order in (1, 2)]
+    counts = sorted({max(1, round(share * steps)) for share in SHARES})
+    return [_configuration(each, count) for each in orders for count in counts]
 
 
 def _standard(pipeline: Pipeline) -> tuple[Adaptive, int]:
@@ -254,7 +265,7 @@ def verdict_lines(rows: dict[str, list[Row]]) -> list[list[str]]:
         return []
     paper = max(rows["paper"], key=lambda row: row.quality.figures["cosine"].value if row.quality else 0.0)
     others = {"the paper's best at 100 network evaluations": paper}
-    for family in ("uniform", "uniform, guidance interval"):
+    for family in ("uniform", INTERVAL):
         if (cheapest := cheapest_equal(rows[family])) is not None:
             others[f"the cheapest equal {family}"] = cheapest
     presets = list(zip(PRESETS, rows["adaptive"], strict=True))
@@ -275,7 +286,7 @@ def as_good_lines(bench: SamplerBench, rows: dict[str, list[Row]]) -> list[list[
     """Cost of every preset beside the cheapest sampler of each uniform family that is not worse in any figure."""
     lines: list[list[str]] = []
     for quality, row in zip(PRESETS, rows["adaptive"], strict=False):  # no rows if adaptive was left out
-        for family in ("uniform", "uniform, guidance interval"):
+        for family in ("uniform", INTERVAL):
             if not rows[family]:
                 continue
             if (found := bench.cheapest_as_good(rows[family], row)) is None:

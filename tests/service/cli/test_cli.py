@@ -138,6 +138,17 @@ def test_bench_compares_samplers_with_their_dense_form(bundle_dir: Path, tmp_pat
     assert cached["gflop"] < dense["gflop"]
     euler = [row["psnr"] for row in rows if row["sampler"] == "euler"]
     assert euler == sorted(euler)  # more steps come closer to the fine solution
+    uniform = [row["options"]["steps"] for row in rows if row["family"] == "uniform, guidance interval"]
+    assert uniform == 2 * [4, 6, 8, 10, 12]
+
+    code, output = command(
+        "bench", "sampler", bundle_dir / "tiny-class", *some, "--family", "paper, cheaper", "--out", out
+    )
+    assert code == 0, output
+    assert {row["sampler"] for row in json.loads(out.read_text())} == {"dual_loop"}
+    code, output = command("bench", "sampler", bundle_dir / "tiny-class", *some, "--family", "papers")
+    assert code != 0
+    assert "there is no family 'papers'" in output
     assert {row["sampler"] for row in rows} == {"dual_loop", "euler", "adaptive"}
 
 
