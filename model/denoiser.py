@@ -101,11 +101,12 @@ class Piece:
 class Denoiser:
     """Evaluates plans. Nothing else calls the network during sampling."""
 
-    def __init__(self, network: PFT | TextPFT) -> None:
+    def __init__(self, network: PFT | TextPFT, precision: str | None = None) -> None:
+        """`precision`: see `serving_dtype`."""
         self.network = network.eval()
         self.grid = network.grid
         self.device = next(network.parameters()).device
-        self.dtype = serving_dtype(self.device)
+        self.dtype = serving_dtype(self.device, precision)
         """Of matrix products and of cached keys and values."""
         convert_products(network, self.dtype)
         self.pool = CachePool(network.cache_shape, self.dtype, self.device)

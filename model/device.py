@@ -102,16 +102,18 @@ def training_autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, torch.bfloat16) if has_fast_bf16(device) else nullcontext()
 
 
-def serving_dtype(device: torch.device) -> torch.dtype:
-    """Return the type of matrix products when serving: that of `PATCHFORGE_PRECISION`, float32 or bfloat16.
+def serving_dtype(device: torch.device, precision: str | None = None) -> torch.dtype:
+    """Return the type of matrix products when serving: float32 or bfloat16.
+
+    `precision` is one of `PRECISIONS`. None: that of `PATCHFORGE_PRECISION`.
 
     By default it is bf16 on CUDA and XPU, and float32 elsewhere. On a CPU it is float32 even where bf16 is faster: only
     in float32 is a picture bit for bit the same, alone or packed with others.
 
     Raises:
-        DeviceError: the variable has another value.
+        DeviceError: it has another value.
     """
-    name = os.environ.get("PATCHFORGE_PRECISION") or "auto"
+    name = precision or os.environ.get("PATCHFORGE_PRECISION") or "auto"
     if name not in PRECISIONS:
         raise DeviceError(f"PATCHFORGE_PRECISION is {name!r}; choose from {', '.join(PRECISIONS)}")
     if name == "auto":

@@ -60,8 +60,8 @@ class Pipeline:
     steps
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device | None = None) -> None:
-        """Load a bundle.
+    def __init__(self, bundle: Bundle, device: torch.device | None = None, precision: str | None = None) -> None:
+        """Load a bundle. Matrix products are float32 or bfloat16: `precision`, by default `PATCHFORGE_PRECISION`.
 
         Raises:
             BundleError: a part is missing, damaged or does not fit.
@@ -73,7 +73,7 @@ class Pipeline:
         weights = load_network_weights(bundle)
         self.network = build_around(manifest.network.config, weights).to(self.device)
         del weights
-        self.denoiser = Denoiser(self.network)
+        self.denoiser = Denoiser(self.network, precision)
         self.grid = self.network.grid
         self.grids = {size: self._make_grid(*manifest.grid_of(size)) for size in manifest.native_sizes}
         """The grid of each native size (width and height in pixels), the model's own first."""
@@ -87,13 +87,13 @@ class Pipeline:
         """Prompt → what the encoder made of it, which has far fewer."""
 
     @classmethod
-    def open(cls, bundle: Path | str, device: torch.device | None = None) -> Pipeline:
+    def open(cls, bundle: Path | str, device: torch.device | None = None, precision: str | None = None) -> Pipeline:
         """Load a bundle, given its folder or the name of a shipped bundle.
 
         Raises:
             BundleError: a file is missing or damaged, or does not fit the others.
         """
-        return cls(open_bundle(bundle), device)
+        return cls(open_bundle(bundle), device, precision)
 
     def condition(
         self, prompt: str | None, class_label: str | None, negative_prompt: str | None = None

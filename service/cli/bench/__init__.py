@@ -11,6 +11,7 @@ from patchforge.service.cli.bench.fleet import fleet
 from patchforge.service.cli.bench.forward import forward
 from patchforge.service.cli.bench.gateway import gateway
 from patchforge.service.cli.bench.memory import memory
+from patchforge.service.cli.bench.precision import precision
 from patchforge.service.cli.bench.queue import queue
 from patchforge.service.cli.bench.recipe import recipe
 from patchforge.service.cli.bench.sampler import sampler
@@ -19,6 +20,6 @@ from patchforge.service.cli.errors import needs
 
 bench_app = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
 
-for command in (sampler, budget, forward, memory, engine, gateway, queue, fleet, claims, recipe, threads):
+for command in (sampler, budget, precision, forward, memory, engine, gateway, queue, fleet, claims, recipe, threads):
     extra = {gateway: "server", queue: "all", fleet: "server"}.get(command, "worker")
     bench_app.command(command.__name__)(needs(extra)(command))

@@ -91,7 +91,7 @@ def sampler(
         wanted = prompt or list(pipeline.manifest.class_names[::8]) or list(PROMPTS)
         gallery = None
         if data is not None:
-            wanted, gallery = _make_gallery(pipeline, data, pictures, tune, judge)
+            wanted, gallery = make_gallery(pipeline, data, pictures, tune, judge)
         chosen = pipeline.manifest.defaults.guidance if guidance is None else guidance
         bench = SamplerBench(pipeline, wanted, chosen, gallery, seed)
         every = {
@@ -156,6 +156,11 @@ def _configuration(chosen: Adaptive, steps: int) -> Configuration:
     return Configuration("adaptive", {"steps": steps} | chosen.model_dump(exclude={"name"}))
 
 
+def standard_configuration(pipeline: Pipeline) -> Configuration:
+    """What the preset `standard` means for this model."""
+    return _configuration(*_standard(pipeline))
+
+
 def _parts_of_adaptive(pipeline: Pipeline) -> list[Configuration]:
     """Adaptive with one part left out: without skipping, without finishing, without a guidance interval."""
     standard, steps = _standard(pipeline)
@@ -180,10 +185,14 @@ def _standard(pipeline: Pipeline) -> tuple[Adaptive, int]:
     return preset(Quality.STANDARD, card.sampler, card.steps)
 
 
-def _make_gallery(
+def make_gallery(
     pipeline: Pipeline, data: Path, count: int, tune: bool, judge_folder: Path | None
 ) -> tuple[list[str], Gallery]:
-    """Prompts of trained pictures, as many of each style, with what the judges compare generated pictures with."""
+    """Prompts of trained pictures, as many of each style, with what the judges compare generated pictures with.
+
+    Raises:
+        InvalidRequest: the model takes no prompts.
+    """
     from patchforge.model.evaluation.frechet import Gaussian
     from patchforge.model.evaluation.judge import SHIPPED, Judge
     from patchforge.model.evaluation.lineup import make_lineup

@@ -258,3 +258,22 @@ def test_a_grid_has_a_hundred_pictures_beside_a_hundred_real_ones(
     assert (real != 255).any(axis=-1).mean() > 0.1
     refused = CliRunner().invoke(app, ["grid", str(bundle_dir / "tiny-text"), "--out", str(tmp_path / "x.pn"), *words])
     assert refused.exit_code == 1
+
+
+def test_bf16_beside_float32(bundle_dir: Path, table: Pictures, judge_folder: Path, tmp_path: Path) -> None:
+    table.save(tmp_path / "table.npz")
+    out, page = tmp_path / "precision.json", tmp_path / "page.md"
+    page.write_text("<!-- begin: precision, tiny-text -->\n<!-- end: precision, tiny-text -->\n")
+    words = ["--data", str(tmp_path / "table.npz"), "--judge", str(judge_folder), "--pictures", "40", "--threads", "1"]
+    command = ["bench", "precision", str(bundle_dir / "tiny-text"), *words, "--out", str(out), "--doc", str(page)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert (found["float32"]["packed_differs"], found["float32"]["packed_most"]) == (0, 0)
+    assert found["psnr"] > 20
+    assert "bfloat16" in found
+    assert set(found["figures"]) == set(found["differences"]) >= {"found first", "sharpness", "own distance"}
+    assert "| PSNR to float32, dB |" in page.read_text()
+    refused = CliRunner().invoke(app, ["bench", "precision", str(bundle_dir / "tiny-class"), *words])
+    assert refused.exit_code == 1
+    assert "requires a text-to-image bundle" in " ".join(refused.output.split())

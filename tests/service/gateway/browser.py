@@ -66,7 +66,7 @@ async def playground(
 
 
 async def grey(page: Page, pane: int = 0) -> int:
-    """The red value of a pixel of a pane's first picture; scripted pictures are uniformly grey. -1: no such pane yet."""
+    """The red value of a pixel of a pane's first picture, which is uniformly grey in scripts; -1: no such pane yet."""
     script = """([pane]) => {
         const canvas = document.querySelectorAll(".pane")[pane]?.querySelector("canvas");
         if (!canvas) return -1;
