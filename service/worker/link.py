@@ -212,10 +212,13 @@ class Link:
             try:
                 if (bell := await self.queue.wait_for_job(self._holder.models, turn)) is None:
                     continue
-                if not was_idle or not self._holder.claims:
+                full = not self._has_room()
+                if not full and (not was_idle or not self._holder.claims):
                     return
-                # A job of another server came meanwhile. An idle worker, if there is one, must hear this bell.
+                # A job of another server came meanwhile. Another worker, if one waits, must hear this bell.
                 await self.queue.ring(bell)
+                if full:
+                    return
             except Unavailable as error:  # all workers seem silent then, so nobody's job is to be taken over
                 self.outages.failed(error)
                 return
