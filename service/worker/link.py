@@ -248,6 +248,9 @@ class Link:
                     await self.outbox.lift_limit()
                     self._holder.room_made.set()
                 new = False
+                for each in messages:
+                    if each.may_be_lost:  # if the queue has it nevertheless, watchers are shown its small copy
+                        self._holder.discard(each)
                 messages = [each for each in messages if not each.may_be_lost]
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
