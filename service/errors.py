@@ -3,7 +3,8 @@
 PatchforgeError
 ├── Unauthenticated       401 / UNAUTHENTICATED      no API key, or an unknown one
 ├── InvalidRequest        422 / INVALID_ARGUMENT     a field is wrong; `field` names it
-│   └── InvalidEventId    400 / INVALID_ARGUMENT     no event has this id
+│   ├── InvalidEventId    400 / INVALID_ARGUMENT     no event has this id
+│   └── NeverRoom         422 / INVALID_ARGUMENT     no queue server has the memory that the job may need
 ├── NotFound              404 / NOT_FOUND            no such job, image or model
 ├── NotReady              409 / FAILED_PRECONDITION  the job has no picture yet, or will never have one
 ├── IdempotencyConflict   422 / ALREADY_EXISTS       same Idempotency-Key, different request
@@ -58,6 +59,13 @@ class InvalidEventId(InvalidRequest):
     """The event id in a request for a stream is invalid; another try will not help."""
 
     status = 400
+
+
+class NeverRoom(InvalidRequest):
+    """The job may need more memory than a queue server has for all jobs together."""
+
+    most = 0.0
+    """Bytes that it has for them."""
 
 
 class NotFound(PatchforgeError):

@@ -197,17 +197,24 @@ class Gateway:
 
     async def tick(self) -> None:
         """Checks readiness, reports it to gRPC's health service, and logs changes."""
-        reason = None
+        # Together, so that a tick waits only once for a queue server that does not answer.
+        reason, _ = await asyncio.gather(self._look_at_fleet(), self._tell_lost_jobs())
+        if reason != self._reason:
+            self._reason = reason
+            log.info("ready for requests") if reason is None else log.warning("not ready", reason=reason)
+        self.rpc.health.report(serving=reason is None)
+
+    async def _look_at_fleet(self) -> str | None:
+        """Returns why the gateway is not ready, or None."""
         try:
             fleet = await self.service.ready()
             self._mixtures.look(fleet)
             await self.service.remembered.note(fleet)
         except Unavailable as error:
-            reason = error.message
-        if reason != self._reason:
-            self._reason = reason
-            log.info("ready for requests") if reason is None else log.warning("not ready", reason=reason)
-        self.rpc.health.report(serving=reason is None)
+            return error.message
+        return None
+
+    async def _tell_lost_jobs(self) -> None:
         with contextlib.suppress(Unavailable):
             for job_id in await self.service.queue.lost_jobs():
                 log.error("a failover lost an accepted job", job=job_id)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from patchforge.class_names import knows_class
 from patchforge.service.errors import NotFound, TooLittleTime, Unavailable, Unsupported
+from patchforge.service.messages.samplers import Adaptive
 from patchforge.service.messages.schemas import GenerationRequest, ModelCard
 from patchforge.service.queue.records import Served
 
@@ -155,13 +157,36 @@ def _least_seconds(card: ModelCard, request: GenerationRequest) -> float | None:
     """The least time in which a worker could finish all pictures of a request together; None: it has not told.
 
     Pictures of a smaller size count by their patches. Less than one of the model's own takes at least that share of its
-    time, since small evaluations take no less per patch than large ones.
+    time, since small evaluations take no less per patch than large ones. Fewer steps or a smaller budget than in the
+    model's own choice take as much less.
     """
-    (rows, columns), (own_rows, own_columns) = card.drawn_grid(request), card.grid
-    pictures = request.n * rows * columns / (own_rows * own_columns)
     if card.least_seconds is None:
         return None
-    return card.least_seconds * min(pictures, 1.0) + (card.least_seconds_more or 0.0) * max(0.0, pictures - 1)
+    pictures = request.n * math.prod(card.drawn_grid(request)) / math.prod(card.grid)
+    share = _share_of_usual(card, request)
+    # Before the first one is begun, others are drawn, however few steps it has. Only its own time can be less.
+    alone = min(card.least_seconds, card.usual_seconds or math.inf)
+    first = card.least_seconds - (1 - share * min(pictures, 1.0)) * alone
+    return first + share * (card.least_seconds_more or 0.0) * max(0.0, pictures - 1)
+
+
+def _share_of_usual(card: ModelCard, request: GenerationRequest) -> float:
+    """How much of the patch evaluations of the model's own choice a request's own steps and budget allow: at most 1.
+
+    Further steps do not count, since workers leave them out. In doubt it is too small: better a late picture than a
+    request that is refused and could have been met.
+    """
+    sampler, steps = request.sampler or card.sampler, request.steps or card.steps
+    unguided = (card.guidance if request.guidance is None else request.guidance) == 1
+    own = math.prod(card.grid)
+    usual = card.usual_patch_evaluations or 2 * card.steps * own
+    if isinstance(sampler, Adaptive) and isinstance(card.sampler, Adaptive):
+        share = steps / card.steps / (2 if unguided and card.guidance != 1 else 1)
+    else:  # some evaluate more than once per step; only `adaptive` can leave guidance out
+        share = steps * own * (1 if unguided or isinstance(sampler, Adaptive) else 2) / usual
+    if request.budget is not None:
+        share = min(share, request.budget / math.prod(card.drawn_grid(request)) * own / usual)
+    return min(share, 1.0)
 
 
 def _asleep(remembered: Served) -> Served:

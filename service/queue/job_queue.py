@@ -21,6 +21,7 @@ from redis.asyncio import Redis
 from patchforge.service.errors import (
     IdempotencyConflict,
     InvalidRequest,
+    NeverRoom,
     NotFound,
     NotReady,
     PatchforgeError,
@@ -128,7 +129,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
 
         Raises:
             QueueFull: too many jobs are waiting, or the queue server might run out of memory.
-            InvalidRequest: it would, even if it held nothing else.
+            NeverRoom: it would, even if it held nothing else.
             RateLimited: the tenant requested too many pictures per minute.
             TooManyJobs: the tenant has reached its concurrent-job limit.
             IdempotencyConflict: the key was used with another fingerprint.
@@ -371,9 +372,11 @@ def _raise_if_refused(outcome: bytes, record: Sequence[Any]) -> None:
         raise IdempotencyConflict("this Idempotency-Key was used with a different request")
 
 
-def _never_room(needed: int, free: int, most: int) -> InvalidRequest:
-    return InvalidRequest(
+def _never_room(needed: int, free: int, most: int) -> NeverRoom:
+    error = NeverRoom(
         f"too many or too large pictures: they may need {megabytes(needed)} of the queue server's memory, and it has "
         f"{megabytes(most)} for all jobs",
         field="n",
     )
+    error.most = most
+    return error

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from patchforge.service.errors import NoRoom, NotFound, QueueFull, ResultsUnavailable, Unavailable
+from patchforge.service.errors import NeverRoom, NoRoom, NotFound, QueueFull, ResultsUnavailable, Unavailable
 from patchforge.service.messages.batches import Batch, BatchFile
 from patchforge.service.messages.events import Event
 from patchforge.service.messages.schemas import GenerationRequest, Job
@@ -166,9 +166,12 @@ class ShardedQueue:
         """Tries other servers if one has no room or does not answer, unless the job belongs on that one.
 
         A server that did not answer may have accepted the job nevertheless. Then it is drawn there too, for nobody.
+        `NeverRoom` means that no server which may take the job could ever hold it.
         """
         refusal: QueueFull | Unavailable | None = None
-        for shard in await self._places_for(idempotency_key, tenant):
+        never: list[NeverRoom] = []
+        places = await self._places_for(idempotency_key, tenant)
+        for shard in places:
             submitting = shard.submit(
                 request, idempotency_key=idempotency_key, tenant=tenant, tell_no_room=False, **details
             )
@@ -176,12 +179,15 @@ class ShardedQueue:
                 return await self._ask(shard, submitting)
             except ResultsUnavailable:
                 raise
+            except NeverRoom as error:
+                never.append(error)
             except (QueueFull, Unavailable) as error:
                 refusal = refusal or error
-        assert refusal is not None
-        if isinstance(refusal, NoRoom):
+        if refusal is None and self._goes_anywhere(idempotency_key) and len(places) < len(self._open):
+            refusal = Unavailable("the queue servers with enough memory for this cannot be used at the moment")
+        if isinstance(refusal, NoRoom) or refusal is None:
             self.on_no_room()
-        raise refusal
+        raise refusal or max(never, key=lambda error: error.most)
 
     def source_needs(self, source: Source | None) -> frozenset[str]:
         return self.shards[0].source_needs(source)
@@ -257,9 +263,13 @@ class ShardedQueue:
         """Returns the server that a name chooses. When a server is added, only names that choose that one move."""
         return _chosen(name, self._open)
 
+    def _goes_anywhere(self, idempotency_key: str | None) -> bool:
+        """Whether any server may take a new job."""
+        return not self._limited and idempotency_key is None
+
     async def _places_for(self, idempotency_key: str | None, tenant: str | None) -> list[JobQueue]:
         """Returns the servers that may take a new job, in the order to try them."""
-        if not self._limited and idempotency_key is None:
+        if self._goes_anywhere(idempotency_key):
             usable = [shard for shard in self._open if shard.number not in self._away] or self._open
             return random.sample(usable, len(usable))
         key = None if idempotency_key is None else keys.idempotency(idempotency_key, tenant)

@@ -107,6 +107,8 @@ class Link:
         """Set when there is something to announce."""
         self._holder = holder
         self._only = only
+        self._claiming = asyncio.Lock()
+        """Held while a claim is on its way. Its answer may say that a held job is ours anew: see `_hear_claims`."""
         self._ready = asyncio.Event()
         self._called = asyncio.Event()
         """Set when a job may have been cancelled."""
@@ -153,10 +155,12 @@ class Link:
         """Claims a job. Returns False if no other job waits, or the queue is away."""
         # During an outage all workers seemed silent. So let the live ones send heartbeats first.
         take_over = self.outages.seconds_since >= self._holder.claim_idle_seconds
-        with self._holder.reserve_room():
-            claim = await self.outages.attempt(
-                self.queue.claim, self._holder.id, self._holder.models, block_seconds=0, take_over=take_over
-            )
+        async with self._claiming:
+            with self._holder.reserve_room():
+                claim = await self.outages.attempt(
+                    self.queue.claim, self._holder.id, self._holder.models, block_seconds=0, take_over=take_over
+                )
+        # No await before the claim is noted: `_hear_claims` returns then.
         if claim is None:
             return False
         if claim.taken_over:
@@ -176,6 +180,16 @@ class Link:
             self.claims[claim.job.id] = claim
             self._holder.begin(claim)
         return not claim.last
+
+    async def _hear_claims(self) -> None:
+        """Waits for the answer of a claim that is on its way.
+
+        After a pause, a worker may take over its own job. The server then refuses what comes for the old claim, and
+        that answer may overtake the new claim, as each call has its own connection. To believe it would drop a job that
+        is ours. A claim that explains a refusal was sent before that refusal arrived.
+        """
+        async with self._claiming:
+            pass
 
     async def _pass_on(self, claim: Claim) -> None:
         """Gives back a job before it has started. Draining must not interrupt that: the job would lose an attempt."""
@@ -198,10 +212,13 @@ class Link:
             try:
                 if (bell := await self.queue.wait_for_job(self._holder.models, turn)) is None:
                     continue
-                if not was_idle or not self._holder.claims:
+                full = not self._has_room()
+                if not full and (not was_idle or not self._holder.claims):
                     return
-                # A job of another server came meanwhile. An idle worker, if there is one, must hear this bell.
+                # A job of another server came meanwhile. Another worker, if one waits, must hear this bell.
                 await self.queue.ring(bell)
+                if full:
+                    return
             except Unavailable as error:  # all workers seem silent then, so nobody's job is to be taken over
                 self.outages.failed(error)
                 return
@@ -231,12 +248,17 @@ class Link:
                     await self.outbox.lift_limit()
                     self._holder.room_made.set()
                 new = False
+                for each in messages:
+                    if each.may_be_lost:  # if the queue has it nevertheless, watchers are shown its small copy
+                        self._holder.discard(each)
                 messages = [each for each in messages if not each.may_be_lost]
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             self.outbox.unlimited = False
             if ours:
                 self.outages.answered()
+            if not all(results):
+                await self._hear_claims()
             messages = []
             for (message, claim), accepted in zip(ours, results, strict=True):
                 now = self.claims.get(message.job_id)
@@ -280,6 +302,8 @@ class Link:
             self._called.clear()
             if claims := list(self.claims.values()):
                 verdicts = await self.outages.attempt(self.queue.keep, claims) or [Heartbeat.OK] * len(claims)
+                if Heartbeat.LOST in verdicts:
+                    await self._hear_claims()
                 for claim, verdict in zip(claims, verdicts, strict=True):
                     if verdict is not Heartbeat.OK:
                         self._holder.note_verdict(claim, verdict)

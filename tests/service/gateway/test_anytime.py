@@ -16,7 +16,8 @@ from patchforge.service.errors import TooLittleTime
 from patchforge.service.gateway.defaults import fill_defaults, is_degradable
 from patchforge.service.gateway.fleet import Fleet
 from patchforge.service.gateway.rpc.convert import generation_from_proto, generation_to_proto
-from patchforge.service.messages.schemas import GenerationRequest, PathChange
+from patchforge.service.messages.samplers import Adaptive
+from patchforge.service.messages.schemas import GenerationRequest, ModelCard, PathChange
 from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
 from patchforge.service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
 from patchforge.service.queue import JobQueue
@@ -177,15 +178,49 @@ def test_pictures_of_one_request_take_what_each_further_one_adds_and_small_ones_
     card = own.model_copy(update={"least_seconds": 2.0, "least_seconds_more": 0.5, "sizes": smaller})
 
     def least(n: int, width: int = own.width) -> float:
-        """The time that is told when there is none."""
-        wish = {"prompt": "x", "n": n, "width": width, "height": own.height, "finish_within_seconds": 1e-9}
-        with pytest.raises(TooLittleTime) as refused:
-            Fleet([Served([card])]).check_time(GenerationRequest(model=own.name, **wish))
-        return float(refused.value.message.split()[-2])
+        return _told(card, {"n": n, "width": width, "height": own.height})
 
     assert (least(1), least(4)) == (2.0, 3.5)
     assert (least(1, own.width // 2), least(2, own.width // 2), least(6, own.width // 2)) == (1.0, 2.0, 3.0)
     Fleet([Served([card])]).check_time(GenerationRequest(model=own.name, prompt="x", n=4, finish_within_seconds=3.6))
+
+
+@pytest.mark.parametrize(
+    ("wish", "seconds"),
+    [
+        ({}, 2.0),
+        ({"steps": 2}, 0.5),
+        ({"steps": 2, "n": 3}, 0.625),
+        ({"steps": 16}, 2.0),
+        ({"guidance": 1.0}, 1.0),
+        ({"steps": 4, "guidance": 1.0}, 0.5),
+        ({"budget": 20}, 0.4),
+        ({"budget": 20, "steps": 1}, 0.25),
+        ({"budget": 1000}, 2.0),
+        ({"width": 32, "height": 64, "budget": 20}, 0.4),
+        ({"sampler": "euler", "steps": 2}, 1.28),
+        ({"sampler": "euler", "steps": 2, "guidance": 1.0}, 0.64),
+    ],
+)
+def test_fewer_steps_or_a_smaller_budget_than_the_models_own_choice_take_less(
+    wish: dict[str, Any], seconds: float
+) -> None:
+    """Otherwise what could be met would be refused."""
+    chosen = {"grid": (4, 4), "sampler": Adaptive(), "steps": 8, "guidance": 2.0, "usual_patch_evaluations": 100}
+    measured = {"least_seconds": 2.0, "least_seconds_more": 0.25, "sizes": [(32, 64)]}
+    card = CARDS[0].model_copy(update={"width": 64, "height": 64} | chosen | measured)
+    assert _told(card, wish) == pytest.approx(seconds, abs=0.051)
+    waiting = card.model_copy(update={"least_seconds": 12.0, "usual_seconds": 2.0})
+    assert _told(waiting, wish) == pytest.approx(10 + seconds, abs=0.51), "others come first all the same"
+
+
+def _told(card: ModelCard, wish: dict[str, Any]) -> float:
+    """The time that is told when there is none."""
+    with pytest.raises(TooLittleTime) as refused:
+        Fleet([Served([card])]).check_time(
+            GenerationRequest.model_validate({"model": card.name, "prompt": "x", "finish_within_seconds": 1e-9} | wish)
+        )
+    return float(refused.value.message.split()[-2])
 
 
 def test_all_of_it_survives_grpc() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import NoReturn
+
 import httpx
+import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from patchforge.service.errors import Unavailable
 from patchforge.service.gateway.app import Gateway
 from patchforge.service.queue import keys
 from tests.service.gateway.harness import ScriptedWorker
@@ -33,3 +38,27 @@ async def test_a_job_that_the_next_master_lacks_is_told(
         {"job": lost, "event": "a failover lost an accepted job", "log_level": "error"}
     ]
     assert (await http.get(f"/v1/jobs/{kept}")).status_code == 200
+
+
+async def test_a_tick_waits_once_for_an_absent_server(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it asks first waits together."""
+    await gateway.tick()
+    asked: list[object] = []
+    waiting: set[int] = set()
+    together: set[int] = set()
+
+    async def silent(*command: object, **options: object) -> NoReturn:
+        asked.append(command)
+        waiting.add(number := len(asked))
+        together.add(len(waiting))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        waiting.remove(number)
+        raise Unavailable("the queue server cannot be reached")
+
+    for call in ("_do", "_run"):
+        monkeypatch.setattr(gateway.service.queue, call, silent)
+    with capture_logs() as logs:
+        await gateway.tick()
+    assert max(together) == len(asked)
+    assert [(line["event"], line["reason"]) for line in logs] == [("not ready", "the queue server cannot be reached")]

@@ -13,6 +13,7 @@ from ulid import ULID
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.errors import (
     IdempotencyConflict,
+    NeverRoom,
     NoRoom,
     NotFound,
     QueueFull,
@@ -23,6 +24,7 @@ from patchforge.service.errors import (
 from patchforge.service.messages.events import Cancelled
 from patchforge.service.messages.schemas import JobStatus
 from patchforge.service.queue import JobQueue, ShardedQueue, connect, connect_all, connection, keys, sharded
+from patchforge.service.queue.batches import megabytes
 from patchforge.service.queue.ids import MOST_SERVERS, new_id, server_of
 from patchforge.service.settings import Settings
 from tests.service.queue.kit import a_card, a_request, claimed, eventually
@@ -259,6 +261,38 @@ class TestOutages:
         with pytest.raises(NoRoom):
             await queue.submit(a_request(), room=20_000_000)
         assert len(counted) == 1
+
+    async def test_too_large_for_good_means_for_every_server_that_may_take_the_job(
+        self, queue: ShardedQueue, servers: Servers
+    ) -> None:
+        counted: list[None] = []
+        queue.on_no_room = lambda: counted.append(None)
+        room, usual = 200_000_000, (await queue.shards[0].memory()).limit
+        for shard in queue.shards[:2]:
+            await shard._do("CONFIG", "SET", "maxmemory", 100_000_000)
+        try:
+            for _ in range(6):
+                job = await queue.submit(a_request(), room=room)
+                assert server_of(job.id) == 2
+                await queue.cancel(job.id)
+            memory = await queue.shards[2].memory()
+            job = await queue.shards[2].submit(a_request(), room=memory.admission_limit - memory.used - room // 2)
+            with pytest.raises(NoRoom):
+                await queue.submit(a_request(), room=room)
+            await queue.cancel(job.id)
+            with pytest.raises(NeverRoom, match=f"has {megabytes(memory.admission_limit)} for"):
+                await queue.submit(a_request(), room=10**12)
+            assert len(counted) == 2
+            key = next(key for key in map(str, range(99)) if queue._home(keys.idempotency(key)).number == 0)
+            with pytest.raises(NeverRoom):
+                await queue.submit(a_request(), room=room, idempotency_key=key)
+            servers[2].stop()
+            for _ in range(2):  # the second time it is known to be away, and is not asked
+                with pytest.raises(Unavailable):
+                    await queue.submit(a_request(), room=room)
+        finally:
+            for shard in queue.shards[:2]:
+                await shard._do("CONFIG", "SET", "maxmemory", usual)
 
     async def test_one_server_costs_only_its_own_jobs(self, queue: ShardedQueue, servers: Servers) -> None:
         here, there = await sent(queue, 0), await sent(queue, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 
 import pytest
@@ -241,6 +241,50 @@ async def test_a_bell_that_a_busy_worker_hears_rings_on(
         assert rung == [keys.bell("tiny-class")]
         assert await status(queues[1], job) is JobStatus.WAITING
         await queues[0].cancel(long.id)
+
+
+async def test_a_bell_that_a_worker_hears_just_as_it_fills_up_rings_on(
+    both: Settings,
+    queues: list[JobQueue],
+    of_worker: list[JobQueue],
+    pipelines: dict[str, Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It had room for one more job when it waited at the second server, and the first one's next job took that."""
+    monkeypatch.setattr(links, "LOOK_SECONDS", 3600)
+    monkeypatch.setattr(work, "LONGEST_BLOCK", 3600)
+    worker = Worker(both.model_copy(update={"max_running": 2}), of_worker, pipelines, BUDGETS)
+    wait, busy, long = of_worker[1].wait_for_job, asyncio.Event(), list[Job]()
+    next_in_line: list[asyncio.Task[str | None]] = []
+
+    async def begin_long() -> None:
+        long.append(await queues[0].submit(request(steps=200, n=10)))
+        await first(queues[0], long[-1].id, Started)
+
+    async def fills_up_meanwhile(models: Sequence[str], seconds: float) -> str | None:
+        if worker.claims:
+            busy.set()
+        bell = await wait(models, min(seconds, links.YIELD_SECONDS))
+        if bell is not None and not next_in_line:
+            await begin_long()
+            next_in_line.append(asyncio.create_task(queues[1].wait_for_job(["tiny-class"], 60)))
+            await eventually(lambda: waits(queues[1]))
+        return bell
+
+    monkeypatch.setattr(of_worker[1], "wait_for_job", fills_up_meanwhile)
+    async with running(worker):
+        await begin_long()
+        await busy.wait()
+        job = await queues[1].submit(request())
+        await eventually(lambda: begun(next_in_line))
+        assert await next_in_line[0] == keys.bell("tiny-class")
+        assert await status(queues[1], job) is JobStatus.WAITING
+        for each in long:
+            await queues[0].cancel(each.id)
+
+
+async def begun(tasks: Sequence[asyncio.Task[str | None]]) -> bool | None:
+    return bool(tasks) or None
 
 
 async def all_told(worker: Worker, jobs: list[Job]) -> bool | None:

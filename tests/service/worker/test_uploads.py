@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64decode, b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from io import BytesIO
 from typing import Any, cast
 
 import pytest
 from PIL import Image
 
-from patchforge.service.errors import ResultsUnavailable
+from patchforge.service.errors import ResultsUnavailable, Unavailable
 from patchforge.service.messages.events import PatchesFinished, Preview
 from patchforge.service.messages.small_copies import SMALL_COPY_BYTES
 from patchforge.service.queue import Claim, JobQueue
+from patchforge.service.queue.claims import Delivery
 from patchforge.service.results import Reference
+from patchforge.service.worker import link as links
+from patchforge.service.worker.link import Holder, Link
 from patchforge.service.worker.outbox import Message
 from patchforge.service.worker.outcomes import PictureMade
 from patchforge.service.worker.pictures import shrink_preview
@@ -127,6 +130,39 @@ async def test_what_was_stored_for_a_dropped_job_is_discarded(bench: Bench) -> N
     await asyncio.gather(*waiting, return_exceptions=True)
     assert not bench.told
     assert [each.stored for each in bench.discarded] == ["s3://b/preview-2"]
+
+
+async def test_previews_that_an_outage_drops_are_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "RETRY_SECONDS", 0)
+    delivered: list[int] = []
+
+    class Returning:
+        """A queue that does not answer once."""
+
+        number, reached = 0, False
+
+        async def deliver(self, deliveries: Sequence[Delivery]) -> list[bool]:
+            if not self.reached:
+                self.reached = True
+                raise Unavailable("away")
+            delivered.append(len(deliveries))
+            return [True] * len(deliveries)
+
+    class Holding:
+        """A worker that notes what it discards."""
+
+        def __init__(self) -> None:
+            self.discarded = list[Message]()
+            self.discard, self.record_ended_in_queue = self.discarded.append, None
+
+    holder = Holding()
+    link = Link(cast(JobQueue, Returning()), cast(Holder, holder))
+    link.claims["a"] = CLAIM
+    dropped = Message("a", a_preview(1), apart=Reference("s3://b/preview-1"))
+    picture = Message("a", (0, Reference("s3://b/0")))
+    await link._send([dropped, Message("a", patches(1)), picture])
+    assert delivered == [1]
+    assert [each for each in holder.discarded if each.stored] == [dropped]
 
 
 async def test_what_happens_to_a_picture_is_told_in_order(bench: Bench) -> None:
