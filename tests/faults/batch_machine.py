@@ -11,7 +11,7 @@ from hypothesis.stateful import precondition, rule
 from patchforge.service.errors import NoRoom, NotReady, QueueFull
 from patchforge.service.messages.schemas import Priority
 from patchforge.service.queue import keys
-from patchforge.service.queue.batches import StoredBatch
+from patchforge.service.queue.batch_records import StoredBatch
 from patchforge.service.queue.connection import BATCH_LINE_BYTES
 from patchforge.service.queue.job_queue import FeedOutcome
 from tests.faults.fleet_machine import FleetMachine
