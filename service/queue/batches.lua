@@ -58,6 +58,11 @@ function commands.admit_file(id, bytes, seconds)
   return refused or { 'ok' }
 end
 
+-- Gives the room of a file back that could not be stored.
+function commands.withdraw_file(id)
+  unreserve(FILE .. id)
+end
+
 -- Shows a file whose lines are all there; `...` are fields and values in turn.
 function commands.add_file(id, tenant, ttl, ...)
   call('HSET', FILE .. id, 'id', id, 'tenant', tenant, 'created_at', now, 'expires_at', now + ttl, ...)

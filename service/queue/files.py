@@ -92,6 +92,7 @@ class FileStore(Offers, ChunkStore):
             for failure in results:
                 if isinstance(failure, BaseException):
                     await self._discard([chunk.reference for chunk in chunks])
+                    await self._run("withdraw_file", number)
                     raise failure
         return chunks
 
