@@ -1,6 +1,6 @@
 """What became of a batch's lines: on the queue server, or moved into the object store some hundred lines at a time.
 
-`move_results` in `batches.lua` takes what was moved from the queue server, in the call that notes where it is. Of a job
+`move_results` in `batch_files.lua` takes what was moved from the queue server, in the call that notes where it is. Of a job
 that was moved, the record says where the rest of it is; the references to its pictures stay.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from patchforge.service.errors import NotFound
+from patchforge.service.errors import NotFound, ResultsElsewhere
 from patchforge.service.queue import keys
 from patchforge.service.queue.batch_records import RESULT_GONE, UNSETTLED, SettledLine, StoredBatch
 from patchforge.service.queue.chunks import CHUNK_BYTES, Chunk, moved_record
@@ -21,6 +21,7 @@ from patchforge.service.queue.files import LINES_READ, FileStore
 from patchforge.service.queue.records import job_from
 
 MOVED_LINES = 500  # of a batch that goes on, before they are moved; and most in one object
+MOVES = 4  # in one call: other batches have their turns in between
 KINDS = "output", "error"
 
 
@@ -66,10 +67,11 @@ class ResultStore(FileStore):
             number += 1
 
     async def move_results(self, stored: StoredBatch, name_of: Callable[[bytes], str | None]) -> None:
-        """Moves what became of lines into the object store, if that is where it goes and enough lines have ended.
+        """Moves what became of some lines into the object store, if that is where it goes and enough lines have ended.
 
-        Once all lines of a batch have ended, all are moved, and lines that nobody needs any more are deleted. Only then
-        does `step_batch` end it. May be called by several processes at once, and again after any error.
+        Once all lines of a batch have ended, all are moved, by several calls if there are many, and the batch's own lines
+        are deleted if nobody else needs them. Only then does `step_batch` end it. May be called by several processes at
+        once, and again after any error.
 
         Args:
             name_of: finds the custom_id in a line that may be wrong in any way.
@@ -81,12 +83,14 @@ class ResultStore(FileStore):
         if not ending and most - first >= MOVED_LINES:
             flying = await self._do("HKEYS", keys.BATCH_FLYING + stored.key)
             most = min([most, *map(int, flying)])
-        while first < most and (ending or most - first >= MOVED_LINES):
+        for _ in range(MOVES):
+            if first >= most or not (ending or most - first >= MOVED_LINES):
+                break
             end = await self._move(stored, first, min(most, first + MOVED_LINES), name_of)
             if end is None:  # another gateway was faster
                 return
             first = end
-        if ending and stored.apart:
+        if ending and first == stored.length and stored.apart:
             references = await self._run("release_lines", stored.key)
             await self._discard([Chunk.read(b"0", each).reference for each in references])
 
@@ -126,7 +130,7 @@ class ResultStore(FileStore):
         for number in range(max(first, stored.next), end):
             try:
                 text = await self._line_of(stored, number)
-            except NotFound:
+            except (NotFound, ResultsElsewhere):  # its custom_id is lost; the batch must end nevertheless
                 text = b"?"
             if text.strip():
                 parts.add({"line": number, "outcome": UNSETTLED, "details": {"custom_id": name_of(text)}})
