@@ -43,13 +43,13 @@ async def test_files_and_results_are_in_the_store(
     http: httpx.AsyncClient, worker: ScriptedWorker, redis_client: Redis, object_server: ObjectServer
 ) -> None:
     lines = [native("0", seed=0), drawn("refused", steps=0), *(drawn(str(seed), seed=seed) for seed in range(1, 9))]
-    content = jsonl(*lines, drawn("fails", "fail"))
+    lines.append(drawn("fails", "fail"))
     worker.curtain.clear()
-    batch = await begin(http, content)
+    batch = await begin(http, *lines)
     file = batch["input_file_id"]
     assert await redis_client.type(keys.FILE_LINES + file[5:]) == b"hash"
     assert len(objects_of(object_server, file)) == 3, "twelve lines, the empty last one included"
-    assert (await http.get(f"/v1/files/{file}/content")).content == content
+    assert (await http.get(f"/v1/files/{file}/content")).content == jsonl(*lines)
     worker.curtain.set()
     ended = await until(http, batch)
     assert ended["request_counts"] == {"total": 11, "completed": 9, "failed": 2}
