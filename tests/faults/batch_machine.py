@@ -73,6 +73,7 @@ class BatchMachine(FleetMachine):
         super().forget_all()
         self.batches.clear()
 
+    @with_batches
     @rule()
     def lose_or_find_objects(self) -> None:
         """The object store goes away, or comes back."""

@@ -5,17 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
 from redis.asyncio import Redis
 
+from patchforge.service.embedded import EmbeddedServer
+from patchforge.service.gateway.app import Gateway
 from patchforge.service.gateway.batches import feeder
-from patchforge.service.queue import JobQueue, batch_results, chunks, keys
+from patchforge.service.gateway.batches.results import BatchResults
+from patchforge.service.queue import GatewayQueue, JobQueue, batch_results, chunks, connect, connect_all, keys
+from patchforge.service.queue.batch_records import StoredBatch
+from patchforge.service.queue.ids import server_of
 from patchforge.service.settings import Settings
 from tests.object_store import ObjectServer
 from tests.service.gateway.batches.kit import JSON_LINES, begin, drawn, jsonl, native, results, until, waiting_for
-from tests.service.gateway.harness import ScriptedWorker, png
+from tests.service.gateway.harness import CARDS, ScriptedWorker, png, running
+from tests.service.queue.kit import eventually
 
 
 @pytest.fixture
@@ -39,6 +46,14 @@ def objects_of(server: ObjectServer, name: str) -> list[str]:
     return [each for each in server.names() if f"s/{name[-26:]}" in each]
 
 
+async def ended(queue: GatewayQueue, batch_id: str, tenant: str) -> StoredBatch:
+    async def look() -> StoredBatch | None:
+        stored = await queue.batch(batch_id, tenant)
+        return stored if stored.batch.ended else None
+
+    return await eventually(look)
+
+
 async def test_files_and_results_are_in_the_store(
     http: httpx.AsyncClient, worker: ScriptedWorker, redis_client: Redis, object_server: ObjectServer
 ) -> None:
@@ -51,16 +66,16 @@ async def test_files_and_results_are_in_the_store(
     assert len(objects_of(object_server, file)) == 3, "twelve lines, the empty last one included"
     assert (await http.get(f"/v1/files/{file}/content")).content == jsonl(*lines)
     worker.curtain.set()
-    ended = await until(http, batch)
-    assert ended["request_counts"] == {"total": 11, "completed": 9, "failed": 2}
+    over = await until(http, batch)
+    assert over["request_counts"] == {"total": 11, "completed": 9, "failed": 2}
 
     key = batch["id"].removeprefix("batch_")
     said = await redis_client.hvals(keys.BATCH_RESULTS + key)
     assert sum(map(len, said)) < 60 * len(said), "no more than outcomes and jobs"
     assert not await redis_client.exists(keys.BATCH_INPUT + key)
-    made = await results(http, ended)
+    made = await results(http, over)
     assert list(made) == [str(seed) for seed in range(9)], "in the order of the file"
-    errors = await results(http, ended, "error")
+    errors = await results(http, over, "error")
     assert list(errors) == ["refused", "fails"]
     assert errors["refused"]["response"]["body"]["error"]["param"] == "steps"
     assert errors["fails"]["response"]["body"]["error"]["code"] == "out_of_memory"
@@ -74,7 +89,7 @@ async def test_files_and_results_are_in_the_store(
 
     left = objects_of(object_server, batch["id"])
     assert {name.split("/")[-1].partition("-")[0] for name in left} == {"output", "error"}
-    assert (await http.delete(f"/v1/files/{ended['output_file_id']}")).json()["deleted"] is True
+    assert (await http.delete(f"/v1/files/{over['output_file_id']}")).json()["deleted"] is True
     assert all("/error-" in name for name in objects_of(object_server, batch["id"]))
     assert (await http.get(f"/v1/jobs/{job['id']}")).status_code == 404, "it was in that file"
     assert (await http.delete(f"/v1/batches/{batch['id']}")).json()["deleted"] is True
@@ -83,7 +98,7 @@ async def test_files_and_results_are_in_the_store(
     assert (await http.delete(f"/v1/files/{file}")).json()["deleted"] is True
     assert objects_of(object_server, file) == []
     names = {name.decode() async for name in redis_client.scan_iter()}
-    assert not [name for name in names if ":file" in name or "job:" in name or key in name]
+    assert not [name for name in names if ":file:" in name or ":file-" in name or "job:" in name or key in name]
 
 
 async def test_lines_go_with_the_last_that_needs_them(
@@ -124,17 +139,17 @@ async def test_a_store_that_is_away_loses_nothing(
     await waiting_for(http, batch, "the object store s3://pictures/results cannot be reached")
     assert (await until(http, batch, status="in_progress"))["request_counts"]["failed"] == 0
     object_server.start()
-    ended = await until(http, batch)
-    assert ended["request_counts"] == {"total": 30, "completed": 30, "failed": 0}
-    assert len(await results(http, ended)) == 30
+    over = await until(http, batch)
+    assert over["request_counts"] == {"total": 30, "completed": 30, "failed": 0}
+    assert len(await results(http, over)) == 30
 
     object_server.stop()
-    away = await http.get(f"/v1/files/{ended['output_file_id']}/content")
+    away = await http.get(f"/v1/files/{over['output_file_id']}/content")
     assert (away.status_code, away.json()["error"]["code"]) == (503, "results_unavailable")
-    for path in (f"files/{ended['output_file_id']}", f"batches/{batch['id']}", f"files/{batch['input_file_id']}"):
+    for path in (f"files/{over['output_file_id']}", f"batches/{batch['id']}", f"files/{batch['input_file_id']}"):
         assert (await http.delete(f"/v1/{path}")).status_code == 503, path
     object_server.start()
-    for path in (f"files/{ended['output_file_id']}", f"batches/{batch['id']}", f"files/{batch['input_file_id']}"):
+    for path in (f"files/{over['output_file_id']}", f"batches/{batch['id']}", f"files/{batch['input_file_id']}"):
         assert (await http.delete(f"/v1/{path}")).status_code == 200, "it can be deleted later"
     assert not objects_of(object_server, batch["id"]) + objects_of(object_server, batch["input_file_id"])
 
@@ -147,10 +162,10 @@ async def test_what_is_gone_is_a_typed_error_of_its_lines(
     _, second, _ = await queue._chunks(keys.FILE_LINES + file.id.removeprefix("file-"))
     await queue.objects.delete([second.reference])
     batch = (await http.post("/v1/batches", json={"input_file_id": file.id})).json()
-    ended = await until(http, batch)
-    assert ended["request_counts"] == {"total": 8, "completed": 4, "failed": 4}
-    assert list(await results(http, ended)) == list("0123")
-    reply = await http.get(f"/v1/files/{ended['error_file_id']}/content")
+    over = await until(http, batch)
+    assert over["request_counts"] == {"total": 8, "completed": 4, "failed": 4}
+    assert list(await results(http, over)) == list("0123")
+    reply = await http.get(f"/v1/files/{over['error_file_id']}/content")
     assert [json.loads(line)["error"]["code"] for line in reply.text.splitlines()] == ["line_expired"] * 4
     with pytest.raises(httpx.RemoteProtocolError):  # nobody takes the half for the whole
         await http.get(f"/v1/files/{file.id}/content")
@@ -158,7 +173,7 @@ async def test_what_is_gone_is_a_typed_error_of_its_lines(
     for kind in ("output", "error"):
         found = await queue._chunks(f"{keys.FILE_LINES}{kind}-{batch['id'].removeprefix('batch_')}")
         await queue.objects.delete([chunk.reference for chunk in found])
-        reply = await http.get(f"/v1/files/{ended[f'{kind}_file_id']}/content")
+        reply = await http.get(f"/v1/files/{over[f'{kind}_file_id']}/content")
         assert [json.loads(line)["error"]["code"] for line in reply.text.splitlines()] == ["result_expired"] * 4
 
 
@@ -182,6 +197,38 @@ async def test_what_was_begun_without_the_store_goes_on(
     assert (await http.delete(f"/v1/files/{file.id}")).status_code == 200
 
 
+async def test_on_several_queue_servers(
+    settings: Settings, redis_client: Redis, tmp_path: Path, object_server: ObjectServer
+) -> None:
+    with EmbeddedServer(tmp_path) as second:
+        urls = [settings.redis_url or "", second.url]
+        several = settings.model_copy(update={"redis_url": None, "redis_urls": urls})
+        queue, workers = connect(several), connect_all(several)
+        for each in workers:
+            await each.announce("scripted", CARDS)
+        playing = [asyncio.create_task(ScriptedWorker(each).run()) for each in workers]
+        async with running(Gateway(several, queue)) as gateway:
+            homes = set()
+            for tenant in map(str, range(6)):
+                lines = [json.dumps(native(name)).encode() for name in "abcde"]
+                file = await queue.add_file(lines, "lines.jsonl", tenant, 600)
+                assert [line async for line in queue.file_lines(file.id)] == lines
+                batch = await queue.create_batch(file.id, tenant, endpoint=None, window="1h", metadata=None)
+                homes.add(server_of(batch.id[-26:]))
+                stored = await ended(queue, batch.id, tenant)
+                made = BatchResults(queue, stored, lambda job, index: "").output()
+                assert [json.loads(line)["custom_id"] async for line in made] == list("abcde")
+                await queue.delete_batch(batch.id, tenant)
+                await queue.delete_file(file.id, tenant)
+                assert not objects_of(object_server, batch.id) + objects_of(object_server, file.id)
+            assert homes == {0, 1}
+            gateway.stop()
+        for task in playing:
+            task.cancel()
+        await asyncio.gather(*playing, return_exceptions=True)
+        await asyncio.gather(queue.close(), *(each.close() for each in workers))
+
+
 async def test_two_gateways_move_results_once(
     http: httpx.AsyncClient,
     worker: ScriptedWorker,
@@ -195,8 +242,8 @@ async def test_two_gateways_move_results_once(
     await worker.next_job()
     stored = replace(await queue.batch(batch["id"], None), next=6)
     worker.curtain.set()
-    ended = await until(http, batch)
+    over = await until(http, batch)
     left = objects_of(object_server, batch["id"])
     await asyncio.gather(*(each.move_results(stored, lambda text: None) for each in (queue, other_queue)))
     assert objects_of(object_server, batch["id"]) == left
-    assert list(await results(http, ended)) == [str(seed) for seed in range(6)]
+    assert list(await results(http, over)) == [str(seed) for seed in range(6)]
