@@ -73,16 +73,6 @@ class BatchMachine(FleetMachine):
         super().forget_all()
         self.batches.clear()
 
-    @with_batches
-    @rule()
-    def lose_or_find_objects(self) -> None:
-        """The object store goes away, or comes back."""
-        self.rig.objects.away = not self.rig.objects.away
-
-    def teardown(self) -> None:
-        self.rig.objects.away = False
-        super().teardown()
-
     def jobs_of_batches(self) -> set[str]:
         return {job_id for batch in self.batches for job_id in batch.flying.values()}
 
@@ -99,12 +89,14 @@ class BatchMachine(FleetMachine):
         return self.batches[which % len(self.batches)]
 
     @precondition(lambda self: len(self.batches) < MOST_BATCHES)
-    @rule(length=st.integers(1, 3))
-    def begin_batch(self, length: int) -> None:
-        gateway = self.rig.gateway
+    @rule(length=st.integers(1, 3), away=st.sampled_from([False, False, False, True]))
+    def begin_batch(self, length: int, away: bool) -> None:
+        """Of a file that is sent first. The object store may be away then."""
+        gateway, self.rig.objects.away = self.rig.gateway, away
         file = self.ask(gateway.add_file([b"{}"] * length, "lines.jsonl", None, 3600))
+        self.rig.objects.away = False
         self.check_ended()
-        refused = NoRoom if self.crowded else ResultsUnavailable if self.rig.objects.away else None
+        refused = NoRoom if self.crowded else ResultsUnavailable if away else None
         require(file is refused or refused is None, f"a file was answered with {file}, expected {refused}")
         if refused is not None:
             self.rig.tally[f"file: {refused.__name__}"] += 1
@@ -182,31 +174,33 @@ class BatchMachine(FleetMachine):
         self.rig.tally[f"batch: {batch.status}"] += 1
 
     @with_batches
-    @rule(which=BATCHES, late=st.booleans())
-    def move_results(self, which: int, late: bool) -> None:
-        """A gateway moves what became of lines into the object store. One that is late believes old news."""
+    @rule(which=BATCHES, late=st.booleans(), away=st.booleans(), again=st.booleans())
+    def move_results(self, which: int, late: bool, away: bool, again: bool) -> None:
+        """A gateway moves what became of lines into the object store, which may be away. One may do so `again`."""
         batch = self.a_batch(which)
         batch.seen.append(self.rig.run(self.rig.gateway.batch(batch.id, None)))
         stored = batch.seen[0 if late else -1]
-        if batch.ended and self.rig.objects.away:  # whether it notices depends on what it remembers of the lines
+        if batch.ended and away:  # whether it notices depends on what it remembers of the lines
             return
-        answer = self.ask(self.rig.gateway.move_results(stored, lambda text: "unread"))
-        self.check_ended()
-        expected = self.moved(batch, stored)
-        require(answer is expected, f"moving results was answered with {answer}, expected {expected}")
+        for _ in range(1 + again):
+            self.rig.objects.away = away
+            answer = self.ask(self.rig.gateway.move_results(stored, lambda text: "unread"))
+            self.rig.objects.away = False
+            self.check_ended()
+            expected = self.moved(batch, stored, away)
+            require(answer is expected, f"moving results was answered with {answer}, expected {expected}")
         now = self.rig.run(self.rig.gateway.batch(batch.id, None))
         require(now.archived == batch.archived, f"moved up to {now.archived}, expected {batch.archived}")
-        if not self.rig.objects.away:
-            self.check_files(batch, now)
+        self.check_files(batch, now)
 
-    def moved(self, batch: Batch, stored: StoredBatch) -> type[Exception] | None:
+    def moved(self, batch: Batch, stored: StoredBatch, away: bool) -> type[Exception] | None:
         """Moves what must move. Returns what must be raised."""
         if stored.batch.ended:
             return None
         ending, first = stored.batch.status == "finalizing", stored.archived or 0
         most = stored.length if ending else min([stored.next, *batch.flying])
         while first < most:
-            if self.rig.objects.away and (first in batch.outcomes or first >= stored.next):
+            if away and (first in batch.outcomes or first >= stored.next):
                 self.rig.tally["results: away"] += 1
                 return ResultsUnavailable
             if first != batch.archived or batch.ended:
@@ -278,7 +272,6 @@ class BatchMachine(FleetMachine):
     @rule(which=BATCHES)
     def delete_batch(self, which: int) -> None:
         batch = self.a_batch(which)
-        self.rig.objects.away = False
 
         async def delete() -> Any:
             try:
