@@ -1,7 +1,7 @@
 """What became of a batch's lines: on the queue server, or moved into the object store some hundred lines at a time.
 
-`move_results` in `batch_files.lua` takes what was moved from the queue server, in the call that notes where it is. Of a job
-that was moved, the record says where the rest of it is; the references to its pictures stay.
+`move_results` in `batch_files.lua` takes what was moved from the queue server, in the call that notes where it is. Of a
+job that was moved, the record says where the rest of it is; the references to its pictures stay.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ResultStore(FileStore):
     async def move_results(self, stored: StoredBatch, name_of: Callable[[bytes], str | None]) -> None:
         """Moves what became of some lines into the object store, if that is where it goes and enough lines have ended.
 
-        Once all lines of a batch have ended, all are moved, by several calls if there are many, and the batch's own lines
+        Once all lines of a batch have ended, all are moved, in several calls if they are many, and the batch's own lines
         are deleted if nobody else needs them. Only then does `step_batch` end it. May be called by several processes at
         once, and again after any error.
 
