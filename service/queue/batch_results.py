@@ -69,7 +69,7 @@ class ResultStore(FileStore):
     async def move_results(self, stored: StoredBatch, name_of: Callable[[bytes], str | None]) -> None:
         """Moves what became of some lines into the object store, if that is where it goes and enough lines have ended.
 
-        Once all lines of a batch have ended, all are moved, in several calls if they are many, and the batch's own lines
+        Once all lines of a batch have ended, all move, in several calls if they are many, and the batch's own lines
         are deleted if nobody else needs them. Only then does `step_batch` end it. May be called by several processes at
         once, and again after any error.
 
