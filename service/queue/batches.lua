@@ -5,6 +5,7 @@
 -- job. So any number of gateways may feed a batch, and die while they do: no line is lost, and none is queued twice.
 -- BATCH_RESULTS has "OUTCOME JSON" for each settled line; the JSON of a line with a job begins with the job's id.
 -- BATCH_FLYING has the job of each line whose job has not been seen to end.
+-- batch_files.lua has the files, and what is in the object store.
 
 local BATCH_FIELDS = { 'status', 'tenant', 'next', 'length', 'expires_at', 'ending' }
 
@@ -21,51 +22,7 @@ local function job_of(result)
   return string.match(result, '^%l+ {"job": "(%w+)"')
 end
 
--- Newest first: {records of a tenant's batches or files after an id, 1 if there are more}. Expired ones are forgotten.
-function commands.list_owned(index, prefix, after, count)
-  local found, from = {}, 0
-  if after ~= '' then
-    local rank = call('ZREVRANK', index, after)
-    from = rank and rank + 1 or 0
-  end
-  while true do
-    local id = call('ZREVRANGE', index, from, from)[1]
-    if not id or #found > tonumber(count) then
-      break
-    elseif call('EXISTS', prefix .. id) == 1 then
-      table.insert(found, call('HGETALL', prefix .. id))
-      from = from + 1
-    else
-      call('ZREM', index, id)
-    end
-  end
-  local more = #found > tonumber(count)
-  if more then
-    table.remove(found)
-  end
-  return { found, more and 1 or 0 }
-end
-
--- Reserves room for a file that is about to be sent, until `add_file`. Returns a refusal, or {'ok'}.
-function commands.admit_file(id, bytes, seconds)
-  local refused = refuse_without_room(tonumber(bytes), HALF.memory)
-  if not refused then
-    reserve(FILE .. id, tonumber(bytes), seconds)
-  end
-  return refused or { 'ok' }
-end
-
--- Shows a file whose lines are all there; `...` are fields and values in turn.
-function commands.add_file(id, tenant, ttl, ...)
-  call('HSET', FILE .. id, 'id', id, 'tenant', tenant, 'created_at', now, 'expires_at', now + ttl, ...)
-  call('EXPIRE', FILE .. id, ttl)
-  call('EXPIRE', FILE_LINES .. id, ttl)
-  call('ZADD', FILES_OF .. tenant, now, id)
-  unreserve(FILE .. id) -- its lines are stored
-  return call('HGETALL', FILE .. id)
-end
-
--- Begins a batch with a copy of the file's lines, so that the file may be deleted at any time.
+-- Begins a batch with a copy of the file's lines, or of where they are, so that the file may be deleted at any time.
 function commands.create_batch(id, file, tenant, window, idempotency_key, fingerprint, ...)
   if idempotency_key ~= '' then
     local first, its_fingerprint = unpack(call('HMGET', idempotency_key, 'batch', 'fingerprint'))
@@ -77,16 +34,17 @@ function commands.create_batch(id, file, tenant, window, idempotency_key, finger
       return { 'ok', batch_record(first) }
     end
   end
-  local its_tenant, length, requests, bytes =
-    unpack(call('HMGET', FILE .. file, 'tenant', 'length', 'requests', 'bytes'))
-  if its_tenant ~= tenant or not length then
+  local its_tenant, length, requests, bytes, apart, dropped =
+    unpack(call('HMGET', FILE .. file, 'tenant', 'length', 'requests', 'bytes', 'apart', 'dropped'))
+  length = length or apart
+  if its_tenant ~= tenant or not length or dropped then
     return { 'missing' }
   end
   if call('SCARD', BATCHES_OPEN_OF .. tenant) >= MAX_OPEN_BATCHES then
     return { 'busy' }
   end
   local results = BATCH_LINE_BYTES * length
-  local refused = refuse_without_room(bytes + results, HALF.memory)
+  local refused = refuse_without_room((apart and 0 or bytes) + results, HALF.memory)
   if refused then
     return refused
   end
@@ -96,6 +54,11 @@ function commands.create_batch(id, file, tenant, window, idempotency_key, finger
   call('HSET', BATCH .. id, 'id', id, 'tenant', tenant, 'input_file', file, 'created_at', now, 'expires_at',
     now + window, 'status', 'in_progress', 'length', length, 'total', requests, 'next', 0, 'completed', 0, 'failed', 0,
     ...)
+  if apart then
+    call('HSET', BATCH .. id, 'apart', 1)
+    call('SADD', FILE_USERS .. file, id)
+    call('EXPIRE', FILE_USERS .. file, math.max(call('TTL', FILE_USERS .. file), window + BATCH_TTL))
+  end
   call('ZADD', BATCHES_OPEN, now, id)
   call('SADD', BATCHES_OPEN_OF .. tenant, id)
   call('ZADD', BATCHES_OF .. tenant, now, id)
@@ -222,25 +185,27 @@ local function collect_ended(id, ending)
   return outcomes, left
 end
 
-local function add_result_file(id, tenant, kind)
+-- `owner`: the field that names the batch. Versions that know no results in the object store know `batch` only.
+local function add_result_file(id, tenant, kind, owner)
   local file = kind .. '-' .. id
-  commands.add_file(file, tenant, BATCH_TTL, 'batch', id, 'kind', kind, 'purpose', 'batch_output', 'filename',
+  commands.add_file(file, tenant, BATCH_TTL, owner, id, 'kind', kind, 'purpose', 'batch_output', 'filename',
     'batch_' .. id .. '_' .. kind .. '.jsonl')
   call('HSET', BATCH .. id, kind .. '_file', file)
 end
 
 local function end_batch(id, ending)
   local _, tenant, next_line, length = batch_fields(id)
-  local total, completed = unpack(call('HMGET', BATCH .. id, 'total', 'completed'))
+  local total, completed, archived = unpack(call('HMGET', BATCH .. id, 'total', 'completed', 'archived'))
+  local owner = archived and 'results_of' or 'batch'
   if tonumber(completed) > 0 then
-    add_result_file(id, tenant, 'output')
+    add_result_file(id, tenant, 'output', owner)
   end
   if tonumber(completed) < tonumber(total) then
-    add_result_file(id, tenant, 'error')
+    add_result_file(id, tenant, 'error', owner)
   end
   call('HSET', BATCH .. id, 'status', ending, ending .. '_at', now, 'kept_until', now + BATCH_TTL)
   call('UNLINK', BATCH_NAMES .. id, BATCH_FLYING .. id)
-  if next_line >= length then
+  if next_line >= length or archived then
     call('UNLINK', BATCH_INPUT .. id)
   end
   for _, key in ipairs({ BATCH .. id, BATCH_RESULTS .. id, BATCH_INPUT .. id }) do
@@ -253,7 +218,11 @@ end
 
 -- Lets all results of a batch expire together, a part at each call: there may be fifty thousand.
 local function finalize(id, ending)
-  local reply = call('HSCAN', BATCH_RESULTS .. id, call('HGET', BATCH .. id, 'cursor') or 0, 'COUNT', 500)
+  local cursor, archived, length = unpack(call('HMGET', BATCH .. id, 'cursor', 'archived', 'length'))
+  if archived and tonumber(archived) < tonumber(length) then
+    return
+  end
+  local reply = call('HSCAN', BATCH_RESULTS .. id, cursor or 0, 'COUNT', 500)
   for index = 2, #reply[2], 2 do
     local job = job_of(reply[2][index])
     if job then
@@ -296,6 +265,7 @@ function commands.step_batch(id)
     outcomes, left = collect_ended(id, ending)
     if left == 0 and (ending or next_line >= length) then
       call('HSET', BATCH .. id, 'status', 'finalizing', 'finalizing_at', now, 'ending', ending or 'completed')
+      call('HDEL', BATCH .. id, 'waiting_for')
     end
   end
   return { batch_record(id), outcomes }
@@ -321,7 +291,7 @@ function commands.forget_batch(id, cursor, everything)
   if reply[1] == '0' and everything == '1' and status then
     local files = call('HMGET', BATCH .. id, 'output_file', 'error_file')
     for _, file in ipairs({ files[1] or '', files[2] or '' }) do
-      call('UNLINK', FILE .. file)
+      call('UNLINK', FILE .. file, FILE_LINES .. file)
     end
     call('UNLINK', BATCH .. id, BATCH_RESULTS .. id, BATCH_INPUT .. id)
     call('ZREM', BATCHES_OF .. tenant, id)

@@ -35,8 +35,10 @@ from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCar
 from patchforge.service.messages.source import Source
 from patchforge.service.queue import keys
 from patchforge.service.queue.accepted import Accepted
-from patchforge.service.queue.batches import BatchStore, StoredBatch, megabytes, no_room
+from patchforge.service.queue.batch_records import StoredBatch
+from patchforge.service.queue.batches import BatchStore
 from patchforge.service.queue.connection import redis_call
+from patchforge.service.queue.files import megabytes, no_room
 from patchforge.service.queue.ids import new_id
 from patchforge.service.queue.records import Served, announced, job_from, served_from
 from patchforge.service.queue.roster import Roster

@@ -1,6 +1,6 @@
 -- Every atomic step of the queue. service/queue/scripts.py makes a script of each command: the constants, the lines up to
--- the first function, what the command needs of this file, reservations.lua, batches.lua and scaling.lua, and
--- dispatch.lua. Each function, and each constant after the first function, begins at the left margin; nothing else does.
+-- the first function, what the command needs of this file and of those beside it, and dispatch.lua. Each function, and
+-- each constant after the first function, begins at the left margin; nothing else does.
 --
 -- A job is a hash with a status. WAITING lists exactly the jobs whose status is waiting. An entry of a queue stream is
 -- pending in the consumer group exactly while its job runs. Each command keeps these three consistent and uses Redis's

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 
-FILES = ("queue.lua", "reservations.lua", "batches.lua", "scaling.lua")
+FILES = ("queue.lua", "reservations.lua", "batches.lua", "batch_files.lua", "scaling.lua")
 _FUNCTION = re.compile(r"(?:local )?function (?P<name>[\w.]+)\(")
 _DEFINITION = re.compile(rf"{_FUNCTION.pattern}|local (?P<constant>\w+) =")
 _COMMENT = re.compile(r"^\s*--.*\n|\s+--.*$", re.MULTILINE)

@@ -23,7 +23,8 @@ from patchforge.service.messages.events import Event
 from patchforge.service.messages.schemas import GenerationRequest, Job
 from patchforge.service.messages.source import Source
 from patchforge.service.queue import keys
-from patchforge.service.queue.batches import SettledLine, StoredBatch, StoredFile
+from patchforge.service.queue.batch_records import SettledLine, StoredBatch
+from patchforge.service.queue.files import StoredFile
 from patchforge.service.queue.ids import server_of
 from patchforge.service.queue.job_queue import Backlog, JobQueue
 from patchforge.service.queue.records import Served
@@ -251,8 +252,8 @@ class ShardedQueue:
     async def delete_batch(self, batch_id: str, tenant: str | None) -> None:
         await self._ask_for(_number_in(batch_id), lambda shard: shard.delete_batch(batch_id, tenant))
 
-    def settled_lines(self, stored: StoredBatch) -> AsyncGenerator[SettledLine, None]:
-        return self._shard_of(stored.key).settled_lines(stored)
+    def settled_lines(self, stored: StoredBatch, kind: str) -> AsyncGenerator[SettledLine, None]:
+        return self._shard_of(stored.key).settled_lines(stored, kind)
 
     def unsettled_lines(self, stored: StoredBatch) -> AsyncGenerator[tuple[int, bytes], None]:
         return self._shard_of(stored.key).unsettled_lines(stored)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from redis.asyncio import Redis
 
@@ -14,8 +14,9 @@ from patchforge.service.messages.endings import terminal_event
 from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Event
 from patchforge.service.messages.schemas import Job
 from patchforge.service.queue import keys
+from patchforge.service.queue.chunks import Chunk, ChunkStore, moved_record
 from patchforge.service.queue.event_hub import EventHub
-from patchforge.service.queue.records import event_from, job_from, with_digest
+from patchforge.service.queue.records import event_from, fields_of, job_from, with_digest
 from patchforge.service.queue.stored_previews import StoredPreviews
 from patchforge.service.settings import Settings
 
@@ -28,7 +29,7 @@ _JOB_ID = re.compile(r"[0-9A-Z]{26}")
 _EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?")
 
 
-class WatchedJobs(StoredPreviews):
+class WatchedJobs(StoredPreviews, ChunkStore):
     """Reads and watches jobs. Any method may raise `Unavailable`: Redis is full or silent."""
 
     def __init__(self, redis: Redis, blocking: Redis, settings: Settings) -> None:
@@ -76,7 +77,7 @@ class WatchedJobs(StoredPreviews):
                 if not record:
                     raise NotFound(f"no job {job_id}")
                 if b"last_event" in record:
-                    return terminal_event(job_from([part for pair in record.items() for part in pair]))
+                    return terminal_event(await self._whole_job([part for pair in record.items() for part in pair]))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(POLL):
                         await bell.wait()
@@ -136,7 +137,23 @@ class WatchedJobs(StoredPreviews):
         record = await self._run(command, job_id)
         if not record:
             raise NotFound(f"no job {job_id}")
-        return job_from(record)
+        return await self._whole_job(record)
+
+    async def _whole_job(self, record: Sequence[bytes]) -> Job:
+        """Returns the job of a record, most of which may be in the object store: see `batch_results.py`.
+
+        Raises:
+            NotFound: it was deleted there, or has expired.
+        """
+        fields = fields_of(record)
+        if "apart" not in fields:
+            return job_from(record)
+        file, first = fields["apart"].decode().split(" ")
+        if (place := await self._do("HGET", keys.FILE_LINES + file, first)) is not None:
+            for text in await self._read_kept(Chunk.read(b"0", place)):
+                if fields["id"] in text and (found := moved_record(text)).get(b"id") == fields["id"]:
+                    return job_from([part for pair in found.items() for part in pair])
+        raise NotFound(f"no job {fields['id'].decode()}: it was deleted with the results of its batch")
 
 
 def check_job_id(job_id: str) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from patchforge.service.errors import NoRoom, NotReady, QueueFull
+from patchforge.service.errors import NoRoom, NotReady, QueueFull, ResultsUnavailable
 from patchforge.service.messages.schemas import Priority
 from patchforge.service.queue import keys
-from patchforge.service.queue.batches import StoredBatch
+from patchforge.service.queue.batch_records import StoredBatch
 from patchforge.service.queue.connection import BATCH_LINE_BYTES
 from patchforge.service.queue.job_queue import FeedOutcome
 from tests.faults.fleet_machine import FleetMachine
@@ -43,6 +43,8 @@ class Batch:
     names: set[str] = field(default_factory=set)
     completed: int = 0
     failed: int = 0
+    archived: int = 0
+    """What became of the lines before this one is in the object store."""
     seen: list[StoredBatch] = field(default_factory=list)
     """What gateways once read of it."""
 
@@ -87,14 +89,17 @@ class BatchMachine(FleetMachine):
         return self.batches[which % len(self.batches)]
 
     @precondition(lambda self: len(self.batches) < MOST_BATCHES)
-    @rule(length=st.integers(1, 3))
-    def begin_batch(self, length: int) -> None:
-        gateway = self.rig.gateway
+    @rule(length=st.integers(1, 3), away=st.sampled_from([False, False, False, True]))
+    def begin_batch(self, length: int, away: bool) -> None:
+        """Of a file that is sent first. The object store may be away then."""
+        gateway, self.rig.objects.away = self.rig.gateway, away
         file = self.ask(gateway.add_file([b"{}"] * length, "lines.jsonl", None, 3600))
+        self.rig.objects.away = False
         self.check_ended()
-        require((file is NoRoom) == self.crowded, f"a file was answered with {file}")
-        if file is NoRoom:
-            self.rig.tally["file: crowded"] += 1
+        refused = NoRoom if self.crowded else ResultsUnavailable if away else None
+        require(file is refused or refused is None, f"a file was answered with {file}, expected {refused}")
+        if refused is not None:
+            self.rig.tally[f"file: {refused.__name__}"] += 1
             return
         made = self.call(gateway.create_batch(file.id, None, endpoint=None, window="24h", metadata=None))
         self.check_ended()
@@ -168,8 +173,68 @@ class BatchMachine(FleetMachine):
         self.check_batch(batch)
         self.rig.tally[f"batch: {batch.status}"] += 1
 
+    @with_batches
+    @rule(which=BATCHES, late=st.booleans(), away=st.booleans(), again=st.booleans())
+    def move_results(self, which: int, late: bool, away: bool, again: bool) -> None:
+        """A gateway moves what became of lines into the object store, which may be away. One may do so `again`."""
+        batch = self.a_batch(which)
+        batch.seen.append(self.rig.run(self.rig.gateway.batch(batch.id, None)))
+        stored = batch.seen[0 if late else -1]
+        if batch.ended and away:  # whether it notices depends on what it remembers of the lines
+            return
+        for _ in range(1 + again):
+            self.rig.objects.away = away
+            answer = self.ask(self.rig.gateway.move_results(stored, lambda text: "unread"))
+            self.rig.objects.away = False
+            self.check_ended()
+            expected = self.moved(batch, stored, away)
+            require(answer is expected, f"moving results was answered with {answer}, expected {expected}")
+        now = self.rig.run(self.rig.gateway.batch(batch.id, None))
+        require(now.archived == batch.archived, f"moved up to {now.archived}, expected {batch.archived}")
+        self.check_files(batch, now)
+
+    def moved(self, batch: Batch, stored: StoredBatch, away: bool) -> type[Exception] | None:
+        """Moves what must move. Returns what must be raised."""
+        if stored.batch.ended:
+            return None
+        ending, first = stored.batch.status == "finalizing", stored.archived or 0
+        most = stored.length if ending else min([stored.next, *batch.flying])
+        while first < most:
+            if away and (first in batch.outcomes or first >= stored.next):
+                self.rig.tally["results: away"] += 1
+                return ResultsUnavailable
+            if first != batch.archived or batch.ended:
+                self.rig.tally["results: late"] += 1
+                return None
+            batch.archived += 1
+            first += 1
+            self.rig.tally["results moved"] += 1
+        return None
+
+    def check_files(self, batch: Batch, stored: StoredBatch) -> None:
+        """Everything that is settled is in one of the two files, wherever it is."""
+        found = {kind: self.rig.run(self.read_file(stored, kind)) for kind in ("output", "error")}
+        for kind, lines in found.items():
+            expected = {
+                line: outcome
+                for line, outcome in batch.outcomes.items()
+                if (outcome == "completed") == (kind == "output")
+            }
+            if kind == "error":
+                expected |= dict.fromkeys(range(batch.next, batch.archived), "unsettled")
+            require(lines == expected, f"{kind} has {lines}, expected {expected}")
+
+    async def read_file(self, stored: StoredBatch, kind: str) -> dict[int, str]:
+        lines = {}
+        async for line in self.rig.gateway.settled_lines(stored, kind):
+            lines[line.number] = line.outcome
+            moved = stored.archived is not None and line.number < stored.archived
+            if moved and "job" in line.details:
+                require(line.job is not None and line.job.id == line.details["job"], "the job moved with its line")
+        return lines
+
     def step_outcomes(self, batch: Batch) -> list[str]:
-        if batch.status == "finalizing":
+        if batch.status == "finalizing" and batch.archived == batch.length:
             batch.status = batch.ending or ""
         if batch.status not in ("in_progress", "cancelling"):
             return []
@@ -221,6 +286,8 @@ class BatchMachine(FleetMachine):
             self.batches.remove(batch)
             for job_id in batch.jobs:
                 self.model.jobs.pop(job_id, None)
+            left = [name for name in self.rig.objects.held if f"/batches/{batch.key}/" in name]
+            require(not left, f"objects of a deleted batch: {left}")
             self.rig.tally["batches deleted"] += 1
 
     def check_batch(self, batch: Batch) -> None:

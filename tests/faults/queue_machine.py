@@ -20,7 +20,15 @@ from hypothesis.stateful import (
     rule,
 )
 
-from patchforge.service.errors import IdempotencyConflict, NoRoom, NotFound, NotReady, QueueFull, Unavailable
+from patchforge.service.errors import (
+    IdempotencyConflict,
+    NoRoom,
+    NotFound,
+    NotReady,
+    QueueFull,
+    ResultsUnavailable,
+    Unavailable,
+)
 from patchforge.service.messages.events import TERMINAL_EVENTS, Cancelled, Failed, Started
 from patchforge.service.messages.schemas import Job as RealJob
 from patchforge.service.messages.schemas import JobError, Priority
@@ -86,7 +94,7 @@ class QueueMachine(RuleBasedStateMachine):
         async def answer() -> Any:
             try:
                 return await question
-            except (NotFound, NotReady, QueueFull, IdempotencyConflict) as refusal:
+            except (NotFound, NotReady, QueueFull, IdempotencyConflict, ResultsUnavailable) as refusal:
                 return type(refusal)
 
         return self.call(answer())

@@ -8,16 +8,17 @@ import json
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import redis
 
 from patchforge.service.embedded import EmbeddedServer
-from patchforge.service.errors import Unavailable
+from patchforge.service.errors import NotFound, ResultsUnavailable, Unavailable
 from patchforge.service.messages.protocol import CAPABILITIES
 from patchforge.service.queue import JobQueue, keys
 from patchforge.service.queue.claims import Claim, claim_from
 from patchforge.service.queue.roster import Roster
+from patchforge.service.results import Reference
 from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
 
@@ -52,6 +53,35 @@ return cjson.encode({ jobs = jobs, queues = queues, waiting = redis.call('ZRANGE
 """
 
 
+class Objects:
+    """An object store in memory, which may be away."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+        self.away = False
+
+    def _check(self) -> None:
+        if self.away:
+            raise ResultsUnavailable("the object store is away")
+
+    async def put(self, name: str, data: bytes, media_type: str, max_age: int = 0) -> Reference:
+        self._check()
+        self.held[f"s3://memory/{name}"] = data
+        return Reference(f"s3://memory/{name}")
+
+    async def get(self, reference: Reference) -> bytes:
+        self._check()
+        if reference not in self.held:
+            raise NotFound("it is not in the object store any more")
+        return self.held[reference]
+
+    async def delete(self, references: Sequence[Reference]) -> None:
+        if references:
+            self._check()
+        for reference in references:
+            self.held.pop(reference, None)
+
+
 class Rig:
     """One server for all runs, and two connections to its queue: a gateway's and a worker's."""
 
@@ -69,6 +99,8 @@ class Rig:
             batch_in_flight=BATCH_IN_FLIGHT,
         )
         self.gateway, self.worker = (JobQueue.connect(self.server.url, limits) for _ in range(2))
+        self.objects = Objects()
+        self.gateway.objects = cast(Any, self.objects)
         self.client = redis.Redis.from_url(self.server.url)
         self._snapshot = self.client.register_script(SNAPSHOT)
 

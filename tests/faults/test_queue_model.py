@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from patchforge.service.queue import batch_results
 from tests.faults.batch_machine import BatchMachine
 from tests.faults.queue_rig import Rig
 
@@ -16,7 +17,9 @@ from tests.faults.queue_rig import Rig
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     rig = Rig(tmp_path_factory.mktemp("model"))
-    yield rig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_results, "MOVED_LINES", 1)  # each line's result has an object of its own
+        yield rig
     rig.close()
 
 
@@ -73,3 +76,5 @@ def test_two_thousand_random_interleavings(rig: Rig, capsys: pytest.CaptureFixtu
     assert tally["batch: completed"]
     assert tally["batch: cancelled"]
     assert tally["batches deleted"]
+    for kind in ("results moved", "results: late", "results: away"):
+        assert tally[kind], f"no {kind}"

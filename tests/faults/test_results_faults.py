@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.faults.gateways import SHORT
 from tests.faults.harness import Stack
 from tests.object_store import SECRET, ObjectServer
-from tests.processes import PATCHFORGE, run
+from tests.processes import PATCHFORGE, eventually, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -55,6 +57,31 @@ def test_row_33_the_object_store_dies_and_comes_back(
     assert gateway.picture(early).any()
     names = object_server.names()
     assert [sum(job in name for name in names) for job in (*waiting, later)] == [2, 2, 1]
+
+
+def test_row_33_a_batch_waits_for_the_object_store(
+    stack: Stack, object_server: ObjectServer, object_variables: dict[str, str]
+) -> None:
+    """Its lines are there, and its results go there. Nothing of it is lost while the store is dead."""
+    gateway, _ = stack.start_pair(results=object_variables["PATCHFORGE_RESULTS"], batch_in_flight=2)
+    lines = [{"custom_id": str(seed), "url": "/v1/jobs", "body": SHORT | {"seed": seed}} for seed in range(12)]
+    content = "\n".join(map(json.dumps, lines)).encode()
+    headers = {"Content-Type": "application/jsonl"}
+    batch = gateway.http.post("/v1/batches", content=content, headers=headers).json()["id"]
+    object_server.stop()
+    refused = gateway.http.post("/v1/batches", content=content, headers=headers)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "results_unavailable")
+    gateway.wait_for(AWAY, operation="put")
+    object_server.start()
+
+    def state() -> dict[str, Any]:
+        return dict(gateway.http.get(f"/v1/batches/{batch}").json())
+
+    eventually(lambda: state()["status"] == "completed")
+    assert state()["request_counts"] == {"total": 12, "completed": 12, "failed": 0}
+    made = gateway.http.get(f"/v1/files/{state()['output_file_id']}/content").text.splitlines()
+    assert [json.loads(line)["custom_id"] for line in made] == [str(seed) for seed in range(12)]
+    assert [name for name in object_server.names() if f"batches/{batch.removeprefix('batch_')}/output-" in name]
 
 
 @pytest.mark.parametrize("role", ["gateway", "worker", "serve"])

@@ -118,7 +118,16 @@ async def get_file_content(request: Request, service: Service, tenant: Tenant, f
 
         results = BatchResults(service.queue, batch, url_of)
         content = results.output() if stored.kind == "output" else results.errors()
-    return StreamingResponse(content, media_type=JSON_LINES[0])
+    # So an object store that is away, or a file that is gone, is an answer of its own and not a broken stream.
+    first = await anext(content, None)
+    return StreamingResponse(_resumed(first, content), media_type=JSON_LINES[0])
+
+
+async def _resumed(first: bytes | None, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    if first is not None:
+        yield first
+        async for each in rest:
+            yield each
 
 
 async def _joined(queue: GatewayQueue, file_id: str) -> AsyncIterator[bytes]:

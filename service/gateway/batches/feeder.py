@@ -24,6 +24,7 @@ from patchforge.service.errors import (
     PatchforgeError,
     QueueFull,
     RateLimited,
+    ResultsUnavailable,
     Unavailable,
 )
 from patchforge.service.gateway.batches.lines import answer_with, custom_id_of, prepare_line, read_line
@@ -32,16 +33,24 @@ from patchforge.service.gateway.metrics import GatewayMetrics
 from patchforge.service.gateway.problems import UNEXPECTED
 from patchforge.service.messages.batches import BatchLine
 from patchforge.service.queue import JobQueue
-from patchforge.service.queue.batches import StoredBatch
+from patchforge.service.queue.batch_records import StoredBatch
 from patchforge.service.queue.job_queue import FeedOutcome
 
 BUSY_SECONDS, IDLE_SECONDS = 0.2, 1.0
 """Between passes while there are batches, and while there are none."""
 LINES_OF_A_PASS = 256
+PAUSE_SECONDS = 5.0
+"""Between attempts to use an object store that does not answer: each takes seconds, in which others get no lines."""
 RESTART_SECONDS = 60.0
 """A request for a model that nobody serves is refused only if no worker came or went for so long: one may restart."""
 
 log = structlog.get_logger(__name__)
+
+
+class LineGone(PatchforgeError):
+    """A line of a batch expired in the object store before its turn, or somebody deleted it there."""
+
+    code = "line_expired"
 
 
 class BatchFeeder:
@@ -56,6 +65,7 @@ class BatchFeeder:
         self._stopping = asyncio.Event()
         self._served: frozenset[tuple[str, str | None]] = frozenset()
         self._served_since = time.monotonic()
+        self._no_objects_before, self._away = 0.0, ""
 
     async def run(self) -> None:
         """Works until `stop` is called. Nothing that happens to a batch ends it."""
@@ -90,11 +100,33 @@ class BatchFeeder:
         stored, outcomes = await self._queue.step_batch(key)
         for outcome in outcomes:
             self._metrics.count_batch_line(outcome)
+        if stored is not None:
+            await self._move_results(stored)
         if stored is not None and stored.batch.ended:
             self._metrics.count_batch(stored.batch.status)
             counts = stored.batch.request_counts
             log.info("a batch has ended", batch=stored.batch.id, status=stored.batch.status, **counts.model_dump())
         return stored
+
+    async def _move_results(self, stored: StoredBatch) -> None:
+        """Moves results to the object store, if they go there. While it is away, they stay, and no batch ends."""
+        if time.monotonic() < self._no_objects_before:
+            return
+        try:
+            await self._queue.move_results(stored, custom_id_of)
+        except ResultsUnavailable as error:
+            self._no_objects_before, self._away = time.monotonic() + PAUSE_SECONDS, error.message
+            await self._queue.note_waiting(stored, error.message)
+
+    async def _read_next(self, stored: StoredBatch) -> bytes:
+        """Returns a batch's next line. While the object store is away, this fails at once, so that others go on."""
+        if stored.apart and time.monotonic() < self._no_objects_before:
+            raise ResultsUnavailable(self._away)
+        try:
+            return await self._queue.batch_line(stored)
+        except ResultsUnavailable as error:
+            self._no_objects_before, self._away = time.monotonic() + PAUSE_SECONDS, error.message
+            raise
 
     async def _feed(self, feeding: Sequence[StoredBatch]) -> None:
         """Queues a line of each batch in turn, until the limits are reached."""
@@ -108,10 +140,16 @@ class BatchFeeder:
 
     async def _feed_line(self, stored: StoredBatch) -> bool:
         """Queues or refuses a batch's next line. Returns whether the batch may go on in this pass."""
-        text = await self._queue.batch_line(stored.key, stored.next)
+        line: BatchLine | None = None
+        try:
+            text = await self._read_next(stored)
+        except ResultsUnavailable as error:
+            await self._queue.note_waiting(stored, error.message)
+            return False
+        except NotFound:
+            return await self._refuse(stored, b"", line, LineGone("this line is not in the object store any more"))
         if not text.strip():
             return await self._queue.settle_line(stored.key, stored.next, None, None)
-        line: BatchLine | None = None
         try:
             line = read_line(text, stored.batch.endpoint)
             outcome = await self._queue_line(stored, line)

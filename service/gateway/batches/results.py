@@ -12,7 +12,7 @@ from patchforge.service.gateway.openai.drawing import build_response
 from patchforge.service.messages.endings import raise_if_lost, terminal_event
 from patchforge.service.messages.schemas import Job, JobStatus
 from patchforge.service.queue import GatewayQueue
-from patchforge.service.queue.batches import SettledLine, StoredBatch
+from patchforge.service.queue.batch_records import RESULT_GONE, UNSETTLED, SettledLine, StoredBatch
 
 GIVEN_UP = {
     "expired": ("batch_expired", "this request could not be executed before the completion window expired"),
@@ -22,7 +22,7 @@ GONE = "result_expired", "the result of this request has expired, or someone del
 
 
 class BatchResults:
-    """The two files of an ended batch. Only one line is in memory at a time."""
+    """The two files of an ended batch. Some hundred lines are in memory at a time, and the pictures of one."""
 
     def __init__(self, queue: GatewayQueue, stored: StoredBatch, url_of: Callable[[str, int], str]) -> None:
         """`url_of` makes the address of a picture from its job's id and its index."""
@@ -32,29 +32,28 @@ class BatchResults:
 
     async def output(self) -> AsyncGenerator[bytes, None]:
         """Yields a line for each request that completed, in the order of the file."""
-        async for line in self._queue.settled_lines(self._stored):
-            if line.outcome == "completed":
-                try:
-                    answer = {"response": await self._answer(line), "error": None}
-                except (NotFound, NotReady):
-                    answer = _failure(*GONE)
-                yield self._dump(line.number, line.details.get("custom_id"), answer)
+        async for line in self._queue.settled_lines(self._stored, "output"):
+            try:
+                answer = {"response": await self._answer(line), "error": None}
+            except (NotFound, NotReady):
+                answer = _failure(*GONE)
+            yield self._dump(line.number, line.details.get("custom_id"), answer)
 
     async def errors(self) -> AsyncGenerator[bytes, None]:
         """Yields a line for every other request, in the order of the file."""
-        async for line in self._queue.settled_lines(self._stored):
-            if line.outcome != "completed":
-                yield self._dump(line.number, line.details.get("custom_id"), await self._failed(line))
-        code, message = GIVEN_UP.get(self._stored.batch.status, GONE)
+        async for line in self._queue.settled_lines(self._stored, "error"):
+            yield self._dump(line.number, line.details.get("custom_id"), await self._failed(line))
         async for number, text in self._queue.unsettled_lines(self._stored):
             if text.strip():
-                yield self._dump(number, custom_id_of(text), _failure(code, message))
+                yield self._dump(number, custom_id_of(text), self._given_up())
 
     def _dump(self, number: int, custom_id: str | None, answer: dict[str, Any]) -> bytes:
         return dumped({"id": self._stored.name_of(number), "custom_id": custom_id, **answer})
 
     async def _answer(self, line: SettledLine) -> dict[str, Any]:
-        job = await self._queue.get(line.details["job"])
+        if line.outcome == RESULT_GONE:
+            raise NotFound("its result is not in the object store any more")
+        job = line.job or await self._queue.get(line.details["job"])
         if job.report is None:
             raise NotReady("its report cannot be read")
         links = await self._queue.picture_links(job.id)
@@ -77,11 +76,18 @@ class BatchResults:
             image["url"] = links.get(index) or self._url_of(job.id, index)
         return image
 
+    def _given_up(self) -> dict[str, Any]:
+        return _failure(*GIVEN_UP.get(self._stored.batch.status, GONE))
+
     async def _failed(self, line: SettledLine) -> dict[str, Any]:
+        if line.outcome == UNSETTLED:
+            return self._given_up()
+        if line.outcome == RESULT_GONE:
+            return _failure(*GONE)
         if "job" not in line.details:
             return {"response": line.details.get("response"), "error": line.details.get("error")}
         try:
-            job = await self._queue.get(line.details["job"])
+            job = line.job or await self._queue.get(line.details["job"])
         except NotFound:
             return _failure(*GONE)
         given_up = GIVEN_UP.get(self._stored.batch.status)

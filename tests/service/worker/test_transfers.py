@@ -29,7 +29,7 @@ from patchforge.service.messages.events import (
 from patchforge.service.messages.schemas import JobStatus
 from patchforge.service.messages.small_copies import split_reference
 from patchforge.service.queue import JobQueue, keys
-from patchforge.service.queue.batches import StoredBatch
+from patchforge.service.queue.batch_records import StoredBatch
 from patchforge.service.queue.claims import Delivery
 from patchforge.service.queue.job_queue import FeedOutcome
 from patchforge.service.results import Reference
