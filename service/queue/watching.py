@@ -118,7 +118,8 @@ class WatchedJobs(StoredPreviews):
                     if event is None:
                         continue
                     if isinstance(event, Completed):
-                        digest = await self._do("HGET", keys.job(job_id), "digest") if digest is None else digest
+                        if last_id is not None:  # otherwise it came with the events
+                            digest = await self._do("HGET", keys.job(job_id), "digest")
                         event = Completed(report=with_digest(event.report, digest))
                     yield after, event
                     if isinstance(event, TERMINAL_EVENTS):
