@@ -169,12 +169,14 @@ class QueueConnection:
 
     async def _do_together(self, *commands: Sequence[str | bytes | int]) -> list[Any]:
         """Runs several commands that only read, and returns their answers. Each round trip wakes the server once."""
+        client: Any = self._redis  # as above
         with redis_call():
             try:
-                async with self._redis.pipeline(transaction=False) as pipeline:
+                async with client.pipeline(transaction=False) as pipeline:
                     for command in commands:
                         pipeline.execute_command(*command)
-                    return await pipeline.execute()
+                    answers: list[Any] = await pipeline.execute()
+                    return answers
             except (MovedError, AskError):  # followed only for single commands
                 return [await self._do(*command) for command in commands]
 

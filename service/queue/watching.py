@@ -99,7 +99,7 @@ class WatchedJobs(StoredPreviews):
 
     async def _watch(self, job_id: str, after: str) -> AsyncGenerator[tuple[str, Event], None]:
         check_job_id(job_id)
-        rung, digest = False, None
+        rung = False
         with self._hub.listen(job_id) as bell:
             while True:
                 bell.clear()
