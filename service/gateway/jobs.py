@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import structlog
 from opentelemetry import trace
@@ -17,10 +17,10 @@ from patchforge.service.errors import InvalidRequest, NotFound, PatchforgeError,
 from patchforge.service.gateway.defaults import check_budget, check_fits_model, fill_defaults, is_degradable
 from patchforge.service.gateway.fleet import Fleet
 from patchforge.service.gateway.remembered import RememberedModels
+from patchforge.service.gateway.runs import Run
 from patchforge.service.gateway.source_pictures import SourcePictures
 from patchforge.service.gateway.statistics import InferenceStatistics
-from patchforge.service.messages.endings import raise_if_lost
-from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Event
+from patchforge.service.messages.events import Event
 from patchforge.service.messages.protocol import needs_of
 from patchforge.service.messages.room import room_for
 from patchforge.service.messages.schemas import GenerationRequest, Job, ModelCard
@@ -30,7 +30,7 @@ from patchforge.service.queue.records import Served
 
 MAX_IDEMPOTENCY_KEY = 255
 RETRY_SECONDS = 0.5  # between attempts to cancel a job while the queue server is away
-EVENTS_BROKE_OFF = "the job's events ended before the job did: try again"
+FLEET_SECONDS = 1.0  # for which an answer that no worker's announcement has changed counts, if no news says otherwise
 
 log = structlog.get_logger(__name__)
 
@@ -87,7 +87,7 @@ class JobService:
 
     async def fleet(self) -> Fleet:
         """Returns the live workers and their models, and the models that are remembered."""
-        workers, remembered = await asyncio.gather(self.queue.known_workers(), self.remembered.read())
+        workers, remembered = await asyncio.gather(self.queue.known_workers(FLEET_SECONDS), self.remembered.read())
         # To look at every worker for each request would cost more than all else, if there are many.
         if self._fleet is None or workers is not self._fleet_of[0] or remembered != self._fleet_of[1]:
             self._fleet_of = workers, remembered
@@ -173,6 +173,7 @@ class JobService:
         With an idempotency key the caller can come back for the job, so leaving does not cancel it.
         `quiet`: the caller will only wait for `completed`. Raises the same errors as `submit`.
         """
+        began = time.monotonic()
         submitting = asyncio.create_task(self.submit(request, tenant, idempotency_key, quiet=quiet))
         try:
             job = await asyncio.shield(submitting)
@@ -180,7 +181,8 @@ class JobService:
             # The queue may still accept the job, but its caller is gone.
             self._spawn(self._abandon(submitting, cancel=idempotency_key is None))
             raise
-        return Run(self, job, detached=idempotency_key is not None)
+        # A key's job may have been accepted long before.
+        return Run(self, job, detached=idempotency_key is not None, since=began if idempotency_key is None else None)
 
     async def get(self, job_id: str, tenant: str | None) -> Job:
         """Returns the tenant's job.
@@ -317,51 +319,6 @@ class JobService:
         self._background.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.warning("could not cancel a job", reason=str(error))
-
-
-class Run:
-    """A job bound to one call. Iterating yields its events; leaving before its end cancels it, unless `detached`."""
-
-    def __init__(self, service: JobService, job: Job, *, detached: bool) -> None:
-        self.job = job
-        self._detached = detached
-        self._service = service
-        self._events = service.queue.watch(job.id)
-        self._ended = False
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._ended and not self._detached:
-            self._service.cancel_soon(self.job.id)
-        await self._events.aclose()
-
-    async def completed(self) -> Completed:
-        """Waits for the job's end, for callers that need no other event.
-
-        Raises:
-            JobFailed: the job failed.
-            JobCancelled: it was cancelled.
-            JobExpired: no worker was free before its deadline.
-            NotFound: it was deleted.
-        """
-        event = await self._service.queue.wait_for_end(self.job.id)
-        self._ended = True
-        raise_if_lost(event)
-        if not isinstance(event, Completed):
-            raise Unavailable(EVENTS_BROKE_OFF)
-        return event
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> tuple[str, Event]:
-        event_id, event = await anext(self._events)
-        self._ended = isinstance(event, TERMINAL_EVENTS)
-        return event_id, event
 
 
 async def _with_first(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import AskError, MovedError, RedisError
 
 from patchforge.service.errors import QueueRefused, Unavailable
 from patchforge.service.messages.events import Cancelled, Expired, Failed, Queued
@@ -72,6 +74,10 @@ class QueueConnection:
             for command, text in build_scripts(_constants(settings)).items()
         }
         self._wait_replicas = settings.redis_wait_replicas
+        self._history: str | None = None
+        """The `master_replid` that `check_server` has just read, until someone uses it."""
+        self._fleet_version: tuple[float, bytes | None] = (-math.inf, None)
+        """When the version of the announcements was last asked for, and what it was."""
         self.on_ended: Callable[[Job], None] = lambda job: None
         self.on_no_room: Callable[[], None] = lambda: None
         """Called with each submit, file and batch that is refused for lack of memory."""
@@ -107,13 +113,15 @@ class QueueConnection:
                 evict keys when it is full, which would lose accepted jobs without a sign.
             QueueRefused: it has another place in other processes' list of servers, so ids would name wrong ones.
         """
-        info = await self._do("INFO", "server", "memory")
+        asked_at = time.monotonic()
+        sections = "server", "memory", "replication"
+        info, (known, fleet) = await self._do_together(("INFO", *sections), ("MGET", keys.SERVER, keys.FLEET))
+        self._history, self._fleet_version = str(info["master_replid"]), (asked_at, fleet)
         version, policy = str(info.get("redis_version")), info.get("maxmemory_policy")
         if int(version.partition(".")[0]) < 7:
             raise Unavailable(f"the queue server must be Valkey, or Redis 7 or newer, not Redis {version}")
         if policy != "noeviction":
             raise Unavailable(f"the queue server's maxmemory-policy must be noeviction, not {policy}")
-        known = await self._do("GET", keys.SERVER)
         if known is None:
             with contextlib.suppress(Unavailable):  # this is about reading; who writes learns why that fails
                 await self._do("SET", keys.SERVER, self.number, "NX")
@@ -158,6 +166,19 @@ class QueueConnection:
         client: Any = self._redis  # its execute_command has no types
         with redis_call():
             return await client.execute_command(*command)
+
+    async def _do_together(self, *commands: Sequence[str | bytes | int]) -> list[Any]:
+        """Runs several commands that only read, and returns their answers. Each round trip wakes the server once."""
+        client: Any = self._redis  # as above
+        with redis_call():
+            try:
+                async with client.pipeline(transaction=False) as pipeline:
+                    for command in commands:
+                        pipeline.execute_command(*command)
+                    answers: list[Any] = await pipeline.execute()
+                    return answers
+            except (MovedError, AskError):  # followed only for single commands
+                return [await self._do(*command) for command in commands]
 
     async def _run(self, command: str, *args: Any, streams: Sequence[str] = (keys.WAITING,)) -> Any:
         """Runs one command of the scripts, and reports the jobs that ended as a side effect."""

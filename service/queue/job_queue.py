@@ -160,8 +160,10 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
 
     async def lost_jobs(self) -> list[str]:
         """Returns jobs that were accepted here and are gone since a failover, each once. Call it every second or so."""
-        info = await self._do("INFO", "replication")
-        doubtful = self._accepted.doubtful(str(info["master_replid"]))
+        history, self._history = self._history, None
+        if history is None:  # otherwise `check_server` has just read it
+            history = str((await self._do("INFO", "replication"))["master_replid"])
+        doubtful = self._accepted.doubtful(history)
         if not doubtful:
             return []
         with redis_call():
@@ -297,13 +299,16 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
         found = await self._read_announcements(keys.WORKER_MODELS, keys.ANNOUNCEMENT)
         return {worker: served_from(cards, about) for worker, cards, about in found}
 
-    async def known_workers(self) -> Mapping[str, Served]:
+    async def known_workers(self, within: float = 0.0) -> Mapping[str, Served]:
         """Returns the same as `workers`, at a cost that does not grow with their number.
 
         What was read before is kept, and only what changed is read; while nothing changes, the result is the same
         object. Workers that died without a word may be in it for `roster.READ_AGAIN` seconds more.
+
+        `within`: seconds for which an answer that nothing has changed counts. News of a change ends that at once,
+        except for changes that workers of versions before this one make.
         """
-        return await self._roster.read()
+        return await self._roster.read(within)
 
     async def remember(self, models: Sequence[Served], seconds: int) -> None:
         """Keeps for so long what workers announced of some models: one card in each."""

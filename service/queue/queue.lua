@@ -10,7 +10,7 @@ local call = redis.call
 local time = call('TIME')
 local now = string.format('%d.%06d', time[1], time[2])
 local ended = {}
-local news = {} -- ids of jobs with new events
+local news = {} -- what NEWS tells: ids of jobs with new events; FLEET_NEWS
 local commands = {}
 
 local function record(id)
@@ -611,6 +611,7 @@ local function changed(worker)
   call('ZADD', CHANGES, call('INCR', FLEET), worker)
   call('ZREMRANGEBYRANK', CHANGES, 0, -1 - CHANGES_KEPT)
   keep_changes()
+  news[FLEET_NEWS] = true
 end
 
 -- {version, {worker, models, announcement} for each worker that changed after version `since`}. Those that are gone have

@@ -32,18 +32,26 @@ class Roster:
         self._read_at = -math.inf
         self._reading = asyncio.Lock()
 
-    async def read(self) -> Mapping[str, Served]:
-        """Returns worker id → what it serves.
+    async def read(self, within: float = 0.0) -> Mapping[str, Served]:
+        """Returns worker id → what it serves. `within`: see `JobQueue.known_workers`.
 
         Raises:
             Unavailable: the queue server does not answer.
         """
-        version = await self._queue._do("GET", keys.FLEET)
+        version = await self._ask_version(within)
         if not self._is_current(version):
             async with self._reading:
                 if not self._is_current(version):  # otherwise another call has just read it
                     await self._read_changes(version)
         return self._served
+
+    async def _ask_version(self, within: float) -> bytes | None:
+        now = time.monotonic()
+        asked_at, version = self._queue._fleet_version
+        if within <= 0 or asked_at < max(now - within, self._queue._hub.fleet_known_since()):
+            version = await self._queue._do("GET", keys.FLEET)
+            self._queue._fleet_version = now, version
+        return version
 
     def _is_current(self, version: bytes | None) -> bool:
         if self._version is None or version is None or time.monotonic() - self._read_at > READ_AGAIN:

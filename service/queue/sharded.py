@@ -117,9 +117,9 @@ class ShardedQueue:
     async def check_not_refused(self) -> None:
         await asyncio.gather(*(shard.check_not_refused() for shard in self.shards))
 
-    async def known_workers(self) -> Mapping[str, Served]:
+    async def known_workers(self, within: float = 0.0) -> Mapping[str, Served]:
         """The same object again, if nothing has changed."""
-        parts = list((await self._ask_all(lambda shard: shard.known_workers())).values())
+        parts = list((await self._ask_all(lambda shard: shard.known_workers(within))).values())
         if len(parts) != len(self._known_parts) or any(map(is_not, parts, self._known_parts)):
             self._known_parts = parts
             self._known = {worker: served for each in parts for worker, served in each.items()}
@@ -205,8 +205,8 @@ class ShardedQueue:
     async def picture_links(self, job_id: str) -> dict[int, str]:
         return await self._ask_for(job_id, lambda shard: shard.picture_links(job_id))
 
-    async def wait_for_end(self, job_id: str) -> Event:
-        return await self._ask_for(job_id, lambda shard: shard.wait_for_end(job_id))
+    async def wait_for_end(self, job_id: str, since: float | None = None) -> tuple[Event, dict[int, bytes]]:
+        return await self._ask_for(job_id, lambda shard: shard.wait_for_end(job_id, since))
 
     def watch(self, job_id: str, after: str = "0") -> AsyncGenerator[tuple[str, Event], None]:
         # Which server that is does not matter if there is no such job: any one says so.

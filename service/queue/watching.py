@@ -63,24 +63,41 @@ class WatchedJobs(StoredPreviews, ChunkStore):
             raise InvalidEventId("is not an event id", field="Last-Event-ID")
         return self._watch(job_id, after if "-" in after else f"{after}-0")
 
-    async def wait_for_end(self, job_id: str) -> Event:
+    async def wait_for_end(self, job_id: str, since: float | None = None) -> tuple[Event, dict[int, bytes]]:
         """Returns the job's terminal event, as soon as there is one. Costs less than to watch all events.
+
+        Returns pictures by their index too, if they happened to come with it: `image` has those that did not.
+
+        Args:
+            since: a time of the monotonic clock before the job was submitted here. A job that has had no event since
+                then is not looked at before it has one.
 
         Raises:
             NotFound: there is no such job.
         """
         check_job_id(job_id)
         with self._hub.listen(job_id) as bell:
+            waits = since is not None and not self._hub.may_have_rung(job_id, since)
+            rung, rang_before = waits and await self._hear(bell), False
             while True:
                 bell.clear()
-                record = await self._do("HGETALL", keys.job(job_id))
+                # The first bell of a quiet job is its end. Pictures of others must not be read again and again.
+                record, pictures = await self._read_result(job_id, with_pictures=rung and not rang_before)
                 if not record:
                     raise NotFound(f"no job {job_id}")
                 if b"last_event" in record:
-                    return terminal_event(await self._whole_job([part for pair in record.items() for part in pair]))
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(POLL):
-                        await bell.wait()
+                    job = await self._whole_job([part for pair in record.items() for part in pair])
+                    return terminal_event(job), pictures
+                rang_before = rang_before or rung
+                rung = await self._hear(bell)
+
+    async def _read_result(self, job_id: str, *, with_pictures: bool) -> tuple[dict[bytes, bytes], dict[int, bytes]]:
+        """Returns the record, and the pictures that are on the queue server."""
+        job = "HGETALL", keys.job(job_id)
+        if not with_pictures:
+            return await self._do(*job), {}
+        record, pictures = await self._do_together(job, ("HGETALL", keys.images(job_id)))
+        return record, {int(field): data for field, data in pictures.items() if field.isdigit()}
 
     async def _watch(self, job_id: str, after: str) -> AsyncGenerator[tuple[str, Event], None]:
         check_job_id(job_id)
@@ -90,7 +107,7 @@ class WatchedJobs(StoredPreviews, ChunkStore):
                 bell.clear()
                 last_id, more = None, False
                 # Who waited at the bell has seen all before it: a plain read is cheaper, and enough unless it fails.
-                entries = await self._read_few_events(job_id, after) if rung else []
+                entries, digest = await self._read_few_events(job_id, after) if rung else ([], None)
                 if not entries:
                     status, last_id, entries, more = await self._run("news", job_id, after, BATCH, BATCH_BYTES)
                     if status is None:
@@ -103,7 +120,8 @@ class WatchedJobs(StoredPreviews, ChunkStore):
                     if event is None:
                         continue
                     if isinstance(event, Completed):
-                        digest = await self._do("HGET", keys.job(job_id), "digest")
+                        if last_id is not None:  # otherwise it came with the events
+                            digest = await self._do("HGET", keys.job(job_id), "digest")
                         event = Completed(report=with_digest(event.report, digest))
                     yield after, event
                     if isinstance(event, TERMINAL_EVENTS):
@@ -125,12 +143,16 @@ class WatchedJobs(StoredPreviews, ChunkStore):
                 return True
         return False
 
-    async def _read_few_events(self, job_id: str, after: str) -> list[tuple[bytes, list[bytes]]]:
-        """Returns the events after an id, or nothing if there are many, or one cannot be read: then run `news`."""
-        found = await self._do("XRANGE", keys.events(job_id), f"({after}", "+", "COUNT", FEW)
+    async def _read_few_events(self, job_id: str, after: str) -> tuple[list[tuple[bytes, list[bytes]]], bytes | None]:
+        """Returns the events after an id, or none if there are many, or one cannot be read: then run `news`.
+
+        The digest that the job's end wrote comes with them: with the last event, it is there too.
+        """
+        events = "XRANGE", keys.events(job_id), f"({after}", "+", "COUNT", FEW
+        found, digest = await self._do_together(events, ("HGET", keys.job(job_id), "digest"))
         entries = [(entry_id, [part for pair in fields.items() for part in pair]) for entry_id, fields in found]
         legible = all(event_from(fields) is not None for _, fields in entries)
-        return entries if legible and len(entries) < FEW else []
+        return (entries, digest) if legible and len(entries) < FEW else ([], None)
 
     async def _run_on_job(self, command: str, job_id: str) -> Job:
         check_job_id(job_id)

@@ -183,7 +183,7 @@ class QueueMachine(RuleBasedStateMachine):
             seen = min(skip, len(ids))
             events = self.call(watched(self.rig.gateway, job_id, ids[seen - 1] if seen else "0"))
             require([event.type for _, event in events] == known.events[seen:], "a watcher sees what follows its place")
-            end = self.call(self.rig.gateway.wait_for_end(job_id))
+            end, _ = self.call(self.rig.gateway.wait_for_end(job_id))
             require(end.type == known.status, "who waits only for the end gets it")
             self.rig.tally["watched to the end"] += 1
 

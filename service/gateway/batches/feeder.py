@@ -87,14 +87,14 @@ class BatchFeeder:
 
     async def _work(self) -> bool:
         """Makes one pass over all batches. Returns whether there are any for this gateway."""
-        if not await self._queue.lead_batches(self._name):
-            return False
         keys = await self._queue.open_batches()
+        if not keys or not await self._queue.lead_batches(self._name):  # no batches need no leader
+            return False
         stepped = [await self._step(key) for key in keys]
         feeding = [stored for stored in stepped if stored is not None and stored.feeding]
         if feeding:
             await self._feed(feeding)
-        return bool(keys)
+        return True
 
     async def _step(self, key: str) -> StoredBatch | None:
         stored, outcomes = await self._queue.step_batch(key)

@@ -207,7 +207,7 @@ async def _draw(service: JobService, tenant: str | None, card: ModelCard, wish: 
     async with await service.run(build_generation(card, wish), tenant, quiet=True) as run:
         report, pictures = (await run.completed()).report, []
         if "image" in wish.outputs:
-            pictures = await asyncio.gather(*(service.image(run.job, index) for index in range(run.job.request.n)))
+            pictures = await asyncio.gather(*(run.image(index) for index in range(run.job.request.n)))
         return Result(pictures, report)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 from sse_starlette import ServerSentEvent
 
 from patchforge.service.errors import PatchforgeError
-from patchforge.service.gateway.jobs import JobService, Run
+from patchforge.service.gateway.jobs import JobService
 from patchforge.service.gateway.openai.requests import OpenAIRequest
 from patchforge.service.gateway.problems import Problem
+from patchforge.service.gateway.runs import Run
 from patchforge.service.messages.endings import raise_if_lost
 from patchforge.service.messages.events import Completed, Preview
 from patchforge.service.messages.partials import PartialImages
@@ -118,7 +119,7 @@ class Drawing:
         return repeat_options(run.job.request, self.body, self.card)
 
     async def _fetch_base64(self, run: Run, index: int) -> str:
-        return b64encode(await self.service.image(run.job, index)).decode("ascii")
+        return b64encode(await run.image(index)).decode("ascii")
 
 
 def build_response(job: Job, report: SavingsReport, images: list[dict[str, str]], created: int) -> dict[str, Any]:

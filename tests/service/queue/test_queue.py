@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -282,10 +283,11 @@ class TestServer:
     async def test_a_server_too_old_for_the_script_is_refused(
         self, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        async def info(*command: str) -> dict[str, str]:
-            return {"redis_version": "6.0.16", "maxmemory_policy": "noeviction"}
+        async def info(*commands: tuple[str, ...]) -> list[Any]:
+            about = {"redis_version": "6.0.16", "maxmemory_policy": "noeviction", "master_replid": "a"}
+            return [about, [None, None]]
 
-        monkeypatch.setattr(queue, "_do", info)
+        monkeypatch.setattr(queue, "_do_together", info)
         with pytest.raises(Unavailable, match=r"not Redis 6\.0\.16"):
             await queue.check_server()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from typing import Any
 
 import pytest
@@ -11,9 +13,9 @@ from redis.asyncio.client import PubSub
 
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.errors import NotFound
-from patchforge.service.messages.events import Cancelled, Started
+from patchforge.service.messages.events import Cancelled, Completed, Started
 from patchforge.service.messages.schemas import JobStatus
-from patchforge.service.queue import Heartbeat, JobQueue, keys
+from patchforge.service.queue import Heartbeat, JobQueue, event_hub, keys, watching
 from patchforge.service.queue import connection as queue_redis
 from patchforge.service.queue.claims import finished, published, stored
 from patchforge.service.queue.connection import _constants
@@ -21,6 +23,25 @@ from patchforge.service.queue.scripts import build_scripts
 from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
 from tests.service.queue.kit import DONE, UNKNOWN, a_card, a_preview, a_request, claimed, eventually, silenced, watched
+
+
+@pytest.fixture
+def asked(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The commands that `queue` sends outside scripts: a list for each round trip."""
+    found: list[Any] = []
+    do, do_together = queue._do, queue._do_together
+
+    async def watched_do(*command: Any) -> Any:
+        found.append([command])
+        return await do(*command)
+
+    async def watched_do_together(*commands: Any) -> Any:
+        found.append(list(commands))
+        return await do_together(*commands)
+
+    monkeypatch.setattr(queue, "_do", watched_do)
+    monkeypatch.setattr(queue, "_do_together", watched_do_together)
+    return found
 
 
 class TestBells:
@@ -200,10 +221,60 @@ class TestCallsTogether:
         claim = await claimed(queue)
         await queue.publish(claim, a_preview(1))
         await queue.finish(claim, Cancelled())
-        assert await waiting == Cancelled()
+        assert await waiting == (Cancelled(), {})
         assert (await queue.get(job.id)).status is JobStatus.CANCELLED
         with pytest.raises(NotFound):
             await queue.wait_for_end(UNKNOWN)
+
+
+class TestEnds:
+    async def test_a_job_that_was_just_submitted_is_not_looked_at_before_it_ends(
+        self, queue: JobQueue, other_queue: JobQueue, asked: list[Any]
+    ) -> None:
+        await listening(queue)
+        began = time.monotonic()
+        job = await queue.submit(a_request(), quiet=True)
+        asked.clear()
+        waiting = asyncio.create_task(queue.wait_for_end(job.id, began))
+        claim = await claimed(other_queue)
+        await other_queue.deliver([stored(claim, 0, b"picture"), finished(claim, DONE)])
+        event, pictures = await waiting
+        assert isinstance(event, Completed)
+        assert pictures == {0: b"picture"}
+        assert [commands[0] for commands in asked] == [("HGETALL", keys.job(job.id))], "one round trip for both"
+
+    async def test_an_end_between_submit_and_wait_is_not_missed(
+        self, queue: JobQueue, other_queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(watching, "POLL", 3600.0)
+        await listening(queue)
+        began = time.monotonic()
+        job = await queue.submit(a_request(), quiet=True)
+        await other_queue.finish(await claimed(other_queue), DONE)
+
+        async def heard() -> bool:
+            return queue._hub.may_have_rung(job.id, began)
+
+        await eventually(heard)
+        async with asyncio.timeout(PATIENCE):
+            event, _ = await queue.wait_for_end(job.id, began)
+        assert isinstance(event, Completed)
+
+    async def test_bells_that_were_forgotten_may_have_rung(
+        self, queue: JobQueue, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(event_hub, "REMEMBERED", 2)
+        await listening(queue)
+        began = time.monotonic()
+        assert not queue._hub.may_have_rung("a", began)
+        for name in "abc":
+            await redis_client.publish(keys.NEWS, name)
+
+        async def forgotten() -> bool:
+            return queue._hub.may_have_rung("never seen", began)
+
+        await eventually(forgotten)
+        assert not queue._hub.may_have_rung("a", time.monotonic())
 
 
 class TestRoster:
@@ -232,6 +303,31 @@ class TestRoster:
         served = {worker: [card.name for card in each.cards] for worker, each in (await queue.known_workers()).items()}
         assert served == {"a": ["a"], "b": ["b", "d"]}
         assert ran == [("changes", 2)]
+
+    async def test_news_of_a_change_ends_what_was_known(
+        self, queue: JobQueue, other_queue: JobQueue, asked: list[Any]
+    ) -> None:
+        await other_queue.announce("a", [a_card("a")])
+        await listening(queue)
+        assert list(await queue.known_workers(3600)) == ["a"]
+        asked.clear()
+        assert list(await queue.known_workers(3600)) == ["a"]
+        assert asked == [], "nothing has changed, as far as was told"
+        await other_queue.announce("b", [a_card("b")])
+
+        async def known() -> bool:
+            return sorted(await queue.known_workers(3600)) == ["a", "b"]
+
+        await eventually(known)
+
+    async def test_who_does_not_hear_of_changes_asks(
+        self, queue: JobQueue, other_queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(queue._hub, "_begin", lambda: None)
+        await other_queue.announce("a", [a_card("a")])
+        assert list(await queue.known_workers(3600)) == ["a"]
+        await other_queue.announce("b", [a_card("b")])
+        assert sorted(await queue.known_workers(3600)) == ["a", "b"]
 
     async def test_a_flushed_server_is_read_again(
         self, queue: JobQueue, other_queue: JobQueue, redis_client: Redis
@@ -266,6 +362,15 @@ def test_a_script_defines_only_what_its_command_needs() -> None:
     )
     assert "local HALF =" not in scripts["submit"]
     assert not any("COMMAND" in text or "--" in text for text in scripts.values())
+
+
+async def listening(queue: JobQueue) -> None:
+    """Waits until a queue hears all news."""
+
+    async def subscribed() -> bool:
+        return queue._hub.fleet_known_since() < math.inf
+
+    await eventually(subscribed)
 
 
 async def next_news(subscription: PubSub, count: int) -> list[str]:

@@ -155,7 +155,7 @@ class TestPlaces:
         await anext(events)
         assert (await queue.cancel(job)).status is JobStatus.CANCELLED
         assert isinstance((await anext(events))[1], Cancelled)
-        assert isinstance(await queue.wait_for_end(job), Cancelled)
+        assert isinstance((await queue.wait_for_end(job))[0], Cancelled)
 
     async def test_all_workers_are_known_once(self, queue: ShardedQueue) -> None:
         for shard in queue.shards:

@@ -298,7 +298,7 @@ async def stopped(server: EmbeddedServer) -> bool | None:
 
 async def ended(queue: JobQueue, job: Job) -> object:
     try:
-        return await queue.wait_for_end(job.id)
+        return (await queue.wait_for_end(job.id))[0]
     except Exception:
         return None
 

@@ -108,7 +108,7 @@ async def test_news_that_nobody_waits_for_goes_with_the_picture(
     monkeypatch.setattr(worker.links[0].queue, "deliver", watched_deliver)
     async with running(worker):
         job = await queue.submit(request(previews=False), quiet=True)
-        assert isinstance(await queue.wait_for_end(job.id), Completed)
+        assert isinstance((await queue.wait_for_end(job.id))[0], Completed)
         assert calls[0][0] == "publish"
         assert "store_image" in calls[0], "the news that it started waited for this call"
         calls.clear()

@@ -18,6 +18,7 @@ from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
 from tests.service.gateway.batches.kit import begin, drawn, results, until
 from tests.service.gateway.harness import ScriptedWorker, running
+from tests.service.queue.kit import eventually
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,24 @@ async def drawn_seeds(redis_client: Redis) -> Counter[int]:
         request = (await redis_client.hget(key, "request")).decode()
         seeds[int(request.partition('"seed":')[2].partition(",")[0])] += 1
     return seeds
+
+
+async def test_without_batches_nobody_leads(
+    http: httpx.AsyncClient, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, look = 0, JobQueue.open_batches
+
+    async def watched_look(self: JobQueue) -> list[str]:
+        nonlocal passes
+        passes += 1
+        return await look(self)
+
+    async def twice() -> bool:
+        return passes > 2
+
+    monkeypatch.setattr(JobQueue, "open_batches", watched_look)
+    await eventually(twice)
+    assert not await redis_client.exists(keys.BATCH_LEADER)
 
 
 async def test_gateways_that_all_feed_repeat_nothing(
