@@ -103,7 +103,8 @@ class Audit:
         Raises:
             Unavailable, RedisError: the server is away.
         """
-        return [key.decode() for key in self._connect().hkeys(keys.RESERVED) if key != b"total"]
+        found: Any = self._connect().hkeys(keys.RESERVED)
+        return [key.decode() for key in found if key != b"total"]
 
     async def await_review(self, look: Callable[[], Awaitable[None]], seconds: float) -> None:
         """Wait until no memory is reserved: an older version ends jobs and leaves their reservations to a review.
