@@ -1,9 +1,10 @@
 # Two commands do everything on a fresh machine (Python ≥ 3.11, no Docker, no root):
 #   make serve    pictures at http://127.0.0.1:8000
 #   make test     lint, types and tests
-# and four take longer:
+# and these take longer:
 #   make test-faults   real processes, killed, paused and starved; REPEAT=20 runs everything 20 times
 #   make test-samples  50,000 samples of a tiny model, killed ten times
+#   make soak          `patchforge soak` twice, shorter and with more faults: once with Sentinels and a change of versions
 #   make images        gateway and worker as images, with Docker or without; make test-images draws with them
 #   make test-busy     make test beside six busy loops on two cores: no test may depend on how fast the machine is
 # Tests run in one process per core, at most four, and each file in one of them; JOBS=0 uses a single process.
@@ -21,7 +22,7 @@ UNLOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $
   cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink \
   nvshmem-cu13 nvtx)
 
-.PHONY: setup serve test test-again test-busy test-faults test-samples test-clients images test-images lint types format diagrams screenshots package lock audit clean
+.PHONY: setup serve test test-again test-busy test-faults test-samples soak test-clients images test-images lint types format diagrams screenshots package lock audit clean
 
 setup: $(READY)
 
@@ -50,6 +51,10 @@ test-faults: setup
 
 test-samples: setup
 	$(BIN)/python -m tests.faults.many_samples
+
+# Not in continuous integration: how long it takes depends on how often restarted processes must load their models.
+soak: setup
+	$(BIN)/python -m pytest tests/service/soak/test_soak.py
 
 # Real clients from their registries, in environments of their own, against a live server; nginx and Prometheus too, where
 # they are installed. Writes the table of clients in docs/compatibility.md.

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from redis import Redis
@@ -96,6 +96,26 @@ class Audit:
                 counted["queue entries"] += int(redis.xlen(raw))
         counted["reserved bytes"] = int(redis.hget(keys.RESERVED, "total") or 0)
         return counted
+
+    def reserved(self) -> list[str]:
+        """Keys of the jobs for which memory is still reserved.
+
+        Raises:
+            Unavailable, RedisError: the server is away.
+        """
+        found: Any = self._connect().hkeys(keys.RESERVED)
+        return [key.decode() for key in found if key != b"total"]
+
+    async def await_review(self, look: Callable[[], Awaitable[None]], seconds: float) -> None:
+        """Wait until no memory is reserved: an older version ends jobs and leaves their reservations to a review.
+
+        `look` asks a gateway of this version for the queue server's memory, which is such a review. What is still
+        reserved after `seconds` stays for the verdict.
+        """
+        give_up = time.monotonic() + seconds
+        while await in_thread(self.reserved) and time.monotonic() < give_up:
+            await look()
+            await asyncio.sleep(SCAN_SECONDS)
 
     def used_memory(self) -> int:
         """Bytes that the server uses; 0 if it is away."""

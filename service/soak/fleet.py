@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -171,6 +172,13 @@ class Fleet:
                 pass
             await asyncio.sleep(0.2)
         raise Unavailable(f"{gateway.name} was not ready in {READY_SECONDS:.0f} s; see {gateway.log}")
+
+    async def scrape(self) -> None:
+        """Have every gateway compute its metrics."""
+        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
+            for gateway in self.gateways:
+                with contextlib.suppress(httpx.TransportError):
+                    await client.get(f"{gateway.http}/metrics")
 
     async def restore(self) -> None:
         """Resume paused processes, and start killed ones."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from patchforge.service.queue.connection import REVIEW_SECONDS
 from patchforge.service.soak.audit import Audit
 from patchforge.service.soak.chaos import Chaos
 from patchforge.service.soak.fleet import RESULT_TTL, Fleet
@@ -24,6 +25,7 @@ SAMPLE_SECONDS = 2.0
 SETTLE_SECONDS = 300.0  # limit for the jobs that are queued when the traffic ends
 WARM_SHARE, WARM_SECONDS = 0.25, 60.0  # traffic before memory is measured: the smaller of the two
 QUIET_SECONDS = 1.0
+LATEST_REVIEW_SECONDS = 30.0  # after it is due, on a busy machine
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Soak:
                     if task.done():
                         await task  # apart from a finished upgrade, it has failed: raise its error
                 self._restart_dead()
-                progress(now - began, self._describe())
+                upgrading = "" if now < began + self.seconds else ", until the upgrade is through"
+                progress(now - began, self._describe() + upgrading)
                 await asyncio.sleep(1)
         finally:
             self._done.set()
@@ -114,7 +117,16 @@ class Soak:
                 break
             await asyncio.sleep(QUIET_SECONDS)
         await asyncio.sleep(2 * QUIET_SECONDS)  # idle workers skip the entries of jobs that ended unclaimed
+        if self.upgrade:
+            await self._await_review(progress)
         await in_thread(self.audit.try_to_scan)
+
+    async def _await_review(self, progress: Callable[[float, str], None]) -> None:
+        async def look() -> None:
+            progress(self.seconds, "waiting for the review of reserved memory")
+            await self.fleet.scrape()
+
+        await self.audit.await_review(look, REVIEW_SECONDS + LATEST_REVIEW_SECONDS)
 
     def _judge(self) -> Verdict:
         lasting = self.audit.lasting_keys()
@@ -126,7 +138,8 @@ class Soak:
         if lasting["queue entries"]:
             broken.append(f"{lasting['queue entries']} entries remain in the queues")
         if lasting["reserved bytes"]:
-            broken.append(f"{lasting['reserved bytes']} bytes are reserved, but no job is left")
+            keys = ", ".join(sorted(self.audit.reserved())[:10])
+            broken.append(f"{lasting['reserved bytes']} bytes are reserved, but no job is left: {keys}")
         broken += [f"the memory of {name} has grown" for name in self.memory.grown()]
         return Verdict(
             tally | {"dead letters": len(self.audit.dead_letters), "undone": len(self.audit.undone)},

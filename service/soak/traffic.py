@@ -18,6 +18,7 @@ from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
 from patchforge.service.pb.patchforge.v1.image_service_pb2_grpc import ImageServiceStub
 from patchforge.service.soak.fleet import Member
 from patchforge.service.soak.ledger import Ledger, Watch
+from patchforge.service.soak.versions import TODAY
 
 WORDS = ("red apple", "tiger face", "blue heart", "pizza", "clock", "tulip", "castle", "a cat, 3d")
 AWAY = 503  # answer of a gateway whose queue server is away or full, or that is shutting down
@@ -82,11 +83,20 @@ class Client:
             await self._follow(job_id)
 
     async def repeat_a_request(self) -> None:
-        """Send one request with one key several times at once, until an answer comes: it must make one job."""
+        """Send one request with one key several times at once, until an answer comes: it must make one job.
+
+        Only at gateways of this version: older ones accept a repeated request before replicas have its job, so a
+        failover may lose it. Where there are none, the request is sent once.
+        """
         key, request = f"soak-{self.chance.getrandbits(64):x}", self._request()
         ids: set[str] = set()
         for _ in range(20):
-            answers = await asyncio.gather(*(self._submit(request, key) for _ in range(3)), return_exceptions=True)
+            if not (todays := [gateway for gateway in self.gateways if gateway.version == TODAY]):
+                if job_id := await self._submit(request):
+                    await self._follow(job_id)
+                return
+            repeated = (self._submit(request, key, todays) for _ in range(3))
+            answers = await asyncio.gather(*repeated, return_exceptions=True)
             ids |= {answer for answer in answers if isinstance(answer, str)}
             if ids:
                 break
@@ -170,8 +180,10 @@ class Client:
             self.ledger.broken.append("a gRPC stream ended without an error and without a terminal event")
         self.ledger.answers["gRPC OK"] += 1
 
-    async def _submit(self, request: dict[str, Any], key: str | None = None) -> str | None:
-        async with self._http() as http:
+    async def _submit(
+        self, request: dict[str, Any], key: str | None = None, gateways: Sequence[Member] = ()
+    ) -> str | None:
+        async with self._http(gateways=gateways) as http:
             answer = await http.post("/v1/jobs", json=request, headers={"Idempotency-Key": key} if key else {})
         self._check_answer(answer, {202})
         if answer.status_code != 202:
@@ -254,9 +266,9 @@ class Client:
         prompt = subject.pop("class_label", None) or subject.pop("prompt")
         return {"model": subject["model"], "prompt": prompt, "n": 1, "steps": 4}
 
-    def _http(self, seconds: float = 20.0) -> httpx.AsyncClient:
-        """A new connection every time, because real clients are many."""
-        gateway = self.chance.choice(self.gateways)
+    def _http(self, seconds: float = 20.0, gateways: Sequence[Member] = ()) -> httpx.AsyncClient:
+        """A new connection every time, because real clients are many; to one of `gateways`, or of all."""
+        gateway = self.chance.choice(gateways or self.gateways)
         return httpx.AsyncClient(base_url=gateway.http, timeout=seconds, trust_env=False, verify=self._tls)
 
     @contextlib.asynccontextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import httpx
 import pytest
@@ -13,12 +15,16 @@ from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.messages.events import Cancelled, Completed
 from patchforge.service.queue import JobQueue, keys
 from patchforge.service.soak.audit import Audit
+from patchforge.service.soak.fleet import Member
 from patchforge.service.soak.ledger import Ledger, Watch
 from patchforge.service.soak.memory import ALLOWED_BYTES, MIN_SAMPLES, Memory
 from patchforge.service.soak.traffic import Client
+from patchforge.service.soak.versions import TODAY, Version
+from tests.patience import PATIENCE
 from tests.service.queue.kit import DONE, REPORT, UNKNOWN, a_request, claimed
 
 LARGE = 700 << 20
+OLDER = Version("older", ())
 KEPT = 3600.0
 
 
@@ -106,6 +112,29 @@ class TestAudit:
         meddler.hset(keys.images("x"), "0", "left behind")
         audit.lasting_keys()
         assert audit.ledger.broken == [f"{keys.images('x')} never expires"]
+
+    async def test_waits_for_the_review_of_memory_that_an_older_version_left_reserved(
+        self, queue: JobQueue, audit: Audit, meddler: Redis
+    ) -> None:
+        job = await queue.submit(a_request(), room=1000)
+        assert audit.reserved() == [keys.job(job.id)]
+        meddler.expire(keys.job(job.id), 60)  # it has ended
+        meddler.zadd(keys.RESERVED_UNTIL, {keys.job(job.id): 0})  # and its review is due
+
+        async def look() -> None:
+            await queue.memory()
+
+        await audit.await_review(look, PATIENCE)
+        assert audit.reserved() == []
+
+    async def test_finds_memory_that_no_review_releases(self, queue: JobQueue, audit: Audit) -> None:
+        job = await queue.submit(a_request(), room=1000)
+
+        async def look() -> None:
+            await queue.memory()
+
+        await audit.await_review(look, 0)
+        assert audit.reserved() == [keys.job(job.id)]
 
     def test_a_server_that_is_away_is_no_fault_of_the_jobs(self, ledger: Ledger) -> None:
         ledger.accepted.add(UNKNOWN)
@@ -230,6 +259,39 @@ class TestMemory:
         for number in range(MIN_SAMPLES - 1):
             memory.sample({"x": number * ALLOWED_BYTES})
         assert memory.grown() == []
+
+
+class Repeating(Client):
+    """Records who is asked to accept what, and gets an answer to the fourth request."""
+
+    def __init__(self, *versions: Version) -> None:
+        members = [Member("gateway", "gateway", {}, Path("log"), version=version) for version in versions]
+        super().__init__(members, Ledger(), Random(0))
+        self.models = [{"id": "model", "patchforge": {"classes": []}}]
+        self.asked: list[tuple[bool, list[Version]]] = []
+
+    async def _submit(
+        self, request: dict[str, Any], key: str | None = None, gateways: Sequence[Member] = ()
+    ) -> str | None:
+        self.asked.append((key is not None, [gateway.version for gateway in gateways]))
+        return "job" if len(self.asked) == 4 else None
+
+    async def _follow(self, job_id: str) -> None:
+        assert job_id == "job"
+
+
+class TestRepeatedRequests:
+    """An older version may confirm a request that it had before although no replica has its job."""
+
+    async def test_only_gateways_of_this_version_get_them(self) -> None:
+        client = Repeating(OLDER, TODAY)
+        await client.repeat_a_request()
+        assert client.asked == [(True, [TODAY])] * 6
+
+    async def test_without_any_the_request_is_sent_once(self) -> None:
+        client = Repeating(OLDER, OLDER)
+        await client.repeat_a_request()
+        assert client.asked == [(False, [])]
 
 
 async def test_a_comment_between_events_is_no_event(ledger: Ledger) -> None:

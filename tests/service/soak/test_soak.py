@@ -1,4 +1,4 @@
-"""`patchforge soak` as an operator runs it, but shorter and with more faults."""
+"""`make soak`: `patchforge soak` as an operator runs it, but shorter and with more faults."""
 
 from __future__ import annotations
 
