@@ -39,8 +39,8 @@ class Run:
             self._service.cancel_soon(self.job.id)
         await self._events.aclose()
 
-    async def completed(self) -> Completed:
-        """Waits for the job's end, for callers that need no other event.
+    async def completed(self, *, pictures: bool) -> Completed:
+        """Waits for the job's end, for callers that need no other event. `pictures`: whether they will need these.
 
         Raises:
             JobFailed: the job failed.
@@ -48,7 +48,7 @@ class Run:
             JobExpired: no worker was free before its deadline.
             NotFound: it was deleted.
         """
-        event, self._pictures = await self._service.queue.wait_for_end(self.job.id, self._since)
+        event, self._pictures = await self._service.queue.wait_for_end(self.job.id, self._since, pictures=pictures)
         self._ended = True
         raise_if_lost(event)
         if not isinstance(event, Completed):

@@ -106,7 +106,7 @@ class QueueConnection:
         await self._do("PING")
 
     async def check_server(self) -> None:
-        """Checks the server's version and configuration.
+        """Checks the server's version and configuration, and expires what is overdue.
 
         Raises:
             Unavailable: the server is older than Redis 7, which cannot run the queue's script; or it is configured to
@@ -115,7 +115,9 @@ class QueueConnection:
         """
         asked_at = time.monotonic()
         sections = "server", "memory", "replication"
-        info, (known, fleet) = await self._do_together(("INFO", *sections), ("MGET", keys.SERVER, keys.FLEET))
+        info, (known, fleet), overdue = await self._do_together(
+            ("INFO", *sections), ("MGET", keys.SERVER, keys.FLEET), ("ZCOUNT", keys.WAITING, "-inf", time.time())
+        )
         self._history, self._fleet_version = str(info["master_replid"]), (asked_at, fleet)
         version, policy = str(info.get("redis_version")), info.get("maxmemory_policy")
         if int(version.partition(".")[0]) < 7:
@@ -130,6 +132,11 @@ class QueueConnection:
                 f"the queue server is number {int(known)} of other processes' PATCHFORGE_REDIS_URLS, and number "
                 f"{self.number} of ours: all need the same list, and its order must not change"
             )
+
+        if overdue:
+            with contextlib.suppress(Unavailable):
+                # Without a worker, nobody else may run a script soon; each expires first what is overdue.
+                await self._run("backlog")
 
     async def check_accepts(self) -> None:
         """Checks that the server takes writes, and has the replicas that a job needs to be accepted.

@@ -161,7 +161,7 @@ class JobQueue(WatchedJobs, BatchStore, WorkQueue):
     async def lost_jobs(self) -> list[str]:
         """Returns jobs that were accepted here and are gone since a failover, each once. Call it every second or so."""
         history, self._history = self._history, None
-        if history is None:  # otherwise `check_server` has just read it
+        if history is None:  # otherwise `check_server` has read it since the last call
             history = str((await self._do("INFO", "replication"))["master_replid"])
         doubtful = self._accepted.doubtful(history)
         if not doubtful:

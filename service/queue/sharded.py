@@ -205,8 +205,10 @@ class ShardedQueue:
     async def picture_links(self, job_id: str) -> dict[int, str]:
         return await self._ask_for(job_id, lambda shard: shard.picture_links(job_id))
 
-    async def wait_for_end(self, job_id: str, since: float | None = None) -> tuple[Event, dict[int, bytes]]:
-        return await self._ask_for(job_id, lambda shard: shard.wait_for_end(job_id, since))
+    async def wait_for_end(
+        self, job_id: str, since: float | None = None, *, pictures: bool = False
+    ) -> tuple[Event, dict[int, bytes]]:
+        return await self._ask_for(job_id, lambda shard: shard.wait_for_end(job_id, since, pictures=pictures))
 
     def watch(self, job_id: str, after: str = "0") -> AsyncGenerator[tuple[str, Event], None]:
         # Which server that is does not matter if there is no such job: any one says so.

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from redis.asyncio import Redis
 
-from patchforge.service.errors import InvalidEventId, NotFound
+from patchforge.service.errors import InvalidEventId, NotFound, Unavailable
 from patchforge.service.messages.endings import terminal_event
 from patchforge.service.messages.events import TERMINAL_EVENTS, Completed, Event
 from patchforge.service.messages.schemas import Job
@@ -63,10 +63,12 @@ class WatchedJobs(StoredPreviews, ChunkStore):
             raise InvalidEventId("is not an event id", field="Last-Event-ID")
         return self._watch(job_id, after if "-" in after else f"{after}-0")
 
-    async def wait_for_end(self, job_id: str, since: float | None = None) -> tuple[Event, dict[int, bytes]]:
+    async def wait_for_end(
+        self, job_id: str, since: float | None = None, *, pictures: bool = False
+    ) -> tuple[Event, dict[int, bytes]]:
         """Returns the job's terminal event, as soon as there is one. Costs less than to watch all events.
 
-        Returns pictures by their index too, if they happened to come with it: `image` has those that did not.
+        With `pictures`, it returns those too, by their index, that happened to come with it: `image` has the others.
 
         Args:
             since: a time of the monotonic clock before the job was submitted here. A job that has had no event since
@@ -82,12 +84,12 @@ class WatchedJobs(StoredPreviews, ChunkStore):
             while True:
                 bell.clear()
                 # The first bell of a quiet job is its end. Pictures of others must not be read again and again.
-                record, pictures = await self._read_result(job_id, with_pictures=rung and not rang_before)
+                record, found = await self._read_result(job_id, with_pictures=pictures and rung and not rang_before)
                 if not record:
                     raise NotFound(f"no job {job_id}")
                 if b"last_event" in record:
                     job = await self._whole_job([part for pair in record.items() for part in pair])
-                    return terminal_event(job), pictures
+                    return terminal_event(job), found
                 rang_before = rang_before or rung
                 rung = await self._hear(bell)
 
@@ -96,7 +98,10 @@ class WatchedJobs(StoredPreviews, ChunkStore):
         job = "HGETALL", keys.job(job_id)
         if not with_pictures:
             return await self._do(*job), {}
-        record, pictures = await self._do_together(job, ("HGETALL", keys.images(job_id)))
+        try:
+            record, pictures = await self._do_together(job, ("HGETALL", keys.images(job_id)))
+        except Unavailable:  # many large pictures over a slow line, perhaps: one by one they may arrive
+            return await self._do(*job), {}
         return record, {int(field): data for field, data in pictures.items() if field.isdigit()}
 
     async def _watch(self, job_id: str, after: str) -> AsyncGenerator[tuple[str, Event], None]:

@@ -205,8 +205,9 @@ async def infer(service: JobService, tenant: str | None, card: ModelCard, wish: 
 
 async def _draw(service: JobService, tenant: str | None, card: ModelCard, wish: Wish) -> Result:
     async with await service.run(build_generation(card, wish), tenant, quiet=True) as run:
-        report, pictures = (await run.completed()).report, []
-        if "image" in wish.outputs:
+        wanted, pictures = "image" in wish.outputs, []
+        report = (await run.completed(pictures=wanted)).report
+        if wanted:
             pictures = await asyncio.gather(*(run.image(index) for index in range(run.job.request.n)))
         return Result(pictures, report)
 

@@ -55,7 +55,8 @@ class Drawing:
 
     async def complete(self) -> dict[str, Any]:
         async with await self.begin(quiet=True) as run:
-            return await self._build_response(run, (await run.completed()).report)
+            ended = await run.completed(pictures=self.body.response_format != "url")
+            return await self._build_response(run, ended.report)
 
     async def stream(self, run: Run) -> AsyncIterator[ServerSentEvent]:
         partials = PartialImages(self.body.partial_images or 0)

@@ -23,6 +23,7 @@ from tests.service.queue.kit import (
     a_preview,
     a_request,
     claimed,
+    eventually,
     overdue,
     watched,
 )
@@ -251,6 +252,20 @@ class TestCancelAndDeadline:
             events = [event for _, event in await watched(queue, job.id)]
             assert events == [Queued(), DONE]
 
+    async def test_an_overdue_job_expires_at_the_next_look_at_the_server(
+        self, queue: JobQueue, redis_client: Redis
+    ) -> None:
+        """Without workers, nobody runs a script."""
+        job = await queue.submit(a_request(deadline_seconds=0.05))
+        later = await queue.submit(a_request(deadline_seconds=3600))
+
+        async def expired() -> bool:
+            await queue.check_server()
+            return await redis_client.hget(keys.job(job.id), "status") == b"expired"
+
+        await eventually(expired)
+        assert await redis_client.hget(keys.job(later.id), "status") == b"waiting"
+
     async def test_an_overdue_job_expires_and_never_runs(self, queue: JobQueue, ended: list[Job]) -> None:
         job = await queue.submit(a_request(deadline_seconds=0.1))
         events = [event async for _, event in queue.watch(job.id)]
@@ -285,7 +300,7 @@ class TestServer:
     ) -> None:
         async def info(*commands: tuple[str, ...]) -> list[Any]:
             about = {"redis_version": "6.0.16", "maxmemory_policy": "noeviction", "master_replid": "a"}
-            return [about, [None, None]]
+            return [about, [None, None], 0]
 
         monkeypatch.setattr(queue, "_do_together", info)
         with pytest.raises(Unavailable, match=r"not Redis 6\.0\.16"):

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
 from patchforge.service.embedded import EmbeddedServer
-from patchforge.service.errors import NotFound
+from patchforge.service.errors import NotFound, Unavailable
 from patchforge.service.messages.events import Cancelled, Completed, Started
 from patchforge.service.messages.schemas import JobStatus
 from patchforge.service.queue import Heartbeat, JobQueue, event_hub, keys, watching
@@ -228,20 +228,38 @@ class TestCallsTogether:
 
 
 class TestEnds:
+    @pytest.mark.parametrize("wanted", [True, False])
     async def test_a_job_that_was_just_submitted_is_not_looked_at_before_it_ends(
-        self, queue: JobQueue, other_queue: JobQueue, asked: list[Any]
+        self, queue: JobQueue, other_queue: JobQueue, asked: list[Any], wanted: bool
     ) -> None:
         await listening(queue)
         began = time.monotonic()
         job = await queue.submit(a_request(), quiet=True)
         asked.clear()
-        waiting = asyncio.create_task(queue.wait_for_end(job.id, began))
+        waiting = asyncio.create_task(queue.wait_for_end(job.id, began, pictures=wanted))
         claim = await claimed(other_queue)
         await other_queue.deliver([stored(claim, 0, b"picture"), finished(claim, DONE)])
         event, pictures = await waiting
         assert isinstance(event, Completed)
-        assert pictures == {0: b"picture"}
-        assert [commands[0] for commands in asked] == [("HGETALL", keys.job(job.id))], "one round trip for both"
+        assert pictures == ({0: b"picture"} if wanted else {})
+        assert [len(commands) for commands in asked] == [1 + wanted], "one round trip for both"
+
+    async def test_pictures_that_are_too_many_for_one_answer_are_left_to_be_fetched(
+        self, queue: JobQueue, other_queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def breaks_off(*commands: Any) -> list[Any]:
+            raise Unavailable("it took too long")
+
+        await listening(queue)
+        began = time.monotonic()
+        job = await queue.submit(a_request(), quiet=True)
+        monkeypatch.setattr(queue, "_do_together", breaks_off)
+        waiting = asyncio.create_task(queue.wait_for_end(job.id, began, pictures=True))
+        claim = await claimed(other_queue)
+        await other_queue.deliver([stored(claim, 0, b"picture"), finished(claim, DONE)])
+        event, pictures = await waiting
+        assert isinstance(event, Completed)
+        assert pictures == {}
 
     async def test_an_end_between_submit_and_wait_is_not_missed(
         self, queue: JobQueue, other_queue: JobQueue, monkeypatch: pytest.MonkeyPatch
