@@ -174,7 +174,7 @@ class QueueConnection:
         with redis_call():
             return await client.execute_command(*command)
 
-    async def _do_together(self, *commands: Sequence[str | bytes | int]) -> list[Any]:
+    async def _do_together(self, *commands: Sequence[str | bytes | float]) -> list[Any]:
         """Runs several commands that only read, and returns their answers. Each round trip wakes the server once."""
         client: Any = self._redis  # as above
         with redis_call():
