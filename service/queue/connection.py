@@ -116,7 +116,7 @@ class QueueConnection:
         asked_at = time.monotonic()
         sections = "server", "memory", "replication"
         info, (known, fleet), overdue = await self._do_together(
-            ("INFO", *sections), ("MGET", keys.SERVER, keys.FLEET), ("ZCOUNT", keys.WAITING, "-inf", time.time())
+            ("INFO", *sections), ("MGET", keys.SERVER, keys.FLEET), ("ZCOUNT", keys.WAITING, "-inf", int(time.time()))
         )
         self._history, self._fleet_version = str(info["master_replid"]), (asked_at, fleet)
         version, policy = str(info.get("redis_version")), info.get("maxmemory_policy")
@@ -174,7 +174,7 @@ class QueueConnection:
         with redis_call():
             return await client.execute_command(*command)
 
-    async def _do_together(self, *commands: Sequence[str | bytes | float]) -> list[Any]:
+    async def _do_together(self, *commands: Sequence[str | bytes | int]) -> list[Any]:
         """Runs several commands that only read, and returns their answers. Each round trip wakes the server once."""
         client: Any = self._redis  # as above
         with redis_call():
