@@ -24,6 +24,7 @@ from patchforge.service.errors import (
     PatchforgeError,
     QueueFull,
     RateLimited,
+    ResultsElsewhere,
     ResultsUnavailable,
     Unavailable,
 )
@@ -124,6 +125,8 @@ class BatchFeeder:
             raise ResultsUnavailable(self._away)
         try:
             return await self._queue.batch_line(stored)
+        except ResultsElsewhere:  # our store may answer, and other batches need it
+            raise
         except ResultsUnavailable as error:
             self._no_objects_before, self._away = time.monotonic() + PAUSE_SECONDS, error.message
             raise

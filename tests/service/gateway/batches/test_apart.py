@@ -247,3 +247,26 @@ async def test_two_gateways_move_results_once(
     await asyncio.gather(*(each.move_results(stored, lambda text: None) for each in (queue, other_queue)))
     assert objects_of(object_server, batch["id"]) == left
     assert list(await results(http, over)) == [str(seed) for seed in range(6)]
+
+
+async def test_lines_in_another_store_hold_nobody_up(
+    http: httpx.AsyncClient,
+    worker: ScriptedWorker,
+    queue: JobQueue,
+    redis_client: Redis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a change of the bucket. Such a batch waits, because the bucket may be changed back; it can be cancelled."""
+    monkeypatch.setattr(feeder, "PAUSE_SECONDS", 600)
+    file = await queue.add_file(jsonl(*map(drawn, "abc")).split(b"\n"), "elsewhere", None, 3600)
+    key = keys.FILE_LINES + file.id.removeprefix("file-")
+    for first, place in (await redis_client.hgetall(key)).items():
+        await redis_client.hset(key, first, place.replace(b"s3://pictures/", b"s3://elsewhere/"))
+    elsewhere = (await http.post("/v1/batches", json={"input_file_id": file.id})).json()
+    await waiting_for(http, elsewhere, "this is in another object store than s3://pictures/results")
+    assert len(await results(http, await until(http, await begin(http, *map(drawn, "abcdefg"))))) == 7
+    await http.post(f"/v1/batches/{elsewhere['id']}/cancel")
+    over = await until(http, elsewhere)
+    assert over["request_counts"] == {"total": 3, "completed": 0, "failed": 0}
+    errors = (await http.get(f"/v1/files/{over['error_file_id']}/content")).text.splitlines()
+    assert {json.loads(line)["error"]["code"] for line in errors} == {"batch_cancelled"}
