@@ -205,7 +205,7 @@ local function end_batch(id, ending)
   end
   call('HSET', BATCH .. id, 'status', ending, ending .. '_at', now, 'kept_until', now + BATCH_TTL)
   call('UNLINK', BATCH_NAMES .. id, BATCH_FLYING .. id)
-  if next_line >= length or archived then
+  if next_line >= length or (archived and tonumber(archived) >= length) then
     call('UNLINK', BATCH_INPUT .. id)
   end
   for _, key in ipairs({ BATCH .. id, BATCH_RESULTS .. id, BATCH_INPUT .. id }) do
@@ -218,8 +218,8 @@ end
 
 -- Lets all results of a batch expire together, a part at each call: there may be fifty thousand.
 local function finalize(id, ending)
-  local cursor, archived, length = unpack(call('HMGET', BATCH .. id, 'cursor', 'archived', 'length'))
-  if archived and tonumber(archived) < tonumber(length) then
+  local cursor, archived, length, kept = unpack(call('HMGET', BATCH .. id, 'cursor', 'archived', 'length', 'rest_kept'))
+  if archived and tonumber(archived) < tonumber(length) and not kept then
     return
   end
   local reply = call('HSCAN', BATCH_RESULTS .. id, cursor or 0, 'COUNT', 500)

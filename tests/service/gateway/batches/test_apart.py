@@ -270,3 +270,54 @@ async def test_lines_in_another_store_hold_nobody_up(
     assert over["request_counts"] == {"total": 3, "completed": 0, "failed": 0}
     errors = (await http.get(f"/v1/files/{over['error_file_id']}/content")).text.splitlines()
     assert {json.loads(line)["error"]["code"] for line in errors} == {"batch_cancelled"}
+
+
+async def test_batches_end_without_the_setting(
+    settings: Settings, worker: ScriptedWorker, queue: JobQueue, redis_client: Redis
+) -> None:
+    """What was moved stays in the store, the rest stays here, and a gateway with the setting reads both."""
+    plain = settings.model_copy(update={"results": "redis"})
+    without = JobQueue.connect(plain.redis_url or "", plain)
+    refused = [drawn(name, steps=0) for name in "abc"]
+    begun = {}
+    worker.curtain.clear()
+    for name, lines, sender in (
+        ("moved", [*refused, *map(drawn, "de")], without),
+        ("fresh", list(map(drawn, "de")), without),
+        ("apart", [*refused, *map(drawn, "de")], queue),
+    ):
+        file = await sender.add_file(jsonl(*lines).split(b"\n"), name, None, 3600)
+        batch = await queue.create_batch(file.id, None, endpoint=None, window="24h", metadata=None)
+        begun[name] = batch.id
+        if name == "moved":
+
+            async def moved(batch_id: str = batch.id) -> bool:
+                stored = await queue.batch(batch_id, None)
+                return stored.archived == 3 and stored.next == stored.length
+
+            async with running(Gateway(settings, queue)) as first:
+                await eventually(moved)
+                first.stop()
+    async with running(Gateway(plain, without)) as second:
+        worker.curtain.set()
+        await ended(queue, begun["fresh"], "")
+        await ended(queue, begun["moved"], "")
+        await queue.cancel_batch(begun["apart"], None)
+        await ended(queue, begun["apart"], "")
+        second.stop()
+    found = {}
+    for name, batch_id in begun.items():
+        reading = BatchResults(queue, await queue.batch(batch_id, None), lambda job, index: "")
+        for kind, lines in (("output", reading.output()), ("error", reading.errors())):
+            found[f"{name} {kind}"] = "".join([json.loads(line)["custom_id"] async for line in lines])
+    assert found == {
+        "moved output": "de",
+        "moved error": "abc",
+        "fresh output": "de",
+        "fresh error": "",
+        "apart output": "",
+        "apart error": "abcde",
+    }
+    assert await queue.open_batches() == []
+    assert int(await redis_client.hget(keys.RESERVED, "total") or 0) == 0
+    await without.close()
