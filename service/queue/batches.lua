@@ -55,7 +55,7 @@ function commands.create_batch(id, file, tenant, window, idempotency_key, finger
     now + window, 'status', 'in_progress', 'length', length, 'total', requests, 'next', 0, 'completed', 0, 'failed', 0,
     ...)
   if apart then
-    call('HSET', BATCH .. id, 'apart', 1)
+    call('HSET', BATCH .. id, 'apart', 1, 'archived', 0) -- whoever moves results also says that the lines may go
     call('SADD', FILE_USERS .. file, id)
     call('EXPIRE', FILE_USERS .. file, math.max(call('TTL', FILE_USERS .. file), window + BATCH_TTL))
   end

@@ -321,3 +321,16 @@ async def test_batches_end_without_the_setting(
     assert await queue.open_batches() == []
     assert int(await redis_client.hget(keys.RESERVED, "total") or 0) == 0
     await without.close()
+
+
+async def test_lines_go_although_a_gateway_without_the_setting_began_the_batch(
+    http: httpx.AsyncClient, worker: ScriptedWorker, settings: Settings, queue: JobQueue, object_server: ObjectServer
+) -> None:
+    plain = settings.model_copy(update={"results": "redis"})
+    without = JobQueue.connect(plain.redis_url or "", plain)
+    file = await queue.add_file(jsonl(*map(drawn, "abc")).split(b"\n"), "apart", None, 3600)
+    batch = await without.create_batch(file.id, None, endpoint=None, window="24h", metadata=None)
+    await without.close()
+    assert len(await results(http, await until(http, {"id": batch.id}))) == 3
+    assert (await http.delete(f"/v1/files/{file.id}")).status_code == 200
+    assert objects_of(object_server, file.id) == []
