@@ -118,8 +118,9 @@ class BatchFeeder:
             return
         try:
             await self._queue.move_results(stored, custom_id_of)
-        except ResultsUnavailable as error:
-            self._no_objects_before, self._away = time.monotonic() + PAUSE_SECONDS, error.message
+        except Unavailable as error:  # also if replicas have not confirmed a move: others go on
+            if isinstance(error, ResultsUnavailable):
+                self._no_objects_before, self._away = time.monotonic() + PAUSE_SECONDS, error.message
             await self._queue.note_waiting(stored, error.message)
         else:
             if not stored.feeding:  # else its next line says what it waits for
