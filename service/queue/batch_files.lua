@@ -93,9 +93,11 @@ function commands.move_results(id, first, last, output, errors)
       end
     end
   end
+  local _, _, _, _, expires_at = batch_fields(id)
   for kind, place in pairs({ output = output, error = errors }) do
     if place ~= '' then
       call('HSET', FILE_LINES .. kind .. '-' .. id, first, place)
+      call('EXPIRE', FILE_LINES .. kind .. '-' .. id, kept_for(expires_at))
     end
   end
   call('HSET', BATCH .. id, 'archived', last)

@@ -100,6 +100,11 @@ local function settle(id, line, custom_id, result)
   end
 end
 
+-- Seconds for which a batch that has not ended, its jobs and its results may be needed.
+local function kept_for(expires_at)
+  return math.ceil(math.max(0, expires_at - now)) + BATCH_TTL + RESULT_TTL
+end
+
 -- Queues the job of a batch's next line; `...` are the arguments of submit.
 function commands.feed_line(id, line, custom_id, result, ...)
   if not may_settle(id, line) then
@@ -114,7 +119,7 @@ function commands.feed_line(id, line, custom_id, result, ...)
   local reply, job = submit(HALF, ...), ...
   if reply[1] == 'ok' then
     local _, _, _, _, expires_at = batch_fields(id)
-    call('HSET', JOB .. job, 'keep', math.ceil(math.max(0, expires_at - now)) + BATCH_TTL + RESULT_TTL)
+    call('HSET', JOB .. job, 'keep', kept_for(expires_at))
     settle(id, line, custom_id, result)
     call('HSET', BATCH_FLYING .. id, line, job)
     call('SADD', BATCH_JOBS, job)
