@@ -100,7 +100,8 @@ function commands.move_results(id, first, last, output, errors)
       call('EXPIRE', FILE_LINES .. kind .. '-' .. id, kept_for(expires_at))
     end
   end
-  call('HSET', BATCH .. id, 'archived', last)
+  -- Older versions would end the batch and show moved lines as null. They scan from `cursor`: now the server refuses that.
+  call('HSET', BATCH .. id, 'archived', last, 'cursor', 'moved')
   return 1
 end
 

@@ -223,7 +223,7 @@ end
 
 -- Lets all results of a batch expire together, a part at each call: there may be fifty thousand.
 local function finalize(id, ending)
-  local cursor, archived, length, kept = unpack(call('HMGET', BATCH .. id, 'cursor', 'archived', 'length', 'rest_kept'))
+  local cursor, archived, length, kept = unpack(call('HMGET', BATCH .. id, 'scanned', 'archived', 'length', 'rest_kept'))
   if archived and tonumber(archived) < tonumber(length) and not kept then
     return
   end
@@ -236,7 +236,7 @@ local function finalize(id, ending)
       call('EXPIRE', SOURCES .. job, BATCH_TTL)
     end
   end
-  call('HSET', BATCH .. id, 'cursor', reply[1])
+  call('HSET', BATCH .. id, 'scanned', reply[1])
   if reply[1] == '0' then
     end_batch(id, ending)
   end

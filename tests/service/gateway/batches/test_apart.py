@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.gateway.app import Gateway
@@ -298,6 +299,10 @@ async def test_batches_end_without_the_setting(
             async with running(Gateway(settings, queue)) as first:
                 await eventually(moved)
                 first.stop()
+            key = batch.id.removeprefix("batch_")
+            older = "HSCAN", keys.BATCH_RESULTS + key, await redis_client.hget(keys.BATCH + key, "cursor")
+            with pytest.raises(ResponseError, match="invalid cursor"):  # so an earlier version does not end the batch
+                await redis_client.execute_command(*older)
     async with running(Gateway(plain, without)) as second:
         worker.curtain.set()
         await ended(queue, begun["fresh"], "")
