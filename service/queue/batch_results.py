@@ -71,7 +71,7 @@ class ResultStore(FileStore):
 
         Once all lines of a batch have ended, all move, in several calls if they are many, and the batch's own lines
         are deleted if nobody else needs them. Only then does `step_batch` end it. May be called by several processes at
-        once, and again after any error. Without an object store, the batch ends with the rest of it on the queue server.
+        once, and again after any error. Without a store, the batch ends with the rest of it on the queue server.
 
         Args:
             name_of: finds the custom_id in a line that may be wrong in any way.

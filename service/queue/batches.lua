@@ -200,12 +200,13 @@ end
 
 local function end_batch(id, ending)
   local _, tenant, next_line, length = batch_fields(id)
-  local total, completed, archived = unpack(call('HMGET', BATCH .. id, 'total', 'completed', 'archived'))
+  local total, completed, failed, archived =
+    unpack(call('HMGET', BATCH .. id, 'total', 'completed', 'failed', 'archived'))
   local owner = archived and 'results_of' or 'batch'
   if tonumber(completed) > 0 then
     add_result_file(id, tenant, 'output', owner)
   end
-  if tonumber(completed) < tonumber(total) then
+  if tonumber(completed) < tonumber(total) or tonumber(failed) > 0 then -- an empty line fails too if it cannot be read
     add_result_file(id, tenant, 'error', owner)
   end
   call('HSET', BATCH .. id, 'status', ending, ending .. '_at', now, 'kept_until', now + BATCH_TTL)

@@ -155,16 +155,54 @@ async def test_a_store_that_is_away_loses_nothing(
     assert not objects_of(object_server, batch["id"]) + objects_of(object_server, batch["input_file_id"])
 
 
+async def test_every_batch_says_that_its_end_waits_for_the_store(
+    http: httpx.AsyncClient,
+    worker: ScriptedWorker,
+    settings: Settings,
+    queue: JobQueue,
+    redis_client: Redis,
+    object_server: ObjectServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also those whose turn comes in the pause after a failure."""
+    monkeypatch.setattr(feeder, "PAUSE_SECONDS", 600)
+    worker.curtain.clear()
+    going = await begin(http, *map(drawn, "ab"))
+
+    async def said(batch_id: str, status: str, reason: str) -> bool:
+        stored = await queue.batch(batch_id, None)
+        said = stored.batch.patchforge.waiting_for or ""
+        return stored.next == stored.length and stored.batch.status == status and said.startswith(reason)
+
+    await eventually(lambda: said(going["id"], "in_progress", ""))
+    await queue.note_waiting(await queue.batch(going["id"], None), "the store was away")
+
+    async def cleared() -> bool:
+        return (await queue.batch(going["id"], None)).batch.patchforge.waiting_for is None
+
+    await eventually(cleared)
+    plain = settings.model_copy(update={"results": "redis"})
+    without = JobQueue.connect(plain.redis_url or "", plain)
+    file = await without.add_file(jsonl(drawn("refused", steps=0)).split(b"\n"), "here", None, 3600)
+    await without.close()
+    object_server.stop()
+    for _ in range(2):
+        batch = await queue.create_batch(file.id, None, endpoint=None, window="24h", metadata=None)
+        away = "the object store s3://pictures/results cannot be reached"
+        await eventually(lambda batch=batch, away=away: said(batch.id, "finalizing", away))  # type: ignore[misc]
+
+
 async def test_what_is_gone_is_a_typed_error_of_its_lines(
     http: httpx.AsyncClient, worker: ScriptedWorker, queue: JobQueue, redis_client: Redis
 ) -> None:
     assert queue.objects is not None
-    file = await queue.add_file(jsonl(*(drawn(str(seed)) for seed in range(8))).split(b"\n"), "gone", None, 3600)
+    lines = [json.dumps(drawn(str(seed))).encode() for seed in range(7)] + [b"", b""]
+    file = await queue.add_file(lines, "gone", None, 3600)
     _, second, _ = await queue._chunks(keys.FILE_LINES + file.id.removeprefix("file-"))
     await queue.objects.delete([second.reference])
     batch = (await http.post("/v1/batches", json={"input_file_id": file.id})).json()
     over = await until(http, batch)
-    assert over["request_counts"] == {"total": 8, "completed": 4, "failed": 4}
+    assert over["request_counts"] == {"total": 8, "completed": 4, "failed": 4}, "nobody knows that one was empty"
     assert list(await results(http, over)) == list("0123")
     reply = await http.get(f"/v1/files/{over['error_file_id']}/content")
     assert [json.loads(line)["error"]["code"] for line in reply.text.splitlines()] == ["line_expired"] * 4
