@@ -6,6 +6,7 @@ import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -299,7 +300,8 @@ async def test_lines_in_another_store_hold_nobody_up(
     monkeypatch.setattr(feeder, "PAUSE_SECONDS", 600)
     file = await queue.add_file(jsonl(*map(drawn, "abc")).split(b"\n"), "elsewhere", None, 3600)
     key = keys.FILE_LINES + file.id.removeprefix("file-")
-    for first, place in (await redis_client.hgetall(key)).items():
+    places: Any = await redis_client.hgetall(key)
+    for first, place in places.items():
         await redis_client.hset(key, first, place.replace(b"s3://pictures/", b"s3://elsewhere/"))
     elsewhere = (await http.post("/v1/batches", json={"input_file_id": file.id})).json()
     await waiting_for(http, elsewhere, "this is in another object store than s3://pictures/results")
@@ -351,8 +353,8 @@ async def test_batches_end_without_the_setting(
     found = {}
     for name, batch_id in begun.items():
         reading = BatchResults(queue, await queue.batch(batch_id, None), lambda job, index: "")
-        for kind, lines in (("output", reading.output()), ("error", reading.errors())):
-            found[f"{name} {kind}"] = "".join([json.loads(line)["custom_id"] async for line in lines])
+        for kind, texts in (("output", reading.output()), ("error", reading.errors())):
+            found[f"{name} {kind}"] = "".join([json.loads(text)["custom_id"] async for text in texts])
     assert found == {
         "moved output": "de",
         "moved error": "abc",
