@@ -1,6 +1,6 @@
 -- Files of batches, and what of them is in the object store: of a file whose lines are there, FILE_LINES is a hash of
 -- references, and so is BATCH_INPUT of its batches. A batch with `archived` has what became of the lines before that one
--- there too, and ends only when all is there.
+-- there too, and ends only when all is there, or when `rest_kept` says that the rest stays here.
 
 -- Newest first: {records of a tenant's batches or files after an id, 1 if there are more}. Expired ones are forgotten.
 function commands.list_owned(index, prefix, after, count)
@@ -93,13 +93,25 @@ function commands.move_results(id, first, last, output, errors)
       end
     end
   end
+  local _, _, _, _, expires_at = batch_fields(id)
   for kind, place in pairs({ output = output, error = errors }) do
     if place ~= '' then
       call('HSET', FILE_LINES .. kind .. '-' .. id, first, place)
+      call('EXPIRE', FILE_LINES .. kind .. '-' .. id, kept_for(expires_at))
     end
   end
-  call('HSET', BATCH .. id, 'archived', last)
+  -- Older versions would end the batch and show moved lines as null. They scan from `cursor`: now the server refuses that.
+  call('HSET', BATCH .. id, 'archived', last, 'cursor', 'moved')
   return 1
+end
+
+-- Lets a batch end although not all of it was moved: the gateway that asks has no object store.
+function commands.keep_results(id)
+  local archived, apart = unpack(call('HMGET', BATCH .. id, 'archived', 'apart'))
+  if archived == '0' and not apart then -- nothing of it is in the store
+    return call('HDEL', BATCH .. id, 'archived')
+  end
+  return archived and call('HSET', BATCH .. id, 'rest_kept', 1) or 0
 end
 
 -- A batch needs its lines in the object store no more. Returns where they are, if nobody else needs them.

@@ -70,6 +70,8 @@ def batch_from(record: Sequence[bytes]) -> StoredBatch:
         return f"file-{fields[f'{kind}_file']}" if f"{kind}_file" in fields else None
 
     status = cast(BatchStatus, fields["status"])
+    completed, failed = int(fields["completed"]), int(fields["failed"])
+    total = max(int(fields["total"]), completed + failed)  # an empty line counts if its object is gone: who knows it
     waits = status in ("in_progress", "finalizing")
     batch = Batch(
         id=f"batch_{fields['id']}",
@@ -87,9 +89,7 @@ def batch_from(record: Sequence[bytes]) -> StoredBatch:
         expired_at=at("expired_at"),
         cancelling_at=at("cancelling_at"),
         cancelled_at=at("cancelled_at"),
-        request_counts=RequestCounts(
-            total=int(fields["total"]), completed=int(fields["completed"]), failed=int(fields["failed"])
-        ),
+        request_counts=RequestCounts(total=total, completed=completed, failed=failed),
         metadata=json.loads(fields["metadata"]) if fields.get("metadata") else None,
         patchforge=BatchNotes(waiting_for=fields.get("waiting_for") if waits else None, kept_until=at("kept_until")),
     )

@@ -71,7 +71,7 @@ class ResultStore(FileStore):
 
         Once all lines of a batch have ended, all move, in several calls if they are many, and the batch's own lines
         are deleted if nobody else needs them. Only then does `step_batch` end it. May be called by several processes at
-        once, and again after any error.
+        once, and again after any error. Without a store, the batch ends with the rest of it on the queue server.
 
         Args:
             name_of: finds the custom_id in a line that may be wrong in any way.
@@ -79,6 +79,10 @@ class ResultStore(FileStore):
         if stored.archived is None or stored.batch.status not in ("in_progress", "cancelling", "finalizing"):
             return
         ending = stored.batch.status == "finalizing"
+        if self.objects is None:
+            if ending:
+                await self._run("keep_results", stored.key)
+            return
         first, most = stored.archived, stored.length if ending else stored.next
         if not ending and most - first >= MOVED_LINES:
             flying = await self._do("HKEYS", keys.BATCH_FLYING + stored.key)

@@ -55,7 +55,7 @@ function commands.create_batch(id, file, tenant, window, idempotency_key, finger
     now + window, 'status', 'in_progress', 'length', length, 'total', requests, 'next', 0, 'completed', 0, 'failed', 0,
     ...)
   if apart then
-    call('HSET', BATCH .. id, 'apart', 1)
+    call('HSET', BATCH .. id, 'apart', 1, 'archived', 0) -- whoever moves results also says that the lines may go
     call('SADD', FILE_USERS .. file, id)
     call('EXPIRE', FILE_USERS .. file, math.max(call('TTL', FILE_USERS .. file), window + BATCH_TTL))
   end
@@ -100,6 +100,11 @@ local function settle(id, line, custom_id, result)
   end
 end
 
+-- Seconds for which a batch that has not ended, its jobs and its results may be needed.
+local function kept_for(expires_at)
+  return math.ceil(math.max(0, expires_at - now)) + BATCH_TTL + RESULT_TTL
+end
+
 -- Queues the job of a batch's next line; `...` are the arguments of submit.
 function commands.feed_line(id, line, custom_id, result, ...)
   if not may_settle(id, line) then
@@ -114,7 +119,7 @@ function commands.feed_line(id, line, custom_id, result, ...)
   local reply, job = submit(HALF, ...), ...
   if reply[1] == 'ok' then
     local _, _, _, _, expires_at = batch_fields(id)
-    call('HSET', JOB .. job, 'keep', math.ceil(math.max(0, expires_at - now)) + BATCH_TTL + RESULT_TTL)
+    call('HSET', JOB .. job, 'keep', kept_for(expires_at))
     settle(id, line, custom_id, result)
     call('HSET', BATCH_FLYING .. id, line, job)
     call('SADD', BATCH_JOBS, job)
@@ -195,17 +200,18 @@ end
 
 local function end_batch(id, ending)
   local _, tenant, next_line, length = batch_fields(id)
-  local total, completed, archived = unpack(call('HMGET', BATCH .. id, 'total', 'completed', 'archived'))
+  local total, completed, failed, archived =
+    unpack(call('HMGET', BATCH .. id, 'total', 'completed', 'failed', 'archived'))
   local owner = archived and 'results_of' or 'batch'
   if tonumber(completed) > 0 then
     add_result_file(id, tenant, 'output', owner)
   end
-  if tonumber(completed) < tonumber(total) then
+  if tonumber(completed) < tonumber(total) or tonumber(failed) > 0 then -- an empty line fails too if it cannot be read
     add_result_file(id, tenant, 'error', owner)
   end
   call('HSET', BATCH .. id, 'status', ending, ending .. '_at', now, 'kept_until', now + BATCH_TTL)
   call('UNLINK', BATCH_NAMES .. id, BATCH_FLYING .. id)
-  if next_line >= length or archived then
+  if next_line >= length or (archived and tonumber(archived) >= length) then
     call('UNLINK', BATCH_INPUT .. id)
   end
   for _, key in ipairs({ BATCH .. id, BATCH_RESULTS .. id, BATCH_INPUT .. id }) do
@@ -218,8 +224,8 @@ end
 
 -- Lets all results of a batch expire together, a part at each call: there may be fifty thousand.
 local function finalize(id, ending)
-  local cursor, archived, length = unpack(call('HMGET', BATCH .. id, 'cursor', 'archived', 'length'))
-  if archived and tonumber(archived) < tonumber(length) then
+  local cursor, archived, length, kept = unpack(call('HMGET', BATCH .. id, 'scanned', 'archived', 'length', 'rest_kept'))
+  if archived and tonumber(archived) < tonumber(length) and not kept then
     return
   end
   local reply = call('HSCAN', BATCH_RESULTS .. id, cursor or 0, 'COUNT', 500)
@@ -231,7 +237,7 @@ local function finalize(id, ending)
       call('EXPIRE', SOURCES .. job, BATCH_TTL)
     end
   end
-  call('HSET', BATCH .. id, 'cursor', reply[1])
+  call('HSET', BATCH .. id, 'scanned', reply[1])
   if reply[1] == '0' then
     end_batch(id, ending)
   end

@@ -187,7 +187,11 @@ class BatchStore(ResultStore):
         result = "" if details is None else f"refused {json.dumps(dict(details))}"
         return bool(await self._run("settle_line", key, number, custom_id or "", result))
 
-    async def note_waiting(self, stored: StoredBatch, reason: str) -> None:
-        """Shows why no further line of a batch is queued at the moment."""
-        if stored.batch.patchforge.waiting_for != reason:
+    async def note_waiting(self, stored: StoredBatch, reason: str | None) -> None:
+        """Shows why a batch does not go on at the moment; None: it does."""
+        if stored.batch.patchforge.waiting_for == reason:
+            return
+        if reason is None:
+            await self._do("HDEL", keys.BATCH + stored.key, "waiting_for")
+        else:
             await self._do("HSET", keys.BATCH + stored.key, "waiting_for", reason)

@@ -34,7 +34,8 @@ BATCH_LINE_BYTES = 512  # for each line of a batch: its outcome and custom id, u
 REVIEW_SECONDS = 60  # between looks whether a reservation's job has ended unnoticed
 REVIEWED = 100  # reservations that one call looks at
 ADMITTING = frozenset({"submit", "feed_line", "create_batch", "admit_file", "add_file"})  # refused when Redis is full
-PROMISED = ADMITTING - {"feed_line", "admit_file"}  # on replicas before the caller hears; others are simply repeated
+PROMISED = ADMITTING - {"feed_line", "admit_file"} | {"move_results"}
+"""On replicas before the caller hears, who then deletes what it needs no more; others are simply repeated."""
 LOOK_SECONDS = 1.0  # between two looks for jobs of silent workers, over all workers
 RINGS = 64  # most workers that find a bell rung without having waited at it
 BELL_MS = 5000  # how long a bell stays rung

@@ -50,7 +50,7 @@ BATCHES_OF = f"{TAG}:batches-of:"  # + tenant: sorted set, ids of its batches by
 BATCHES_OPEN_OF = f"{TAG}:batches-open-of:"  # + tenant: set, ids of its batches that have not ended
 BATCHES_OPEN = f"{TAG}:batches-open"  # sorted set: ids of all batches that have not ended, by time
 BATCH_JOBS = f"{TAG}:batch-jobs"  # set: ids of the jobs of all batches that have not been seen to end
-BATCH_LEADER = f"{TAG}:batch-leader"  # string: the gateway that feeds batches, expires soon
+BATCH_LEADER = f"{TAG}:batch-feeder"  # string: the gateway that feeds batches, expires soon; not that of old versions
 NEWS = f"{TAG}:news"  # pub/sub channel: id of a job that has a new event; or FLEET_NEWS
 FLEET_NEWS = "fleet"  # on NEWS: FLEET has changed. No id of a job is like it, so earlier versions ignore it
 

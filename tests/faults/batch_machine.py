@@ -183,6 +183,8 @@ class BatchMachine(FleetMachine):
         if batch.ended and away:  # whether it notices depends on what it remembers of the lines
             return
         for _ in range(1 + again):
+            self.call(self.rig.gateway.count_batches())  # a move may be no step of the queue; this one is
+            self.check_ended()
             self.rig.objects.away = away
             answer = self.ask(self.rig.gateway.move_results(stored, lambda text: "unread"))
             self.rig.objects.away = False

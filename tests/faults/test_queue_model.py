@@ -42,7 +42,7 @@ def explore(rig: Rig, runs: int, steps: int, *, derandomize: bool) -> Counter[st
 
 
 def test_random_interleavings(rig: Rig) -> None:
-    tally = explore(rig, 200, 30, derandomize=True)
+    tally = explore(rig, 300, 30, derandomize=True)
     for kind in (
         "reclaims",
         "stale acts refused",

@@ -24,6 +24,7 @@ from patchforge.service.errors import (
     PatchforgeError,
     QueueFull,
     RateLimited,
+    ResultsElsewhere,
     ResultsUnavailable,
     Unavailable,
 )
@@ -110,13 +111,20 @@ class BatchFeeder:
 
     async def _move_results(self, stored: StoredBatch) -> None:
         """Moves results to the object store, if they go there. While it is away, they stay, and no batch ends."""
+        ends_with_it = stored.archived is not None and stored.batch.status == "finalizing"
         if time.monotonic() < self._no_objects_before:
+            if ends_with_it:
+                await self._queue.note_waiting(stored, self._away)
             return
         try:
             await self._queue.move_results(stored, custom_id_of)
-        except ResultsUnavailable as error:
-            self._no_objects_before, self._away = time.monotonic() + PAUSE_SECONDS, error.message
+        except Unavailable as error:  # also if replicas have not confirmed a move: others go on
+            if isinstance(error, ResultsUnavailable):
+                self._no_objects_before, self._away = time.monotonic() + PAUSE_SECONDS, error.message
             await self._queue.note_waiting(stored, error.message)
+        else:
+            if not stored.feeding:  # else its next line says what it waits for
+                await self._queue.note_waiting(stored, None)
 
     async def _read_next(self, stored: StoredBatch) -> bytes:
         """Returns a batch's next line. While the object store is away, this fails at once, so that others go on."""
@@ -124,6 +132,8 @@ class BatchFeeder:
             raise ResultsUnavailable(self._away)
         try:
             return await self._queue.batch_line(stored)
+        except ResultsElsewhere:  # our store may answer, and other batches need it
+            raise
         except ResultsUnavailable as error:
             self._no_objects_before, self._away = time.monotonic() + PAUSE_SECONDS, error.message
             raise

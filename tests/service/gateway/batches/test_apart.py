@@ -6,10 +6,12 @@ import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.gateway.app import Gateway
@@ -154,16 +156,54 @@ async def test_a_store_that_is_away_loses_nothing(
     assert not objects_of(object_server, batch["id"]) + objects_of(object_server, batch["input_file_id"])
 
 
+async def test_every_batch_says_that_its_end_waits_for_the_store(
+    http: httpx.AsyncClient,
+    worker: ScriptedWorker,
+    settings: Settings,
+    queue: JobQueue,
+    redis_client: Redis,
+    object_server: ObjectServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also those whose turn comes in the pause after a failure."""
+    monkeypatch.setattr(feeder, "PAUSE_SECONDS", 600)
+    worker.curtain.clear()
+    going = await begin(http, *map(drawn, "ab"))
+
+    async def said(batch_id: str, status: str, reason: str) -> bool:
+        stored = await queue.batch(batch_id, None)
+        said = stored.batch.patchforge.waiting_for or ""
+        return stored.next == stored.length and stored.batch.status == status and said.startswith(reason)
+
+    await eventually(lambda: said(going["id"], "in_progress", ""))
+    await queue.note_waiting(await queue.batch(going["id"], None), "the store was away")
+
+    async def cleared() -> bool:
+        return (await queue.batch(going["id"], None)).batch.patchforge.waiting_for is None
+
+    await eventually(cleared)
+    plain = settings.model_copy(update={"results": "redis"})
+    without = JobQueue.connect(plain.redis_url or "", plain)
+    file = await without.add_file(jsonl(drawn("refused", steps=0)).split(b"\n"), "here", None, 3600)
+    await without.close()
+    object_server.stop()
+    for _ in range(2):
+        batch = await queue.create_batch(file.id, None, endpoint=None, window="24h", metadata=None)
+        away = "the object store s3://pictures/results cannot be reached"
+        await eventually(lambda batch=batch, away=away: said(batch.id, "finalizing", away))  # type: ignore[misc]
+
+
 async def test_what_is_gone_is_a_typed_error_of_its_lines(
     http: httpx.AsyncClient, worker: ScriptedWorker, queue: JobQueue, redis_client: Redis
 ) -> None:
     assert queue.objects is not None
-    file = await queue.add_file(jsonl(*(drawn(str(seed)) for seed in range(8))).split(b"\n"), "gone", None, 3600)
+    lines = [json.dumps(drawn(str(seed))).encode() for seed in range(7)] + [b"", b""]
+    file = await queue.add_file(lines, "gone", None, 3600)
     _, second, _ = await queue._chunks(keys.FILE_LINES + file.id.removeprefix("file-"))
     await queue.objects.delete([second.reference])
     batch = (await http.post("/v1/batches", json={"input_file_id": file.id})).json()
     over = await until(http, batch)
-    assert over["request_counts"] == {"total": 8, "completed": 4, "failed": 4}
+    assert over["request_counts"] == {"total": 8, "completed": 4, "failed": 4}, "nobody knows that one was empty"
     assert list(await results(http, over)) == list("0123")
     reply = await http.get(f"/v1/files/{over['error_file_id']}/content")
     assert [json.loads(line)["error"]["code"] for line in reply.text.splitlines()] == ["line_expired"] * 4
@@ -247,3 +287,95 @@ async def test_two_gateways_move_results_once(
     await asyncio.gather(*(each.move_results(stored, lambda text: None) for each in (queue, other_queue)))
     assert objects_of(object_server, batch["id"]) == left
     assert list(await results(http, over)) == [str(seed) for seed in range(6)]
+
+
+async def test_lines_in_another_store_hold_nobody_up(
+    http: httpx.AsyncClient,
+    worker: ScriptedWorker,
+    queue: JobQueue,
+    redis_client: Redis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a change of the bucket. Such a batch waits, because the bucket may be changed back; it can be cancelled."""
+    monkeypatch.setattr(feeder, "PAUSE_SECONDS", 600)
+    file = await queue.add_file(jsonl(*map(drawn, "abc")).split(b"\n"), "elsewhere", None, 3600)
+    key = keys.FILE_LINES + file.id.removeprefix("file-")
+    places: Any = await redis_client.hgetall(key)
+    for first, place in places.items():
+        await redis_client.hset(key, first, place.replace(b"s3://pictures/", b"s3://elsewhere/"))
+    elsewhere = (await http.post("/v1/batches", json={"input_file_id": file.id})).json()
+    await waiting_for(http, elsewhere, "this is in another object store than s3://pictures/results")
+    assert len(await results(http, await until(http, await begin(http, *map(drawn, "abcdefg"))))) == 7
+    await http.post(f"/v1/batches/{elsewhere['id']}/cancel")
+    over = await until(http, elsewhere)
+    assert over["request_counts"] == {"total": 3, "completed": 0, "failed": 0}
+    errors = (await http.get(f"/v1/files/{over['error_file_id']}/content")).text.splitlines()
+    assert {json.loads(line)["error"]["code"] for line in errors} == {"batch_cancelled"}
+
+
+async def test_batches_end_without_the_setting(
+    settings: Settings, worker: ScriptedWorker, queue: JobQueue, redis_client: Redis
+) -> None:
+    """What was moved stays in the store, the rest stays here, and a gateway with the setting reads both."""
+    plain = settings.model_copy(update={"results": "redis"})
+    without = JobQueue.connect(plain.redis_url or "", plain)
+    refused = [drawn(name, steps=0) for name in "abc"]
+    begun = {}
+    worker.curtain.clear()
+    for name, lines, sender in (
+        ("moved", [*refused, *map(drawn, "de")], without),
+        ("fresh", list(map(drawn, "de")), without),
+        ("apart", [*refused, *map(drawn, "de")], queue),
+    ):
+        file = await sender.add_file(jsonl(*lines).split(b"\n"), name, None, 3600)
+        batch = await queue.create_batch(file.id, None, endpoint=None, window="24h", metadata=None)
+        begun[name] = batch.id
+        if name == "moved":
+
+            async def moved(batch_id: str = batch.id) -> bool:
+                stored = await queue.batch(batch_id, None)
+                return stored.archived == 3 and stored.next == stored.length
+
+            async with running(Gateway(settings, queue)) as first:
+                await eventually(moved)
+                first.stop()
+            key = batch.id.removeprefix("batch_")
+            older = "HSCAN", keys.BATCH_RESULTS + key, await redis_client.hget(keys.BATCH + key, "cursor")
+            with pytest.raises(ResponseError, match="invalid cursor"):  # so an earlier version does not end the batch
+                await redis_client.execute_command(*older)
+    async with running(Gateway(plain, without)) as second:
+        worker.curtain.set()
+        await ended(queue, begun["fresh"], "")
+        await ended(queue, begun["moved"], "")
+        await queue.cancel_batch(begun["apart"], None)
+        await ended(queue, begun["apart"], "")
+        second.stop()
+    found = {}
+    for name, batch_id in begun.items():
+        reading = BatchResults(queue, await queue.batch(batch_id, None), lambda job, index: "")
+        for kind, texts in (("output", reading.output()), ("error", reading.errors())):
+            found[f"{name} {kind}"] = "".join([json.loads(text)["custom_id"] async for text in texts])
+    assert found == {
+        "moved output": "de",
+        "moved error": "abc",
+        "fresh output": "de",
+        "fresh error": "",
+        "apart output": "",
+        "apart error": "abcde",
+    }
+    assert await queue.open_batches() == []
+    assert int(await redis_client.hget(keys.RESERVED, "total") or 0) == 0
+    await without.close()
+
+
+async def test_lines_go_although_a_gateway_without_the_setting_began_the_batch(
+    http: httpx.AsyncClient, worker: ScriptedWorker, settings: Settings, queue: JobQueue, object_server: ObjectServer
+) -> None:
+    plain = settings.model_copy(update={"results": "redis"})
+    without = JobQueue.connect(plain.redis_url or "", plain)
+    file = await queue.add_file(jsonl(*map(drawn, "abc")).split(b"\n"), "apart", None, 3600)
+    batch = await without.create_batch(file.id, None, endpoint=None, window="24h", metadata=None)
+    await without.close()
+    assert len(await results(http, await until(http, {"id": batch.id}))) == 3
+    assert (await http.delete(f"/v1/files/{file.id}")).status_code == 200
+    assert objects_of(object_server, file.id) == []
