@@ -24,7 +24,7 @@ from patchforge.service.errors import (
 from patchforge.service.messages.events import Cancelled
 from patchforge.service.messages.schemas import JobStatus
 from patchforge.service.queue import JobQueue, ShardedQueue, connect, connect_all, connection, keys, sharded
-from patchforge.service.queue.batches import megabytes
+from patchforge.service.queue.files import megabytes
 from patchforge.service.queue.ids import MOST_SERVERS, new_id, server_of
 from patchforge.service.settings import Settings
 from tests.service.queue.kit import a_card, a_request, claimed, eventually
