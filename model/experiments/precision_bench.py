@@ -29,7 +29,7 @@ class Drawn:
     pictures: Tensor
     """`(n, height, width, 3)` uint8."""
     processor_seconds: float
-    """Of sampling, per picture, of all threads."""
+    """Of sampling and decoding on a CPU, per picture, of all threads."""
     packed_differs: float
     """Share of the pictures in which packing changes any pixel."""
     packed_most: int
