@@ -18,7 +18,7 @@ from tests.faults.gateways import Gateway, Seen
 from tests.faults.harness import Stack
 from tests.faults.scripted_worker import CURTAIN, READ
 from tests.patience import PATIENCE
-from tests.processes import Process
+from tests.processes import Process, eventually
 from tests.service.gateway.harness import CARDS
 
 APPLE: dict[str, Any] = {"prompt": "a red apple", "model": "tiny-text", "seed": 7}
@@ -60,13 +60,14 @@ class Stage(Stack):
 
     @contextmanager
     def served_by_nobody(self, name: str) -> Iterator[None]:
-        """Announces a text model for which no worker takes jobs."""
+        """Announces a text model for which no worker takes jobs. The gateway knows it when the block begins."""
         card = CARDS[0].model_copy(update={"name": name})
         with self.redis as redis:
             redis.set(keys.worker_models(name), f"[{card.model_dump_json()}]")
             redis.zadd(keys.WORKERS, {name: "+inf"})
-            redis.delete(keys.FLEET)  # gateways read all announcements anew
+            redis.delete(keys.FLEET)  # gateways read all announcements anew, some time after they last asked
             try:
+                eventually(lambda: self.gateway.http.get(f"/v1/models/{name}").status_code == 200)
                 yield
             finally:
                 redis.zrem(keys.WORKERS, name)

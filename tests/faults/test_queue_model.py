@@ -9,15 +9,16 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from patchforge.service.queue import batch_results
+from patchforge.service.queue import batch_results, connection
 from tests.faults.batch_machine import BatchMachine
 from tests.faults.queue_rig import Rig
 
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    rig = Rig(tmp_path_factory.mktemp("model"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "LOOK_SECONDS", 3600.0)  # what `Rig.just_looked` says counts on any machine
+        rig = Rig(tmp_path_factory.mktemp("model"))
         patch.setattr(batch_results, "MOVED_LINES", 1)  # each line's result has an object of its own
         yield rig
     rig.close()

@@ -202,7 +202,7 @@ def test_patchify_is_row_major_and_inverted() -> None:
 def test_every_sampler_runs_in_bf16_as_on_a_gpu(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The casts of the CUDA path, run on the CPU. `test_cuda` measures the precision on a GPU."""
     for module in ("patchforge.model.denoiser.serving_dtype", "patchforge.model.device.serving_dtype"):
-        monkeypatch.setattr(module, lambda device: torch.bfloat16)
+        monkeypatch.setattr(module, lambda device, precision=None: torch.bfloat16)
     assert {name for name, _ in MIX} == set(SAMPLERS)
     denoiser, conditions = denoisers()[kind]
     evaluate, drifts = denoiser.evaluate, []
