@@ -66,16 +66,12 @@ def build_wheel(out: Path) -> Path:
 
 
 def expected_files() -> set[str]:
-    """Returns the files of the package: what git tracks under model/, service/ and patchforge/, and the stubs.
-
-    Without model/in_training: weights that are not served yet.
-    """
+    """Returns the files of the package: what git tracks under model/, service/ and patchforge/, and the stubs."""
     listed = subprocess.run(
         ["git", "ls-files", "model", "service", "patchforge"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     files = {name if name.startswith("patchforge/") else f"patchforge/{name}" for name in listed}
     files -= {"patchforge/model", "patchforge/service"}  # the links
-    files = {name for name in files if not name.startswith("patchforge/model/in_training/")}
     for proto in (ROOT / "proto").rglob("*.proto"):
         stub = f"patchforge/service/pb/{proto.relative_to(ROOT / 'proto').with_suffix('')}"
         files |= {f"{stub}_pb2.py", f"{stub}_pb2.pyi", f"{stub}_pb2_grpc.py"}

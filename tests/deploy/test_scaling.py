@@ -16,8 +16,12 @@ from tests.faults.gateways import Gateway
 from tests.faults.harness import Stack
 from tests.processes import Process, eventually
 
-QUERIES = {query.where.removeprefix("autoscaler of worker-"): query.text for query in of_scaling()}
 TEXT, CLASS = "emoji-text", "emoji-class"
+QUERIES = {
+    name: query.text
+    for query in of_scaling()
+    if (name := query.where.removeprefix("autoscaler of worker-")) in (TEXT, CLASS)
+}
 TABLE = re.findall(
     r"^\| (\d) \| [^|]+ \| (\d+|none) \| (\d+|none) \|",
     (ROOT / "docs" / "operation.md").read_text("utf-8"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 STUBS = "grpcio-tools==1.76.0"  # as in pyproject.toml
-LEFT_OUT = "*.safetensors", "bundles", "in_training", "emoji_judge", "playground/*"
+LEFT_OUT = "*.safetensors", "bundles", "emoji_judge", "playground/*"
 KEPT = "icon.svg"  # so that the folder that a gateway serves is there
 
 
