@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from patchforge.service.embedded import EmbeddedServer
+from patchforge.service.gateway import jobs
 from patchforge.service.gateway.app import Gateway
 from patchforge.service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
 from patchforge.service.queue import JobQueue
@@ -24,6 +25,12 @@ def settings(queue_server: EmbeddedServer) -> Settings:
     return Settings(
         redis_url=queue_server.url, http_port=0, grpc_port=0, max_waiting=8, sse_ping_seconds=0.2, drain_seconds=1
     )
+
+
+@pytest.fixture(autouse=True)
+def asks_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway knows an announcement as soon as it is made, not only when it has heard the news of it."""
+    monkeypatch.setattr(jobs, "FLEET_SECONDS", 0.0)
 
 
 @pytest.fixture

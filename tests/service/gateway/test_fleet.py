@@ -17,7 +17,7 @@ from patchforge.service.messages.protocol import FIRST
 from patchforge.service.messages.schemas import GenerationRequest, ModelCard
 from patchforge.service.pb.patchforge.v1 import image_service_pb2 as pb
 from patchforge.service.pb.patchforge.v1 import image_service_pb2_grpc as pb_grpc
-from patchforge.service.queue import JobQueue
+from patchforge.service.queue import JobQueue, roster
 from patchforge.service.queue.records import Served
 from patchforge.service.settings import Settings
 from tests.patience import PATIENCE
@@ -154,7 +154,10 @@ async def test_the_setting_orders_what_is_listed_and_what_is_chosen(
         assert job["request"]["model"] == "tiny-text"
 
 
-async def test_workers_are_looked_at_again_only_when_something_changed(queue: JobQueue) -> None:
+async def test_workers_are_looked_at_again_only_when_something_changed(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "READ_AGAIN", PATIENCE)
     service = JobService(queue)
     await queue.announce("one", CARDS[:1])
     before = await service.fleet()

@@ -119,6 +119,10 @@ async def test_so_is_what_nobody_has_foreseen(
     async def broken(*arguments: object) -> None:
         raise ZeroDivisionError
 
+    async def no_tick() -> None: ...
+
+    await gateway.tick()  # the first one has begun
+    monkeypatch.setattr(gateway, "tick", no_tick)  # it looks at the fleet too
     monkeypatch.setattr(gateway.service, "fleet", broken)
     reply = await http.get("/v1/models/tiny-text", headers={"Origin": PAGE})
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")

@@ -12,7 +12,8 @@ from structlog.testing import capture_logs
 
 from patchforge.service.errors import Unavailable
 from patchforge.service.gateway.app import Gateway
-from patchforge.service.queue import keys
+from patchforge.service.queue import JobQueue, keys
+from patchforge.service.settings import Settings
 from tests.service.gateway.harness import ScriptedWorker
 
 
@@ -28,9 +29,9 @@ async def test_a_job_that_the_next_master_lacks_is_told(
     assert "patchforge_jobs_lost_total 0.0" in (await http.get("/metrics")).text
     await redis_client.delete(keys.job(lost))
     # For a moment a replica of nobody, so that it becomes the master again, with another history.
-    await redis_client.replicaof("127.0.0.1", "1")
-    await redis_client.replicaof("NO", "ONE")
     with capture_logs() as logs:
+        await redis_client.replicaof("127.0.0.1", "1")
+        await redis_client.replicaof("NO", "ONE")
         for _ in range(2):
             await gateway.tick()
     assert "patchforge_jobs_lost_total 1.0" in (await http.get("/metrics")).text
@@ -40,8 +41,11 @@ async def test_a_job_that_the_next_master_lacks_is_told(
     assert (await http.get(f"/v1/jobs/{kept}")).status_code == 200
 
 
-async def test_a_tick_waits_once_for_an_absent_server(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_tick_waits_once_for_an_absent_server(
+    settings: Settings, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it asks first waits together."""
+    gateway = Gateway(settings, queue)  # not started: it would tick beside this
     await gateway.tick()
     asked: list[object] = []
     waiting: set[int] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zipfile
 from base64 import b64encode
 from collections.abc import AsyncIterator
@@ -323,7 +324,9 @@ async def test_two_finish_maps_are_on_one_scale(url: str, queue: JobQueue) -> No
         await page.get_by_role("radio", name="Finish map").check(force=True)
         await expect(page.locator("#scale")).to_contain_text("finished early (after evaluation 4)")
         await expect(page.locator("#scale")).to_contain_text("late (after evaluation 8)")
-        assert await grey(page, 0) != await grey(page, 1)
+        async with asyncio.timeout(PATIENCE):  # they are painted when they have been decoded
+            while 0 in (seen := {max(0, await grey(page, pane)) for pane in (0, 1)}) or len(seen) < 2:
+                await page.wait_for_timeout(50)
 
 
 async def test_the_bar_shows_the_share_that_the_figure_says(page: Page) -> None:

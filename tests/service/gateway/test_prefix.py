@@ -151,6 +151,10 @@ async def test_a_request_keeps_its_name(
     async def broken(*arguments: object) -> None:
         raise ZeroDivisionError
 
+    async def no_tick() -> None: ...
+
+    await gateway.tick()  # the first one has begun
+    monkeypatch.setattr(gateway, "tick", no_tick)  # it looks at the fleet too
     monkeypatch.setattr(gateway.service, "fleet", broken)
     with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logged:
         reply = await http.get("/v1/models/x", headers={"X-Request-Id": "find-me"})

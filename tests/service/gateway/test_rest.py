@@ -168,8 +168,8 @@ async def test_unknown_jobs(http: httpx.AsyncClient, worker: ScriptedWorker) -> 
         assert set(response.json()) == {"type", "title", "status", "detail", "code", "field", "request_id"}
 
 
-async def test_a_full_queue_says_when_to_come_back(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
-    await worker.queue.announce("scripted", [CARDS[0].model_copy(update={"name": "served-by-nobody"})])
+async def test_a_full_queue_says_when_to_come_back(http: httpx.AsyncClient, queue: JobQueue) -> None:
+    await queue.announce("takes none", [CARDS[0]])
     replies = [await http.post("/v1/jobs", json={"prompt": "x"}) for _ in range(9)]
     assert [reply.status_code for reply in replies] == [202] * 8 + [503]
     assert int(replies[-1].headers["retry-after"]) > 0

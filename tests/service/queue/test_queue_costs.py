@@ -15,7 +15,7 @@ from patchforge.service.embedded import EmbeddedServer
 from patchforge.service.errors import NotFound, Unavailable
 from patchforge.service.messages.events import Cancelled, Completed, Started
 from patchforge.service.messages.schemas import JobStatus
-from patchforge.service.queue import Heartbeat, JobQueue, event_hub, keys, watching
+from patchforge.service.queue import Heartbeat, JobQueue, event_hub, keys, watching, work
 from patchforge.service.queue import connection as queue_redis
 from patchforge.service.queue.claims import finished, published, stored
 from patchforge.service.queue.connection import _constants
@@ -45,8 +45,11 @@ def asked(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 class TestBells:
-    async def test_one_job_wakes_one_worker(self, queue: JobQueue, redis_client: Redis) -> None:
-        waiting = {asyncio.create_task(queue.wait_for_job(["emoji", "digits"], 5)) for _ in range(3)}
+    async def test_one_job_wakes_one_worker(
+        self, queue: JobQueue, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(work, "LONGEST_BLOCK", PATIENCE)
+        waiting = {asyncio.create_task(queue.wait_for_job(["emoji", "digits"], PATIENCE)) for _ in range(3)}
         await blocked(redis_client, 3)
         for left in (2, 1):
             await queue.submit(a_request())
@@ -230,8 +233,14 @@ class TestCallsTogether:
 class TestEnds:
     @pytest.mark.parametrize("wanted", [True, False])
     async def test_a_job_that_was_just_submitted_is_not_looked_at_before_it_ends(
-        self, queue: JobQueue, other_queue: JobQueue, asked: list[Any], wanted: bool
+        self,
+        queue: JobQueue,
+        other_queue: JobQueue,
+        asked: list[Any],
+        wanted: bool,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(watching, "POLL", 3600.0)
         await listening(queue)
         began = time.monotonic()
         job = await queue.submit(a_request(), quiet=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 
@@ -19,6 +21,7 @@ from patchforge.service.worker import link as links
 from patchforge.service.worker import outbox
 from patchforge.service.worker.outcomes import Outcome
 from patchforge.service.worker.worker import Worker
+from tests.patience import PATIENCE
 from tests.service.queue.kit import eventually, silenced
 from tests.service.worker.jobs import request
 from tests.service.worker.test_source_images import source
@@ -70,7 +73,13 @@ async def test_jobs_of_all_servers_share_the_engine(
 ) -> None:
     worker = Worker(both, of_worker, pipelines, BUDGETS)
     together: set[int] = set()
-    before_each_step(worker, lambda: together.add(len(worker.engine.jobs)))
+
+    def look() -> None:
+        while not together and len(worker.claims) < 2:  # the first step waits for the other server's job
+            time.sleep(0.01)
+        together.add(len(worker.engine.jobs))
+
+    before_each_step(worker, look)
     jobs = [(queue, await queue.submit(request(steps=20, n=2))) for queue in queues]
     async with running(worker):
         for queue, job in jobs:
@@ -119,11 +128,20 @@ async def test_drawn_jobs_of_an_absent_server_hold_nothing_up(
     """Neither the room that they take, nor their messages, although few may wait."""
     monkeypatch.setattr(outbox, "MOST_WAITING", 2)
     worker = Worker(both.model_copy(update={"max_running": most}), of_worker, pipelines, BUDGETS)
+    away = threading.Event()
     drawn = [await queues[1].submit(request(steps=20, n=4)) for _ in range(min(most, 3))]
+
+    def look() -> None:
+        """They do not end before the server is away."""
+        if len(worker.claims) == len(drawn):
+            away.wait(PATIENCE)
+
+    before_each_step(worker, look)
     async with running(worker):
         for job in drawn:
             await first(queues[1], job.id, Started)
         servers[1].stop()
+        away.set()
         await eventually(lambda: all_told(worker, drawn))
         job = await queues[0].submit(request())
         assert isinstance(await first(queues[0], job.id, TERMINAL_EVENTS), Completed)

@@ -28,7 +28,7 @@ from patchforge.service.messages.events import (
 )
 from patchforge.service.messages.schemas import JobStatus
 from patchforge.service.messages.small_copies import split_reference
-from patchforge.service.queue import JobQueue, keys
+from patchforge.service.queue import JobQueue, keys, stored_previews
 from patchforge.service.queue.batch_records import StoredBatch
 from patchforge.service.queue.claims import Delivery
 from patchforge.service.queue.job_queue import FeedOutcome
@@ -36,6 +36,7 @@ from patchforge.service.results import Reference
 from patchforge.service.settings import Settings
 from patchforge.service.worker.worker import Worker
 from tests.object_store import ObjectServer, browse
+from tests.patience import PATIENCE
 from tests.service.queue.kit import a_preview, eventually, silenced
 from tests.service.worker.jobs import request
 from tests.service.worker.test_source_images import source
@@ -345,6 +346,14 @@ async def test_large_previews_go_through_the_store_and_come_back(
     assert all(split_reference(event.b64_png)[1] is None for event in plain if isinstance(event, Preview))
 
 
+@pytest.fixture
+def any_time_to_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that answers is waited for, and one that was away is left alone until the test says so."""
+    for name in ("FETCH_SECONDS", "PAUSE_SECONDS"):
+        monkeypatch.setattr(stored_previews, name, PATIENCE)
+
+
+@pytest.mark.usefixtures("any_time_to_fetch")
 async def test_previews_of_a_store_that_is_away_or_empty_are_small_copies(
     queue: JobQueue, object_server: ObjectServer
 ) -> None:
@@ -372,6 +381,7 @@ async def test_previews_of_a_store_that_is_away_or_empty_are_small_copies(
     assert [b64decode(event.b64_png) for event in seen if isinstance(event, Preview)] == [large, small]
 
 
+@pytest.mark.usefixtures("any_time_to_fetch")
 async def test_a_watcher_that_has_fallen_behind_fetches_the_newest_previews(
     queue: JobQueue, object_server: ObjectServer
 ) -> None:

@@ -28,6 +28,7 @@ from patchforge.service.messages.schemas import JobStatus
 from patchforge.service.queue import Claim, Heartbeat, JobQueue, keys
 from patchforge.service.queue.claims import Delivery
 from patchforge.service.settings import Settings
+from patchforge.service.worker import outbox
 from patchforge.service.worker.outages import Outages
 from patchforge.service.worker.outcomes import Outcome
 from patchforge.service.worker.worker import Worker
@@ -98,6 +99,7 @@ async def test_a_job_runs_from_queued_to_completed(worker: Worker, queue: JobQue
 async def test_news_that_nobody_waits_for_goes_with_the_picture(
     worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(outbox, "PATIENCE_SECONDS", PATIENCE)  # the picture comes first, on any machine
     calls: list[list[str]] = []
     deliver = worker.links[0].queue.deliver
 
