@@ -46,8 +46,9 @@ async def begin(page: Page) -> None:
 
 async def run(page: Page) -> None:
     """Looking back at the middle of a run, with some pictures in the gallery."""
-    for prompt, seed in (("tiger face", 5), ("red apple, 3d", 7), ("soccer ball", 8), ("grinning face", 4)):
-        await draw(page, prompt, seed)
+    await page.select_option("#model", "emoji-text-256")
+    for prompt in ("hamburger, 3d", "automobile, noto", "grinning face, 3d", "panda face, noto"):
+        await draw(page, prompt, 7)
     scrubber, place = page.locator("#scrubber"), page.locator("#place")
     while not re.search(r" [2-7]\d % finished|ion 1 of", await place.inner_text()):
         await scrubber.press("ArrowLeft")
