@@ -42,8 +42,18 @@ def patch_flops(manifest: BundleManifest) -> int:
     return network.config.depth * block + 2 * width * values
 
 
+EMULATED = 5.0
+"""GFLOP/s of small products below which a processor is taken to emulate the type: large ones would take minutes."""
+
+
 def matmul_peak(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
-    """Measure the GFLOP/s of a large matrix product in this type; the best of five, or of fewer that take seconds."""
+    """Measure the GFLOP/s of a large matrix product in this type; of a small one, if the type is only emulated."""
+    small = _product_rate(device, dtype, 256)
+    return small if small < EMULATED else _product_rate(device, dtype, side)
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    """Return the best GFLOP/s of five matrix products `(side, side)` × `(side, side)`."""
     a = torch.randn(side, side, device=device, dtype=dtype)
     best = math.inf
     for _ in range(5):
@@ -51,6 +61,4 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, side: int = 2048) -> f
         torch.mm(a, a)
         synchronize(device)
         best = min(best, time.perf_counter() - started)
-        if best > 1:  # a processor that only emulates this type
-            break
     return 2 * side**3 / best / 1e9

@@ -44,24 +44,19 @@ def explore(rig: Rig, runs: int, steps: int, *, derandomize: bool) -> Counter[st
 
 def test_random_interleavings(rig: Rig) -> None:
     tally = explore(rig, 300, 30, derandomize=True)
+    # Only what is common: which runs these are also depends on what else the process has imported.
     for kind in (
         "reclaims",
         "stale acts refused",
-        "told at last",
         "special claims",
         "counts of held jobs",
         "expired unasked",
         "cancelled unasked",
-        "submit: full",
-        "submit: crowded",
         "taken over in turn",
         "claims of idle workers",
         "deliveries together",
         "rosters",
         "feed: queued",
-        "feed: stale",
-        "feed: enough",
-        "batch: finalizing",
     ):
         assert tally[kind], f"no {kind}: the runs were in vain"
 
@@ -77,5 +72,15 @@ def test_two_thousand_random_interleavings(rig: Rig, capsys: pytest.CaptureFixtu
     assert tally["batch: completed"]
     assert tally["batch: cancelled"]
     assert tally["batches deleted"]
-    for kind in ("results moved", "results: late", "results: away"):
+    for kind in (
+        "told at last",
+        "submit: full",
+        "submit: crowded",
+        "feed: stale",
+        "feed: enough",
+        "batch: finalizing",
+        "results moved",
+        "results: late",
+        "results: away",
+    ):
         assert tally[kind], f"no {kind}"
