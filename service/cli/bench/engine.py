@@ -29,6 +29,7 @@ COLUMNS = (
 )
 AT_EQUAL_P95 = "against", "p95 s", "theirs, requests/s", "ours, requests/s", "ours ÷ theirs"
 LOADS = (0.5, 0.75, 1.0, 1.25, 1.5)
+SLO_BUNDLE = Path("emoji-text")
 
 
 def engine(
@@ -57,9 +58,10 @@ def engine(
     slo: Annotated[
         bool, typer.Option("--slo", help="Instead: which answers come in time, and how good they are, for --bundle.")
     ] = False,
-    bundle: Annotated[Path, typer.Option(help="With --slo: folder of a bundle, or name of a shipped bundle.")] = Path(
-        "emoji-text"
-    ),
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the only bundle, or name of a shipped one.  [with --slo: emoji-text]"),
+    ] = None,
     patch_budget: Annotated[int | None, typer.Option(min=1, help="Default: profiled, as a worker does.")] = None,
     cpu_clock: Annotated[
         bool, typer.Option(help="Measure CPU seconds, for a machine that runs other programs; needs one thread.")
@@ -91,12 +93,12 @@ def engine(
             raise InvalidRequest("requires --threads 1, because CPU seconds add up over threads", field="cpu-clock")
         prepare_cpu(threads, only_pictures=True)
         if slo:
-            measure_slo(bundle, requests, load, seed, patch_budget, cpu_clock, out, doc)
+            measure_slo(bundle or SLO_BUNDLE, requests, load, seed, patch_budget, cpu_clock, out, doc)
             return
         from patchforge.model.shipped import BUNDLES
 
         sizes = [options.read_size(each) for each in size or []]
-        pipelines = _open_bundles(bundle_dir or BUNDLES, sizes)
+        pipelines = _open_bundles(bundle, bundle_dir or BUNDLES, sizes)
         budgets = {name: patch_budget or profiled(pipeline) for name, pipeline in pipelines.items()}
         traffics = [
             mixed_traffic(pipelines, requests, seed + number, presets, adaptive_only, sizes) for number in range(rounds)
@@ -130,7 +132,8 @@ def engine(
         )
         if doc is not None:
             said = {"presets": presets, "adaptive only": adaptive_only, "sizes": bool(sizes), "long": long}
-            name = ", ".join(["engine", *(word for word, true in said.items() if true)])
+            only = [bundle.name] if bundle else []
+            name = ", ".join(["engine", *only, *(word for word, true in said.items() if true)])
             write_table(doc, name, COLUMNS, map(_table_row, rows))
             write_table(doc, f"{name} at equal p95", AT_EQUAL_P95, map(_equal_row, equals))
         if out is not None:
@@ -144,12 +147,12 @@ def _replace_infinity(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if value == math.inf else value for key, value in row.items()}
 
 
-def _open_bundles(folder: Path, sizes: Sequence[Size]) -> dict[str, Pipeline]:
-    """The bundles that share the grid of the first bundle, by name; with `sizes`, only those that can draw them."""
+def _open_bundles(only: Path | None, folder: Path, sizes: Sequence[Size]) -> dict[str, Pipeline]:
+    """The only bundle, or those with the grid of the folder's first; with `sizes`, only those that can draw them."""
     from patchforge.model.pipeline import Pipeline
-    from patchforge.model.storage.bundle import list_bundles
+    from patchforge.model.storage.bundle import list_bundles, open_bundle
 
-    bundles = list_bundles(folder)
+    bundles = [open_bundle(only)] if only else list_bundles(folder)
     if sizes:
         bundles = [_draws(bundle, sizes) for bundle in bundles if bundle.manifest.network.kind == "text"]
     if not bundles:

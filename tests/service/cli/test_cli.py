@@ -218,10 +218,11 @@ def test_bench_engine_writes_figures_and_a_plot(bundle_dir: Path, tmp_path: Path
 
 @pytest.mark.usefixtures("short_warm_up")
 def test_bench_engine_against_request_level_batching_only(bundle_dir: Path, tmp_path: Path) -> None:
-    page, names = tmp_path / "page.md", ("engine, adaptive only, long", "engine, adaptive only, long at equal p95")
+    name = "engine, tiny-text, adaptive only, long"
+    page, names = tmp_path / "page.md", (name, f"{name} at equal p95")
     page.write_text("".join(f"<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in names))
     what = ("--requests", "4", "--load", "1", "--patch-budget", "128", "--long", "--adaptive-only", "--doc", page)
-    code, output = command("bench", "engine", "--bundle-dir", bundle_dir, *what, "--threads", "1")
+    code, output = command("bench", "engine", "--bundle", bundle_dir / "tiny-text", *what, "--threads", "1")
     assert code == 0, output
     assert page.read_text().count("| request-level batching |") == 3
     assert "one at a time" not in page.read_text()
