@@ -17,7 +17,7 @@ from patchforge.service.queue.job_queue import FeedOutcome
 from tests.faults.fleet_machine import FleetMachine
 from tests.faults.queue_model import Job, require
 from tests.faults.queue_rig import BATCH_IN_FLIGHT, CAP, MEMORY, Rig
-from tests.service.queue.kit import a_request
+from tests.service.queue.kit import DONE, a_request
 
 MOST_BATCHES = 2
 OF_BATCHES = 0.75  # share of the memory
@@ -194,6 +194,20 @@ class BatchMachine(FleetMachine):
         now = self.rig.run(self.rig.gateway.batch(batch.id, None))
         require(now.archived == batch.archived, f"moved up to {now.archived}, expected {batch.archived}")
         self.check_files(batch, now)
+
+    # Without this one, nearly no batch would end: all its lines must be settled, and their results moved.
+    @with_batches
+    @rule(which=BATCHES, name=NAMES)
+    def carry_on(self, which: int, name: str) -> None:
+        self.settle(which, late=False, name=name, refused=False)
+        batch = self.a_batch(which)
+        for claim in [claim for claim in self.claims if claim.job.id in batch.flying.values()]:
+            done = self.call(self.rig.worker.finish(claim, DONE))
+            require(done == self.model.finish(self.owned(claim), "completed"), "only the holder finishes, and once")
+            self.check_ended()
+        self.step(which)
+        self.move_results(which, late=False, away=False, again=False)
+        self.step(which)
 
     def moved(self, batch: Batch, stored: StoredBatch, away: bool) -> type[Exception] | None:
         """Moves what must move. Returns what must be raised."""

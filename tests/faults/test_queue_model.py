@@ -77,7 +77,6 @@ def test_two_thousand_random_interleavings(rig: Rig, capsys: pytest.CaptureFixtu
         "submit: full",
         "submit: crowded",
         "feed: stale",
-        "feed: enough",
         "batch: finalizing",
         "results moved",
         "results: late",
