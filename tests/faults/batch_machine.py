@@ -40,6 +40,9 @@ class Batch:
     outcomes: dict[int, str] = field(default_factory=dict)
     flying: dict[int, str] = field(default_factory=dict)
     jobs: list[str] = field(default_factory=list)
+    job_of: dict[int, str] = field(default_factory=dict)
+    moved_whole: set[int] = field(default_factory=set)
+    """Lines whose job still had its record when they moved."""
     names: set[str] = field(default_factory=set)
     completed: int = 0
     failed: int = 0
@@ -122,7 +125,7 @@ class BatchMachine(FleetMachine):
             job_id = self.rig.client.hget(keys.BATCH_FLYING + batch.key, str(stored.next)).decode()
             self.model.accept(Job(job_id, model, "low", deadline=False), None, "")
             self.jobs.append(job_id)
-            batch.flying[batch.next] = job_id
+            batch.flying[batch.next] = batch.job_of[batch.next] = job_id
             batch.jobs.append(job_id)
             batch.settle(name, "flying")
 
@@ -222,6 +225,7 @@ class BatchMachine(FleetMachine):
             if first != batch.archived or batch.ended:
                 self.rig.tally["results: late"] += 1
                 return None
+            batch.moved_whole |= {first} if batch.job_of.get(first) in self.model.jobs else set()
             batch.archived += 1
             first += 1
             self.rig.tally["results moved"] += 1
@@ -229,7 +233,7 @@ class BatchMachine(FleetMachine):
 
     def check_files(self, batch: Batch, stored: StoredBatch) -> None:
         """Everything that is settled is in one of the two files, wherever it is."""
-        found = {kind: self.rig.run(self.read_file(stored, kind)) for kind in ("output", "error")}
+        found = {kind: self.rig.run(self.read_file(batch, stored, kind)) for kind in ("output", "error")}
         for kind, lines in found.items():
             expected = {
                 line: outcome
@@ -240,12 +244,11 @@ class BatchMachine(FleetMachine):
                 expected |= dict.fromkeys(range(batch.next, batch.archived), "unsettled")
             require(lines == expected, f"{kind} has {lines}, expected {expected}")
 
-    async def read_file(self, stored: StoredBatch, kind: str) -> dict[int, str]:
+    async def read_file(self, batch: Batch, stored: StoredBatch, kind: str) -> dict[int, str]:
         lines = {}
         async for line in self.rig.gateway.settled_lines(stored, kind):
             lines[line.number] = line.outcome
-            moved = stored.archived is not None and line.number < stored.archived
-            if moved and "job" in line.details:
+            if line.number in batch.moved_whole:
                 require(line.job is not None and line.job.id == line.details["job"], "the job moved with its line")
         return lines
 
