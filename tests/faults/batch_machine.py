@@ -200,8 +200,8 @@ class BatchMachine(FleetMachine):
 
     # Without this one, nearly no batch would end: all its lines must be settled, and their results moved.
     @with_batches
-    @rule(which=BATCHES, name=NAMES)
-    def carry_on(self, which: int, name: str) -> None:
+    @rule(which=BATCHES, name=NAMES, away=st.booleans())
+    def carry_on(self, which: int, name: str, away: bool) -> None:
         self.settle(which, late=False, name=name, refused=False)
         batch = self.a_batch(which)
         for claim in [claim for claim in self.claims if claim.job.id in batch.flying.values()]:
@@ -209,6 +209,8 @@ class BatchMachine(FleetMachine):
             require(done == self.model.finish(self.owned(claim), "completed"), "only the holder finishes, and once")
             self.check_ended()
         self.step(which)
+        if away:  # at first
+            self.move_results(which, late=False, away=True, again=False)
         self.move_results(which, late=False, away=False, again=False)
         self.step(which)
 
