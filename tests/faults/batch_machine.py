@@ -227,7 +227,9 @@ class BatchMachine(FleetMachine):
             if first != batch.archived or batch.ended:
                 self.rig.tally["results: late"] += 1
                 return None
-            batch.moved_whole |= {first} if batch.job_of.get(first) in self.model.jobs else set()
+            if job := self.model.jobs.get(batch.job_of.get(first, "")):
+                batch.moved_whole.add(first)
+                job.cancel = False  # the record that is left does not say
             batch.archived += 1
             first += 1
             self.rig.tally["results moved"] += 1
