@@ -137,6 +137,8 @@ async def test_a_burst_of_mixed_requests_gives_what_each_gives_alone(served: Ser
         {"model": "emoji-text", "prompt": "blue heart", "seed": 1, "sampler": "euler", "steps": 12, "guidance": 1},
         {"model": "emoji-text", "prompt": "tiger face", "seed": 2, "sampler": "look_ahead", "steps": 10},
         {"model": "emoji-text", "prompt": "pizza", "seed": 3, "n": 3},
+        {"model": "emoji-text-256", "prompt": "panda face, noto", "seed": 6},
+        {"model": "emoji-text-256", "prompt": "blue heart", "seed": 7, "width": 128, "height": 128},
         {"model": "emoji-class", "class_label": "food-fruit", "seed": 4},
         {"model": "emoji-class", "class_label": "cat-face", "seed": 5, "guidance": 1.5, "steps": 5},
     ]

@@ -92,6 +92,8 @@ def engine(
         if cpu_clock and threads != 1:
             raise InvalidRequest("requires --threads 1, because CPU seconds add up over threads", field="cpu-clock")
         prepare_cpu(threads, only_pictures=True)
+        if bundle and bundle_dir:
+            raise InvalidRequest("cannot be used together with --bundle-dir", field="bundle")
         if slo:
             measure_slo(bundle or SLO_BUNDLE, requests, load, seed, patch_budget, cpu_clock, out, doc)
             return
@@ -132,7 +134,7 @@ def engine(
         )
         if doc is not None:
             said = {"presets": presets, "adaptive only": adaptive_only, "sizes": bool(sizes), "long": long}
-            only = [bundle.name] if bundle else []
+            only = list(pipelines) if bundle else []
             name = ", ".join(["engine", *only, *(word for word, true in said.items() if true)])
             write_table(doc, name, COLUMNS, map(_table_row, rows))
             write_table(doc, f"{name} at equal p95", AT_EQUAL_P95, map(_equal_row, equals))

@@ -243,7 +243,12 @@ def test_bench_engine_with_several_sizes(bundle_dir: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["--cpu-clock"], "--threads 1"), (["--bundle-dir", "absent"], "absent")]
+    ("words", "message"),
+    [
+        (["--cpu-clock"], "--threads 1"),
+        (["--bundle-dir", "absent"], "absent"),
+        (["--bundle", "a", "--bundle-dir", "b"], "together with --bundle-dir"),
+    ],
 )
 def test_bench_engine_refuses_what_it_cannot_measure(words: list[str], message: str) -> None:
     code, output = command("bench", "engine", *words)
