@@ -193,10 +193,15 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
-def position_table(grid: Grid, width: int) -> Tensor:
-    """Fixed 2-D sin-cos table `(P, d)`. The first half of d encodes the column, the second half the row."""
+def position_table(grid: Grid, width: int, finer: Grid | None = None) -> Tensor:
+    """Fixed 2-D sin-cos table `(P, d)`. The first half of d encodes the column, the second half the row.
+
+    With `finer`, a grid of more patches on the same canvas, each patch is in the middle of those that it covers there.
+    """
     quarter = width // 4
     omega = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    row, column = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.columns), indexing="ij")
-    halves = [torch.outer(axis.flatten().double(), omega) for axis in (column, row)]
+    covered = 1 if finer is None else finer.rows / grid.rows
+    axes = [(torch.arange(count, dtype=torch.float64) + 0.5) * covered - 0.5 for count in (grid.rows, grid.columns)]
+    row, column = torch.meshgrid(*axes, indexing="ij")
+    halves = [torch.outer(axis.flatten(), omega) for axis in (column, row)]
     return torch.cat([table for half in halves for table in (half.sin(), half.cos())], dim=1).float()

@@ -114,7 +114,9 @@ class Export:
     def _smaller_sizes(self, trainer: Trainer) -> list[tuple[int, int]]:
         """Sizes in pixels, besides the bundle's own, at which the network was trained."""
         small = trainer.recipe.small
-        return [] if small is None or small.size >= self.drawn.real.shape[1] else [(small.size, small.size)]
+        if small is None or small.size >= self.drawn.real.shape[1] or self.kind == "class":
+            return []  # a class-conditional bundle has one size: its checkpoint holds the positions of that size
+        return [(small.size, small.size)]
 
     def _describe_run(self, trainer: Trainer) -> dict[str, Any]:
         return {

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from patchforge.model.device import best_device, training_autocast
 from patchforge.model.errors import DataError
 from patchforge.model.networks.layers import patch_centres
-from patchforge.model.networks.pft import PFT
+from patchforge.model.networks.pft import PFT, position_table
 from patchforge.model.networks.text_pft import TextPFT
 from patchforge.model.training.conditions import DROPOUT, Conditions
 from patchforge.model.training.loss import Loss, interpolate, patch_forcing_loss
@@ -264,24 +264,25 @@ class Trainer:
 
 @contextmanager
 def at_grid(network: PFT | TextPFT, grid: Grid) -> Iterator[None]:
-    """Let a text network work on another grid. Positions are relative to one canvas, for any number of patches."""
-    if grid == network.grid or not isinstance(network, TextPFT):
+    """Let a network work on another grid: its patches lie on the same canvas, whatever their number."""
+    if grid == network.grid:
         yield
         return
-    own = network.centres
-    network.centres = patch_centres(grid).to(own.device)
+    name = "centres" if isinstance(network, TextPFT) else "pos_embed"
+    own: Tensor = getattr(network, name)
+    if isinstance(network, TextPFT):
+        positions = patch_centres(grid)
+    else:
+        positions = position_table(grid, network.config.hidden_size, network.grid)[None]
+    setattr(network, name, positions.to(own.device))
     try:
         yield
     finally:
-        network.centres = own
+        setattr(network, name, own)
 
 
 def _small(network: PFT | TextPFT, plan: Small, latents: Tensor) -> Native:
-    if not isinstance(network, TextPFT):
-        raise DataError("a class-conditional network has one size, because its positions are fixed")
-    grid = replace(
-        network.grid, rows=latents.shape[2] // network.grid.size, columns=latents.shape[3] // network.grid.size
-    )
+    grid = _grid(network, latents)
     return Native(grid.patchify(latents), grid, plan.batch, plan.timesteps)
 
 

@@ -65,8 +65,6 @@ def train_model(
     """
     if kind == "class" and len(pictures.class_names) < 2:
         raise DataError("a class-conditional model needs pictures in at least two class subfolders")
-    if kind == "class" and recipe.small is not None:
-        raise DataError("a class-conditional network has one size, because its positions are fixed")
     shown = pictures.where(pictures.trained())
     own = folder / "autoencoder"
     if start is not None:
@@ -96,7 +94,7 @@ def train_model(
         trainer.earlier_samples = samples_seen(start)
     validation = Validation(pictures, small_size, autoencoder, cache, conditions_of)
     exports = [Export(folder / f"{folder.name}-bundle", Drawn.from_table(shown), kind, autoencoder, licence)]
-    if small is not None:  # the same network, as a bundle of the smaller size
+    if small is not None and kind == "text":  # the same network, as a bundle of the smaller size
         name = f"{folder.name}-{small_size}-bundle"
         exports.append(Export(folder / name, Drawn.from_table(small), kind, autoencoder, licence))
     del pictures, shown, small  # gigabytes, and not needed any more

@@ -270,9 +270,32 @@ def test_rates_fall_in_a_copy_and_the_run_goes_on_untouched(folder: Path, tmp_pa
         falling(tmp_path / "nothing", tmp_path / "other", run.recipe, minutes=5)
 
 
-def test_a_class_model_has_one_size(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="one size"):
-        train(folder_pictures(folder, 32), tmp_path, "first", steps=1, small=Small(16))
+def test_a_class_model_learns_at_two_sizes_and_is_a_bundle_of_one(folder: Path, tmp_path: Path) -> None:
+    pictures = folder_pictures(folder, 32)
+    train_autoencoder(pictures, tmp_path / "autoencoder", replace(TINY_AUTOENCODER, steps=2))
+    small = Small(16, batch=4, first_steps=2, share=0.5)
+    done = train(pictures, tmp_path, "kinds", steps=3, small=small)
+    assert done.manifest.native_sizes == ((32, 32),)
+    assert not (tmp_path / "kinds" / "kinds-16-bundle").exists()
+    errors = json.loads((tmp_path / "kinds" / "held-out.jsonl").read_text().splitlines()[-1])
+    assert {"trained", "trained_16"} <= set(errors)
+    table = load_weights(done.weights)["pos_embed"]
+    assert table.shape == (1, 16, 64)  # that of the large grid
+    pipeline = Pipeline.open(done.folder)
+    made, _ = pipeline.sample(pipeline.default_sampler(steps=2), [pipeline.condition_on(pictures.class_names[0])], [0])
+    assert made.shape[1:3] == (32, 32)
+
+
+def test_a_coarse_patch_of_a_class_network_is_in_the_middle_of_the_fine_ones() -> None:
+    network = build("class", 4, 8, 2, Size(width=64, depth=1))
+    own, grid = network.pos_embed, Grid(2, 2, 2, 4)
+    angle = torch.tensor([0.5, 2.5], dtype=torch.float64)  # in units of fine patches: between 0 and 1, between 2 and 3
+    with at_grid(network, grid):
+        table = network.pos_embed[0]
+        assert table.shape == (4, 64)
+        torch.testing.assert_close(table[:2, 0], angle.sin().float())  # the columns' fastest wave
+        torch.testing.assert_close(table[::2, 32], angle.sin().float())  # the rows'
+    assert network.pos_embed is own
 
 
 def test_a_text_model_of_two_sizes_is_two_bundles(folder: Path, tmp_path: Path) -> None:
