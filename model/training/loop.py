@@ -40,7 +40,6 @@ class Small:
     """Number of first steps that use only this size."""
     share: float = 0.15
     """Share of the later steps that use this size."""
-    timesteps: Schedule = SCHEDULES["mixed"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,8 @@ class Trainer:
         """Loss of the latest step."""
         self.small: Native | None = None
         if recipe.small is not None and small_latents is not None:
-            self.small = _small(network, recipe.small, small_latents)
+            grid = _grid(network, small_latents)
+            self.small = Native(grid.patchify(small_latents), grid, recipe.small.batch, recipe.timesteps)
         self.weights = weights.double()
         self.conditions = conditions
         self.recipe = recipe
@@ -279,11 +279,6 @@ def at_grid(network: PFT | TextPFT, grid: Grid) -> Iterator[None]:
         yield
     finally:
         setattr(network, name, own)
-
-
-def _small(network: PFT | TextPFT, plan: Small, latents: Tensor) -> Native:
-    grid = _grid(network, latents)
-    return Native(grid.patchify(latents), grid, plan.batch, plan.timesteps)
 
 
 def _grid(network: PFT | TextPFT, latents: Tensor) -> Grid:

@@ -90,8 +90,8 @@ SCHEDULES: dict[str, Schedule] = {
     "uniform": UniformEach(),
     "mean": MeanControlled(),
 }
-"""By name: for 64 patches; for 256 patches, where the same noise hides less; the paper's for classes; and the schedules
-that it is compared with."""
+"""By name: our first one, for latents of 64 pixels; the one for larger latents, where the same noise hides less; the
+paper's for classes; and the schedules that it is compared with."""
 
 
 def _logit_normal(batch: int, loc: float, scale: float, generator: torch.Generator | None) -> Tensor:

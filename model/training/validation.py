@@ -26,8 +26,9 @@ LOG = "held-out.jsonl"
 class Validation:
     """Writes one JSON line per measurement: the averaged weights' mean squared velocity error, by part and by size.
 
-    All patches of a picture have one timestep. The timesteps of a part's pictures are spread evenly from 0 to 1. Noise
-    and captions are the same every time.
+    All patches of a picture have one timestep. The timesteps of a part's pictures are spread evenly from 0 to 1; the
+    figures ending in `_start` are errors at 0, where the caption alone tells what to draw: 0 if it tells all, 1 (the
+    latents' variance) if it tells nothing. Noise and captions are the same every time.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Validation:
         """Measure, and append a line to the run's file."""
         with averaged(trainer):
             found = {name: round(_measure_error(trainer, *part), 5) for name, part in self.parts.items()}
+            for name, part in self.parts.items():
+                found[f"{name}_start"] = round(_measure_error(trainer, *part, noise_only=True), 5)
         line = {"step": trainer.step, "samples": trainer.samples, "seconds": round(trainer.seconds)} | found
         with (trainer.folder / LOG).open("a") as log:
             log.write(json.dumps(line) + "\n")
@@ -75,7 +78,7 @@ def averaged(trainer: Trainer) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def _measure_error(trainer: Trainer, latents: Tensor, conditions: Conditions) -> float:
+def _measure_error(trainer: Trainer, latents: Tensor, conditions: Conditions, noise_only: bool = False) -> float:
     grid = trainer.grid_of(latents)
     total = 0.0
     with torch.random.fork_rng(), at_grid(trainer.network, grid):
@@ -83,6 +86,8 @@ def _measure_error(trainer: Trainer, latents: Tensor, conditions: Conditions) ->
         clean = grid.patchify(latents)
         noise = torch.randn_like(clean)
         times = ((torch.arange(len(clean)) + 0.5) / len(clean))[torch.randperm(len(clean))]
+        if noise_only:
+            times = torch.zeros_like(times)
         times = times[:, None].expand(clean.shape[:2])
         noisy = interpolate(clean, noise, times)
         for rows in np.array_split(np.arange(len(clean)), -(-len(clean) // CHUNK)):

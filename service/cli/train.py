@@ -131,7 +131,7 @@ def train_model_command(
     rate: Annotated[float, typer.Option(help="Factor for both learning rates; below 1 for fine-tuning.")] = 1.0,
     timesteps: Annotated[
         TimestepsName,
-        typer.Option(help="How training draws the timestep of each patch: `mixed` for 64 patches, `noisy` for 256."),
+        typer.Option(help="How training draws the timestep of each patch; `noisy` learns most from captions."),
     ] = "mixed",
     batch: options.Batch = 64,
     width: options.Width = 192,

@@ -469,7 +469,8 @@ def test_held_out_errors_are_logged_by_part_and_size(folder: Path, tmp_path: Pat
     train(pictures, tmp_path, "words", kind="text", steps=4, sample_every=2, small=Small(16, batch=4, share=0.5))
     lines = [json.loads(line) for line in (tmp_path / "words" / "held-out.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    assert set(lines[0]) == {"step", "samples", "seconds", "trained", "trained_16", "concepts", "concepts_16"}
+    parts = {"trained", "trained_16", "concepts", "concepts_16"}
+    assert set(lines[0]) == {"step", "samples", "seconds"} | parts | {f"{part}_start" for part in parts}
     assert all(0 < line[name] < 5 for line in lines for name in ("trained", "concepts", "concepts_16"))
 
 
