@@ -1,4 +1,4 @@
-"""Training: timesteps, optimiser, resuming, and everything from a folder of pictures to a served bundle."""
+"""Training: resuming, continuing, and everything from a folder of pictures to a served bundle."""
 
 from __future__ import annotations
 
@@ -15,54 +15,21 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from patchforge.model.errors import DataError
-from patchforge.model.networks.attention import Layout
 from patchforge.model.pipeline import Pipeline
-from patchforge.model.storage.bundle import Bundle, open_bundle
+from patchforge.model.storage.bundle import open_bundle
 from patchforge.model.storage.weights import load_weights
-from patchforge.model.training.autoencoder import AutoencoderRecipe, train_autoencoder
+from patchforge.model.training.autoencoder import train_autoencoder
 from patchforge.model.training.conditions import ClassConditions, TextConditions
-from patchforge.model.training.data import Pictures, folder_pictures
+from patchforge.model.training.data import folder_pictures
 from patchforge.model.training.latents import encode_pictures
-from patchforge.model.training.loop import Recipe, Small, Trainer, at_grid
-from patchforge.model.training.optimiser import MovingAverage, Muon, orthogonalise, split_parameters
-from patchforge.model.training.run import Kind, Size, build, copy_trunk, train_model
+from patchforge.model.training.loop import Recipe, Small, Trainer
+from patchforge.model.training.run import Size, build, copy_trunk
 from patchforge.model.training.snapshot import falling
 from patchforge.model.training.timesteps import SCHEDULES
 from patchforge.model.training.validation import Validation
-from patchforge.model.types import Grid
 from patchforge.service.cli.main import app
+from tests.model.training.runs import TINY_AUTOENCODER, small_trainer, train
 from tests.pretend_device import PRETENDED, PretendDevice
-
-TINY_AUTOENCODER = AutoencoderRecipe(
-    width=16, latent_channels=4, encoder_blocks=(1, 1), decoder_blocks=(1, 0), steps=20, perceptual=0
-)
-"""For f4 latents, so that pictures of 32 pixels have 16 patches."""
-
-
-def small_trainer(pictures: Pictures, out: Path, steps: int, minutes: float | None = None) -> Trainer:
-    torch.manual_seed(0)
-    network = build("class", 4, 8, 2, Size(width=64, depth=2))
-    colours = torch.from_numpy(pictures.images[:, 16, 16]).float() / 128 - 1
-    latents = torch.cat([colours, colours[:, :1]], dim=1)[:, :, None, None].expand(-1, -1, 8, 8)
-    recipe = Recipe(steps=steps, minutes=minutes, batch=16, warm_up=10, save_every_seconds=1e9)
-    return Trainer(network, latents, torch.from_numpy(pictures.weights), ClassConditions(pictures), recipe, out)
-
-
-def train(
-    pictures: Pictures,
-    out: Path,
-    name: str,
-    *,
-    kind: Kind = "class",
-    autoencoder: Path | None = None,
-    start: Bundle | None = None,
-    width: int = 64,
-    **recipe: Any,
-) -> Bundle:
-    """Run a few steps of `train_model`, with the autoencoder in `out` unless another is given."""
-    of = autoencoder or out / "autoencoder"
-    done = train_model(kind, pictures, of, out / name, Recipe(batch=16, **recipe), Size(width, 1), "none", start)
-    return open_bundle(done)
 
 
 def test_training_learns_and_resumes_where_it_stopped(folder: Path, tmp_path: Path) -> None:
@@ -176,76 +143,6 @@ def test_a_trunk_is_taken_from_a_network_of_other_latents(tmp_path: Path) -> Non
         copy_trunk(network, tmp_path)
 
 
-def two_sizes(pictures: Pictures, out: Path, steps: int, **changes: Any) -> Trainer:
-    """Text-conditioned on latents of 8×8 and of 4×4 cells, whose captions are single random tokens."""
-    torch.manual_seed(0)
-    network = build("text", 4, 8, 2, Size(width=64, depth=1))
-    colours = torch.from_numpy(pictures.images[:, 16, 16]).float() / 128 - 1
-    cells = torch.cat([colours, colours[:, :1]], dim=1)[:, :, None, None]
-    small = Small(16, batch=4, **changes)
-    recipe = Recipe(steps=steps, batch=2, warm_up=2, save_every_seconds=1e9, small=small)
-    latents, small_latents = (cells.expand(-1, -1, side, side) for side in (8, 4))
-    weights = torch.from_numpy(pictures.weights)
-    return Trainer(network, latents, weights, OneToken(len(pictures)), recipe, out, small_latents)
-
-
-class OneToken:
-    """Text conditions without an encoder."""
-
-    def __init__(self, count: int) -> None:
-        self.states = torch.randn(count, 1, 384, generator=torch.Generator().manual_seed(1))
-        self.patches: list[int] = []
-
-    def predict(
-        self, network: Any, picked: np.ndarray, noisy: torch.Tensor, times: torch.Tensor, drop: float
-    ) -> torch.Tensor:
-        batch, patches = times.shape
-        self.patches.append(patches)
-        assert len(network.centres) == patches
-        layout = Layout.dense(batch, patches, noisy.device, network.refine(self.states[picked]))
-        out: torch.Tensor = network(noisy.flatten(0, 1), times.flatten(), None, layout)
-        return out
-
-
-def test_a_smaller_size_comes_first_and_then_its_share(folder: Path, tmp_path: Path) -> None:
-    trainer = two_sizes(folder_pictures(folder, 32), tmp_path, 60, first_steps=5, share=0.3)
-    for _ in range(60):
-        trainer.train_step()
-    seen = trainer.conditions.patches  # type: ignore[attr-defined]
-    assert set(seen[:5]) == {4}
-    assert 5 < seen[5:].count(4) < 30
-    assert set(seen) == {4, 16}
-    assert trainer.samples == 4 * seen.count(4) + 2 * seen.count(16)
-    assert len(trainer.network.centres) == 16
-
-
-def test_a_run_of_two_sizes_resumes_as_if_it_had_not_stopped(folder: Path, tmp_path: Path) -> None:
-    pictures = folder_pictures(folder, 32)
-    stopped = two_sizes(pictures, tmp_path / "a", 8, first_steps=2, share=0.5)
-    for _ in range(3):
-        stopped.train_step()
-    stopped.save()
-    resumed = two_sizes(pictures, tmp_path / "a", 8, first_steps=2, share=0.5)
-    resumed.run()
-    whole = two_sizes(pictures, tmp_path / "b", 8, first_steps=2, share=0.5)
-    whole.run()
-    assert resumed.samples == whole.samples
-    for name, value in whole.average.values.items():
-        torch.testing.assert_close(resumed.average.values[name], value, atol=1e-5, rtol=0)
-
-
-def test_positions_of_both_sizes_lie_on_one_canvas() -> None:
-    network = build("text", 4, 8, 2, Size(width=64, depth=1))
-    own, grid = network.centres, Grid(2, 2, 2, 4)
-    with at_grid(network, grid):
-        assert network.centres.tolist() == [[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]]
-        for quarter in range(4):  # each is the middle of the four that it represents
-            y, x = divmod(quarter, 2)
-            inside = own.view(4, 4, 2)[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].reshape(4, 2)
-            torch.testing.assert_close(inside.mean(dim=0), network.centres[quarter])
-    assert network.centres is own
-
-
 def test_rates_fall_in_a_copy_and_the_run_goes_on_untouched(folder: Path, tmp_path: Path) -> None:
     pictures = folder_pictures(folder, 32)
     run = small_trainer(pictures, tmp_path / "run", 1_000_000)
@@ -268,49 +165,6 @@ def test_rates_fall_in_a_copy_and_the_run_goes_on_untouched(folder: Path, tmp_pa
     assert falling(tmp_path / "run", tmp_path / "end", run.recipe, minutes=5) == recipe
     with pytest.raises(DataError, match="no state"):
         falling(tmp_path / "nothing", tmp_path / "other", run.recipe, minutes=5)
-
-
-def test_a_class_model_learns_at_two_sizes_and_is_a_bundle_of_one(folder: Path, tmp_path: Path) -> None:
-    pictures = folder_pictures(folder, 32)
-    train_autoencoder(pictures, tmp_path / "autoencoder", replace(TINY_AUTOENCODER, steps=2))
-    small = Small(16, batch=4, first_steps=2, share=0.5)
-    done = train(pictures, tmp_path, "kinds", steps=3, small=small)
-    assert done.manifest.native_sizes == ((32, 32),)
-    assert not (tmp_path / "kinds" / "kinds-16-bundle").exists()
-    errors = json.loads((tmp_path / "kinds" / "held-out.jsonl").read_text().splitlines()[-1])
-    assert {"trained", "trained_16"} <= set(errors)
-    table = load_weights(done.weights)["pos_embed"]
-    assert table.shape == (1, 16, 64)  # that of the large grid
-    pipeline = Pipeline.open(done.folder)
-    made, _ = pipeline.sample(pipeline.default_sampler(steps=2), [pipeline.condition_on(pictures.class_names[0])], [0])
-    assert made.shape[1:3] == (32, 32)
-
-
-def test_a_coarse_patch_of_a_class_network_is_in_the_middle_of_the_fine_ones() -> None:
-    network = build("class", 4, 8, 2, Size(width=64, depth=1))
-    own, grid = network.pos_embed, Grid(2, 2, 2, 4)
-    angle = torch.tensor([0.5, 2.5], dtype=torch.float64)  # in units of fine patches: between 0 and 1, between 2 and 3
-    with at_grid(network, grid):
-        table = network.pos_embed[0]
-        assert table.shape == (4, 64)
-        torch.testing.assert_close(table[:2, 0], angle.sin().float())  # the columns' fastest wave
-        torch.testing.assert_close(table[::2, 32], angle.sin().float())  # the rows'
-    assert network.pos_embed is own
-
-
-def test_a_text_model_of_two_sizes_is_two_bundles(folder: Path, tmp_path: Path) -> None:
-    pictures = folder_pictures(folder, 32)
-    train_autoencoder(pictures, tmp_path / "autoencoder", replace(TINY_AUTOENCODER, steps=2))
-    done = train(pictures, tmp_path, "words", kind="text", steps=3, small=Small(16, batch=4, share=0.5))
-    small = open_bundle(tmp_path / "words" / "words-16-bundle")
-    assert [each.manifest.latent.height for each in (done, small)] == [8, 4]
-    assert [each.manifest.native_sizes for each in (done, small)] == [((32, 32), (16, 16)), ((16, 16),)]
-    for bundle in (done, small):
-        pipeline = Pipeline.open(bundle.folder)
-        made, _ = pipeline.sample(pipeline.default_sampler(steps=2), [pipeline.condition_on("red")], [0])
-        assert made.shape[1:3] == (4 * bundle.manifest.latent.height,) * 2
-    for name, value in load_weights(done.weights).items():
-        assert torch.equal(value, load_weights(small.weights)[name])
 
 
 def test_minutes_end_a_run_and_its_learning_rate(folder: Path, tmp_path: Path) -> None:
@@ -368,54 +222,6 @@ def test_latents_are_encoded_once(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(encode_pictures(pictures.images, tmp_path / "autoencoder", cache), first)
     assert kept.stat().st_mtime_ns == made
     assert torch.equal(encode_pictures(pictures.images[:7], tmp_path / "autoencoder", cache), first[:7])
-
-
-def test_a_long_matrix_is_orthogonalised_as_a_square_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long matrices use their Gram matrix. Two thirds of the directions are nearly missing, as in a gradient."""
-    monkeypatch.setattr("patchforge.model.training.optimiser.has_fast_bf16", lambda _: False)
-    generator = torch.Generator().manual_seed(0)
-    left, right, rest = (torch.randn(*shape, generator=generator) for shape in ((96, 30), (30, 300), (96, 300)))
-    matrix = left @ right + 0.02 * rest
-    exact = (matrix / matrix.norm()).double()
-    for _ in range(5):
-        gram = exact @ exact.T
-        exact = 3.4445 * exact + (-4.7750 * gram + 2.0315 * gram @ gram) @ exact
-    both = orthogonalise(torch.stack([matrix, 2 * matrix])).double()
-    torch.testing.assert_close(both, torch.stack([exact, exact]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(orthogonalise(matrix.T[None]).double(), exact.T[None], atol=1e-4, rtol=0)
-
-
-def test_muon_orthogonalises_and_lowers_a_loss() -> None:
-    matrix = torch.randn(24, 12, generator=torch.Generator().manual_seed(0))
-    singular = torch.linalg.svdvals(orthogonalise(matrix[None])[0])
-    assert singular.min() > 0.5
-    assert singular.max() < 1.4
-    weight = torch.nn.Parameter(torch.zeros(12, 12))
-    target, muon = torch.eye(12), Muon([weight], lr=0.02)
-    for _ in range(60):
-        loss = (weight - target).square().sum()
-        loss.backward()
-        muon.step()
-        muon.zero_grad()
-    assert loss < 1.0
-
-
-def test_matrices_of_the_blocks_go_to_muon_and_nothing_is_left_out() -> None:
-    for kind in ("class", "text"):
-        network = build(kind, 4, 8, 2, Size(width=64, depth=2))
-        matrices, rest = split_parameters(network)
-        assert len(matrices) + len(rest) == len(list(network.parameters()))
-        assert {parameter.ndim for parameter in matrices} == {2}
-
-
-def test_the_moving_average_forgets_its_start() -> None:
-    layer = torch.nn.Linear(2, 2)
-    average = MovingAverage(layer, 0.9)
-    with torch.no_grad():
-        layer.weight.fill_(3.0)
-    for step in range(80):
-        average.update(layer, step)
-    assert average.values["weight"] == pytest.approx(torch.full((2, 2), 3.0), abs=1e-2)
 
 
 def test_a_text_run_that_was_stopped_goes_on_as_if_it_had_not(folder: Path, tmp_path: Path) -> None:
