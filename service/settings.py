@@ -178,7 +178,7 @@ class WorkerSettings(BaseSettings):
         0.5,
         gt=0,
         le=1,
-        description="Share of its usual patch evaluations that load leaves a picture; more load makes requests wait.",
+        description="Share of a picture's usual patch evaluations that load aims at; more load makes requests wait.",
     )
     target_latency: float = Field(
         5.0, gt=0, description="How many times as long as alone a request may take before its quality is lowered."

@@ -32,7 +32,7 @@ def claims(
     batch: options.Batch = 32,
     width: options.Width = 128,
     depth: options.Depth = 4,
-    size: options.MaxSize = 128,
+    size: options.MaxSize = 64,
     pictures: Annotated[int, typer.Option(min=10, help="Pictures per row, from the same conditions and noise.")] = 500,
     evaluations: Annotated[int, typer.Option(min=4, help="Network evaluations per picture; a multiple of 4.")] = 32,
     out: options.Json = None,
