@@ -40,9 +40,8 @@ class Compared:
     """The measures of the pictures made, and what they took."""
 
     measures: dict[str, Measure]
-    """Its bounds: `real` is one half of the reference against the other. That is a floor with fewer pictures, so a
-    distance of flawless pictures may be a little lower. `reconstructed` are as many pictures of the reference, from its
-    beginning, as were made."""
+    """Its bounds: `real` are as many pictures of the reference as were made, at most half of them, against the other
+    half. `reconstructed` are as many pictures of the reference, from its beginning, as were made."""
     patch_evaluations: float
     """Per picture, in all guidance branches."""
     saved: float
@@ -101,7 +100,7 @@ def measure_against(
     found = {"made": compare_features(real, torch.cat(features)), "reconstructed": compare_features(real, again)}
     if len(real) > 2 * (NEIGHBOURS + 1):
         half, other = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))].chunk(2)
-        found["real"] = compare_features(half, other)
+        found["real"] = compare_features(half, other[: len(words)])  # a distance falls with the number of pictures
     names = found["made"]
     measures = {name: Measure.of({of: figures[name] for of, figures in found.items()}) for name in names}
     return Compared(measures, float(work[0] / len(words)), float(1 - work[0] / work[1]))

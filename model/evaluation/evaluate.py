@@ -15,7 +15,13 @@ from patchforge.model.evaluation.lineup import measure_outside
 from patchforge.model.evaluation.measure import Measure
 from patchforge.model.evaluation.outside import OutsideJudge
 from patchforge.model.evaluation.prompts import measure_prompts
-from patchforge.model.evaluation.quality import measure_classes, measure_quality, measure_styles, split_pictures
+from patchforge.model.evaluation.quality import (
+    check_judge,
+    measure_classes,
+    measure_quality,
+    measure_styles,
+    split_pictures,
+)
 from patchforge.model.evaluation.samples import make_pictures, reconstruct_pictures, words_for
 from patchforge.model.pipeline import Pipeline
 from patchforge.model.samplers import Sampler
@@ -73,10 +79,13 @@ def evaluate(
     With `features`, these measure the quality, and the judge's classes and styles are left out: it may know others.
 
     Raises:
-        DataError: there are too few real pictures, or the judge was trained on other classes.
+        DataError: there are too few real pictures, or the judge was trained on other classes or styles.
     """
     started = time.monotonic()
     by_class = isinstance(pipeline.manifest.network, ClassNetwork)
+    if "quality" in parts and features is None:
+        check_judge(judge, pictures)  # now, not after drawing for minutes
+    pictures = pictures.resized(pipeline.manifest.size[0])
     held_out = pictures.where(pictures.held_out())
     report = Report(count, len(held_out))
     if "outside" in parts:

@@ -33,7 +33,7 @@ def write_grid(pipeline: Pipeline, pictures: Pictures, sampler: Sampler[Any], ou
     """
     if out.suffix.lower() not in Image.registered_extensions():
         raise DataError(f"{out}: unknown picture format")
-    shown = pictures.where(_draw_concepts(pictures, SIDE**2, seed))
+    shown = pictures.where(_draw_concepts(pictures, SIDE**2, seed)).resized(pipeline.manifest.size[0])
     words = words_for(pipeline, shown)
     made = make_pictures(pipeline, sampler, words, range(seed, seed + len(words)), "grid").pictures
     size = shown.images.shape[1]
@@ -52,7 +52,7 @@ def write_grid(pipeline: Pipeline, pictures: Pictures, sampler: Sampler[Any], ou
 
 def _draw_concepts(pictures: Pictures, count: int, seed: int) -> np.ndarray:
     """Draw `count` pictures of different concepts, as a boolean mask `(n,)`."""
-    weights = np.where(pictures.held_out(), 0.0, pictures.weights.astype(float))
+    weights = np.where(pictures.trained(), pictures.weights.astype(float), 0.0)
     chosen = np.zeros(len(pictures), bool)
     concepts: set[str] = set()
     order = np.random.default_rng(seed).choice(len(weights), np.count_nonzero(weights), False, weights / weights.sum())

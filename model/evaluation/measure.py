@@ -66,15 +66,18 @@ class Ranks:
 
 
 def measure_top(
-    name: str, ranks: dict[str, Ranks], candidates: int, tops: tuple[int, ...] = (1, 5)
+    name: str, ranks: dict[str, Ranks], candidates: list[tuple[int, int]], tops: tuple[int, ...] = (1, 5)
 ) -> dict[str, Measure]:
-    """Measures `{name}_top1` and so on, from the ranks `made` and, if present, `reconstructed` and `real`."""
-    return {
-        f"{name}_top{top}": Measure.of(
-            {of: each.share(top) for of, each in ranks.items()}, chance=min(1.0, top / candidates)
-        )
-        for top in tops
-    }
+    """Measures `{name}_top1` and so on, from the ranks `made` and, if present, `reconstructed` and `real`.
+
+    `candidates` lists how many there are to choose from, and how many questions have so many.
+    """
+    asked = sum(questions for _, questions in candidates)
+    measures = {}
+    for top in tops:
+        chance = sum(questions * min(1.0, top / count) for count, questions in candidates) / asked
+        measures[f"{name}_top{top}"] = Measure.of({of: each.share(top) for of, each in ranks.items()}, chance=chance)
+    return measures
 
 
 def group_of(names: list[str]) -> Tensor:

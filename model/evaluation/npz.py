@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from glob import escape
 from pathlib import Path
@@ -36,7 +37,7 @@ def read_npz(path: Path, portion: int) -> Iterator[np.ndarray]:
                 if len(data) != some * size:
                     raise DataError(f"{path}: truncated")
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(some, *shape[1:])
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, NotImplementedError) as error:
         raise DataError(f"{path}: not an .npz with the array arr_0: {error}") from error
 
 

@@ -34,7 +34,7 @@ def measure_prompts(
     no upper bound.
     """
     collected: dict[str, dict[str, list[Ranks]]] = {}
-    sizes: dict[str, list[int]] = {}
+    sizes: dict[str, list[tuple[int, int]]] = {}
     for number, style in enumerate(sorted(set(pictures.styles))):
         part, new = candidates(pictures, style, seed)
         prompts = [prompt_of(part, row) for row in range(len(part))]
@@ -49,7 +49,7 @@ def measure_prompts(
         scores = {name: judge.text_scores(judge.features(each), texts) for name, each in images.items()}
         layouts = {name: layout_features(each) for name, each in images.items()}
         for suffix, rows, asked in _questions(new):
-            sizes.setdefault(suffix, []).append(len(rows))
+            sizes.setdefault(suffix, []).append((len(rows), asked))
             for name, each in scores.items():
                 ranks = _ranks(-each[rows][:, rows].T, part, rows, asked)
                 collected.setdefault(f"prompt{suffix}", {}).setdefault(name, []).append(ranks)
@@ -58,8 +58,8 @@ def measure_prompts(
                     collected.setdefault(f"layout{suffix}", {}).setdefault(name, []).append(ranks)
     measures: dict[str, Measure] = {}
     for key, by_set in collected.items():
-        size = min(sizes["_held_out" if key.endswith("_held_out") else ""])
-        measures |= measure_top(key, {name: Ranks.join(each) for name, each in by_set.items()}, size)
+        counts = sizes["_held_out" if key.endswith("_held_out") else ""]
+        measures |= measure_top(key, {name: Ranks.join(each) for name, each in by_set.items()}, counts)
     return measures
 
 

@@ -38,8 +38,8 @@ def split_pictures(pictures: Pictures, count: int, seed: int = 0) -> Split:
     random = np.random.default_rng(seed)
     first = np.isin(np.arange(len(trained)), random.permutation(len(trained))[: len(trained) // 2])
     reference, rest = trained.where(first), trained.where(~first)
-    if count > len(rest):
-        raise DataError(f"{count} pictures to compare with, but half of the training pictures are only {len(rest)}")
+    if count > (half := min(len(reference), len(rest))):
+        raise DataError(f"{count} pictures to compare with, but half of the training pictures are only {half}")
     return Split(reference, rest.rows(draw_rows(rest, count, random)))
 
 
@@ -76,18 +76,27 @@ def measure_quality(
     return measures
 
 
+def check_judge(judge: Judge, pictures: Pictures) -> None:
+    """Check that a judge can name the classes and styles of these pictures.
+
+    Raises:
+        DataError: it was trained on others.
+    """
+    others = len(pictures.class_names) > 1 and list(judge.class_names) != pictures.class_names
+    if others or (len(judge.styles) > 1 and not set(pictures.styles) <= set(judge.styles)):
+        raise DataError(
+            "the judge was trained on other classes or styles. Run `patchforge train judge` with these pictures and "
+            "name it with --judge, or measure only --part outside"
+        )
+
+
 def measure_classes(
     judge: Judge, pictures: Pictures, split: Split, made: Tensor, reconstructed: Tensor
 ) -> dict[str, Measure]:
     """Measure how often the judge, and the nearest layout, name the class that was asked for.
 
     The judge's upper bound is its accuracy on real pictures that it was not trained on.
-
-    Raises:
-        DataError: the judge was trained on other classes.
     """
-    if list(judge.class_names) != pictures.class_names:
-        raise DataError("the judge was trained on other classes; run `patchforge train judge` with these pictures")
     fresh, count = pictures.where(unseen(pictures)), len(pictures.class_names)
 
     def judged(images: Tensor, of: Pictures) -> Ranks:
@@ -104,7 +113,7 @@ def measure_classes(
         ranks["real"] = judged(torch.from_numpy(fresh.images), fresh)
     layouts = {"made": nearest(made), "reconstructed": nearest(reconstructed)}
     layouts["real"] = nearest(torch.from_numpy(split.real.images))
-    return measure_top("class", ranks, count) | measure_top("layout_class", layouts, count)
+    return measure_top("class", ranks, [(count, 1)]) | measure_top("layout_class", layouts, [(count, 1)])
 
 
 def measure_styles(
@@ -123,4 +132,4 @@ def measure_styles(
     ranks = {"made": judged(made, split.real), "reconstructed": judged(reconstructed, split.real)}
     if len(fresh):
         ranks["real"] = judged(torch.from_numpy(fresh.images), fresh)
-    return measure_top("style", ranks, len(judge.styles), tops=(1,))
+    return measure_top("style", ranks, [(len(judge.styles), 1)], tops=(1,))

@@ -21,6 +21,7 @@ from patchforge.model.device import best_device, training_autocast
 from patchforge.model.errors import DataError
 from patchforge.model.training.autoencoder_loss import LookAlike, reconstruction_loss, sharpness_loss
 from patchforge.model.training.data import PATCH_SIZE, Pictures, check_side
+from patchforge.model.training.latents import latent_scale
 from patchforge.model.training.optimiser import Muon
 from patchforge.model.training.progress import progress_bar
 
@@ -210,6 +211,7 @@ class AutoencoderTrainer:
             "step": self.step,
             "seconds": self.seconds,
             "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
         path = self.folder / STATE / "state.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,11 +223,16 @@ class AutoencoderTrainer:
         if not path.exists():
             return False
         state = torch.load(path, map_location=self.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
+        try:
+            self.network.load_state_dict(state["network"])
+        except RuntimeError as error:
+            raise DataError(f"{path} is of an autoencoder of another size; use another --out: {error}") from error
         for (optimiser, _), kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["random"].cpu())
+        if (on_gpu := state.get("cuda_random")) is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(on_gpu.cpu())
         return True
 
 
@@ -293,9 +300,14 @@ def train_autoencoder(
     trainer.run()
     network = trainer.network.half().float().eval()  # stored in half precision, so measured like that
     psnr = reconstruction_psnr(network, pictures.images[pictures.held_out()], recipe.fold)
-    mean, std = latent_statistics(network, pictures.images, trainer.rows.numpy(), recipe.fold)
+    if decoder_of is None:
+        means, deviations = latent_statistics(network, pictures.images, trainer.rows.numpy(), recipe.fold)
+        mean, std = means.tolist(), deviations.tolist()
+    else:  # the latents stay, also if there are more pictures by now
+        scale = latent_scale(decoder_of)
+        mean, std = list(scale.mean), list(scale.std)
     network.half().save_pretrained(out)
-    figures = {"mean": mean.tolist(), "std": std.tolist(), "held_out_psnr_db": round(psnr, 2), "steps": trainer.step}
+    figures = {"mean": mean, "std": std, "held_out_psnr_db": round(psnr, 2), "steps": trainer.step}
     (out / "latents.json").write_text(json.dumps(figures, indent=2) + "\n")
     shutil.rmtree(out / STATE, ignore_errors=True)
     return psnr

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from patchforge.model.errors import DataError
 
@@ -97,7 +98,7 @@ class Pictures:
                     weights=table["weights"],
                     **text,
                 )
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{path} is not a picture table: {error}") from error
 
     def held_out(self, share: float = 0.02) -> np.ndarray:
@@ -178,9 +179,19 @@ def check_side(side: int, multiple: int, what: str) -> None:
 
 
 def load_picture(source: Path | bytes, size: int) -> np.ndarray:
-    """Decode a picture, put it on white, pad it to a square, and resize it to `(size, size, 3)` uint8."""
-    with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
-        picture = opened.convert("RGBA")
+    """Decode a picture, turn it as its camera says, put it on white, pad it to a square, and resize it.
+
+    Returns `(size, size, 3)` uint8.
+
+    Raises:
+        DataError: it is damaged, or no picture.
+    """
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        what = "a downloaded picture" if isinstance(source, bytes) else source
+        raise DataError(f"{what} cannot be read: {error}") from error
     side = max(picture.size)
     canvas = Image.new("RGBA", (side, side), "white")
     canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))

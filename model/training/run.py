@@ -61,10 +61,12 @@ def train_model(
 
     Raises:
         DataError: a class-conditional model was requested, but the pictures have no classes; `start` does not fit;
-            or the folder's state belongs to a network of other sizes.
+            its pictures are larger than these; or the folder's state belongs to a network of other sizes.
     """
     if kind == "class" and len(pictures.class_names) < 2:
         raise DataError("a class-conditional model needs pictures in at least two class subfolders")
+    if start is not None:
+        pictures = _in_size_of(start, pictures)
     shown = pictures.where(pictures.trained())
     own = folder / "autoencoder"
     if start is not None:
@@ -121,6 +123,18 @@ def check_sizes(autoencoder: Path, side: int, small: int | None) -> None:
     check_side(side, multiple, "the size of the pictures")
     if small is not None:
         check_side(small, multiple, "--small")
+
+
+def _in_size_of(start: Bundle, pictures: Pictures) -> Pictures:
+    """Reduce pictures to the size that a bundle draws.
+
+    Raises:
+        DataError: they are smaller.
+    """
+    side, wanted = pictures.images.shape[1], start.manifest.size[0]
+    if side < wanted:
+        raise DataError(f"the pictures have {side} pixels, but {start.name} draws {wanted}: make the table with --size")
+    return pictures.resized(wanted)
 
 
 def unpack_autoencoder(bundle: Bundle, folder: Path) -> Path:

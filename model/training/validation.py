@@ -20,6 +20,8 @@ from patchforge.model.training.loss import interpolate, patch_forcing_loss
 SHOWN = 96
 """Pictures to measure per part, evenly chosen."""
 CHUNK = 8
+MEASURED = 1000
+"""Trained pictures whose variance is measured."""
 LOG = "held-out.jsonl"
 
 
@@ -27,8 +29,8 @@ class Validation:
     """Writes one JSON line per measurement: the averaged weights' mean squared velocity error, by part and by size.
 
     All patches of a picture have one timestep. The timesteps of a part's pictures are spread evenly from 0 to 1; the
-    figures ending in `_start` are errors at 0, where the caption alone tells what to draw: 0 if it tells all, 1 (the
-    latents' variance) if it tells nothing. Noise and captions are the same every time.
+    figures ending in `_start` are errors at 0, where the caption alone tells what to draw: 0 if it tells all, 1 if the
+    mean of the trained pictures is as good. Noise and captions are the same every time.
     """
 
     def __init__(
@@ -59,11 +61,19 @@ class Validation:
         with averaged(trainer):
             found = {name: round(_measure_error(trainer, *part), 5) for name, part in self.parts.items()}
             for name, part in self.parts.items():
-                found[f"{name}_start"] = round(_measure_error(trainer, *part, noise_only=True), 5)
+                start = _measure_error(trainer, *part, noise_only=True)
+                found[f"{name}_start"] = round(start / self._variance(trainer, part[0]), 5)
         line = {"step": trainer.step, "samples": trainer.samples, "seconds": round(trainer.seconds)} | found
         with (trainer.folder / LOG).open("a") as log:
             log.write(json.dumps(line) + "\n")
         return found
+
+    def _variance(self, trainer: Trainer, latents: Tensor) -> float:
+        """Measure how much trained pictures of this size differ from their mean: of `MEASURED`, evenly chosen."""
+        patches = latents.shape[-1] * latents.shape[-2] // trainer.full.grid.size**2
+        native = next(each for each in (trainer.full, trainer.small) if each and each.grid.patches == patches)
+        some = native.patches[:: max(1, len(native.patches) // MEASURED)]
+        return (some - some.mean(dim=0)).square().mean().item()
 
 
 @contextmanager

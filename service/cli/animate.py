@@ -77,7 +77,7 @@ class _Panels:
         self._runs = self._runs or live
         states = [run.state for run in self._runs]
         pixels = self.pipeline.decode(torch.stack([state.estimate for state in states]))
-        finished = torch.stack([(state.times >= 1).float() for state in states])
+        finished = torch.stack([(state.times >= 1).float().cpu() for state in states])
         captions = [
             f"step {state.step} · {share:.0%} finished" for state, share in zip(states, finished.mean(1), strict=True)
         ]

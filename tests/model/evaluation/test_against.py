@@ -63,6 +63,22 @@ def test_an_imported_model_is_measured_as_its_samples_are_compared(
         assert (ours["arr_0"] == theirs["arr_0"]).all()
 
 
+def test_the_bound_has_as_many_pictures_as_were_made(pipelines: dict[str, Pipeline], real: Path) -> None:
+    class Colours:
+        def features(self, images: np.ndarray) -> object:
+            import torch
+
+            return torch.as_tensor(images).float().mean(dim=(1, 2))
+
+    pipeline = pipelines["tiny-class"]
+    sampler = pipeline.sampler("euler", 1, 1.0)
+    few, many = (measure_against(pipeline, Colours(), real, sampler, ["cat"] * n) for n in (5, 20))  # type: ignore[arg-type]
+    few_bound, many_bound = (each.measures["frechet_distance"].real for each in (few, many))
+    assert few_bound is not None
+    assert many_bound is not None
+    assert few_bound.value > many_bound.value
+
+
 def test_any_judge_measures_and_a_text_model_takes_prompts(bundle_dir: Path, real: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("apple\npear\n")
     bundle, out = bundle_dir / "tiny-text", tmp_path / "made.json"
@@ -96,10 +112,17 @@ def test_what_cannot_be_measured_is_said(bundle_dir: Path, real: Path, tmp_path:
     big, few, bundle = tmp_path / "big.npz", tmp_path / "few.npz", bundle_dir / "tiny-class"
     np.savez(big, np.zeros((9, 64, 48, 3), np.uint8))
     np.savez(few, np.zeros((3, 32, 32, 3), np.uint8))
+    damaged = tmp_path / "damaged.npz"
+    noise = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    np.savez_compressed(damaged, arr_0=noise // 128)
+    inside = bytearray(damaged.read_bytes())
+    inside[200:220] = bytes(range(235, 255))
+    damaged.write_bytes(inside)
     for words, said in (
         (["--reference", big], "pictures of 48×64 pixels, but tiny-class draws 32×32"),
         (["--reference", few], "more than 3 pictures are needed"),
         (["--reference", tmp_path / "absent.npz"], "absent.npz: not an .npz"),
+        (["--reference", damaged], "damaged.npz: not an .npz"),
         (["--reference", real, "--features", "inception"], "choose from judge, efficientnet_lite0"),
         (["--reference", real, "--part", "quality"], "--part is for --data"),
         (["--reference", real, "--npz", tmp_path / "a.zip"], "--npz must end in .npz"),
@@ -109,7 +132,7 @@ def test_what_cannot_be_measured_is_said(bundle_dir: Path, real: Path, tmp_path:
         assert said in " ".join(shown.split()).replace("- ", "-"), shown
     shown = call("eval", bundle_dir / "tiny-text", "--reference", real, status=1)
     assert "give --prompts" in " ".join(shown.split())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.npz", "few.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.npz", "damaged.npz", "few.npz"]
 
 
 def test_pictures_are_measured_without_holding_them(pipelines: dict[str, Pipeline], tmp_path: Path) -> None:

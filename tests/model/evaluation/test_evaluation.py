@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 from patchforge.model.errors import DataError, ModelError
 from patchforge.model.evaluation.evaluate import evaluate
+from patchforge.model.evaluation.grid import _draw_concepts
 from patchforge.model.evaluation.judge import Judge, unseen
 from patchforge.model.evaluation.judge_training import JudgeRecipe, train_judge
 from patchforge.model.evaluation.measure import Ranks, measure_top, rank_of_own
 from patchforge.model.evaluation.prompts import candidates, measure_prompts
-from patchforge.model.evaluation.quality import measure_classes, split_pictures
+from patchforge.model.evaluation.quality import split_pictures
 from patchforge.model.evaluation.samples import Made, make_pictures
 from patchforge.model.pipeline import Pipeline
 from patchforge.model.storage.bundle import read_manifest
@@ -102,13 +103,18 @@ def test_a_tie_is_not_a_find() -> None:
 
 def test_shares_of_ranks_come_with_chance_and_wider_intervals_for_shared_concepts() -> None:
     ranks = torch.arange(300) % 10
-    alone = measure_top("x", {"made": Ranks(ranks, [str(i) for i in range(300)])}, 10)
-    shared = measure_top("x", {"made": Ranks(ranks[:30].repeat_interleave(10), [str(i // 10) for i in range(300)])}, 10)
+    alone = measure_top("x", {"made": Ranks(ranks, [str(i) for i in range(300)])}, [(10, 1)])
+    shared = measure_top(
+        "x", {"made": Ranks(ranks[:30].repeat_interleave(10), [str(i // 10) for i in range(300)])}, [(10, 1)]
+    )
     assert alone["x_top1"].made.value == pytest.approx(0.1)
     assert alone["x_top5"].made.value == pytest.approx(0.5)
     assert alone["x_top5"].chance == 0.5
     width = [each["x_top5"].made.high - each["x_top5"].made.low for each in (alone, shared)]
     assert width[1] > 2 * width[0]
+    mixed = measure_top("x", {"made": Ranks(ranks, [str(i) for i in range(300)])}, [(4, 75), (10, 225)])
+    assert mixed["x_top1"].chance == pytest.approx(0.25 * 0.25 + 0.75 * 0.1)
+    assert mixed["x_top5"].chance == pytest.approx(0.25 * 1 + 0.75 * 0.5)
 
 
 def test_halves_of_the_real_pictures_do_not_meet_and_hold_nothing_held_out(table: Pictures) -> None:
@@ -174,11 +180,27 @@ def test_candidates_are_one_a_concept_and_new_to_the_judge(table: Pictures) -> N
     assert [concept in hidden for concept in part.concepts] == new.tolist()
 
 
-def test_a_judge_of_other_classes_cannot_tell(table: Pictures, judge: Judge) -> None:
-    split = split_pictures(table, 40)
-    images = torch.from_numpy(split.real.images)
-    with pytest.raises(DataError, match="other classes"):
-        measure_classes(judge, replace(table, class_names=["dog", "cat"]), split, images, images)
+def test_a_judge_of_other_classes_or_styles_is_refused_before_anything_is_drawn(
+    table: Pictures, judge: Judge, pipelines: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*_: object) -> None:
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr("patchforge.model.evaluation.evaluate.make_pictures", draw)
+    pipeline = pipelines["tiny-class"]
+    styles = ["round" if style == "flat" else style for style in table.styles]
+    for other in (replace(table, class_names=["dog", "cat"]), replace(table, styles=styles)):
+        with pytest.raises(DataError, match="other classes or styles"):
+            evaluate(pipeline, judge, other, pipeline.default_sampler(), 40, ["quality"])
+
+
+def test_the_number_of_pictures_that_an_error_names_is_possible(table: Pictures) -> None:
+    odd = table.rows(np.flatnonzero(table.trained())[: 2 * (np.count_nonzero(table.trained()) // 2) - 1])
+    with pytest.raises(DataError, match="only") as told:
+        split_pictures(odd, len(odd))
+    count = int(str(told.value).split()[-1])
+    split = split_pictures(odd, count)
+    assert len(split.real) == count <= len(split.reference)
 
 
 def test_pictures_of_the_same_seed_are_the_same(pipelines: dict[str, Pipeline]) -> None:
@@ -256,6 +278,10 @@ def test_a_grid_has_a_hundred_pictures_beside_a_hundred_real_ones(
     assert width > 2 * 10 * 32
     assert height > 10 * 32
     assert (real != 255).any(axis=-1).mean() > 0.1
+    shown = table.where(_draw_concepts(table, 100, 0))
+    assert set(zip(shown.concepts, shown.styles, strict=True)) <= {
+        pair for pair, seen in zip(zip(table.concepts, table.styles, strict=True), table.trained(), strict=True) if seen
+    }
     refused = CliRunner().invoke(app, ["grid", str(bundle_dir / "tiny-text"), "--out", str(tmp_path / "x.pn"), *words])
     assert refused.exit_code == 1
 

@@ -28,7 +28,8 @@ def test_pictures_survive_the_disk_and_a_broken_table_is_refused(folder: Path, t
     assert np.array_equal(again.images, pictures.images)
     assert again.captions == pictures.captions
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
-    for path in (tmp_path / "broken.npz", tmp_path / "absent.npz"):
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for path in (tmp_path / "broken.npz", tmp_path / "absent.npz", tmp_path / "empty.npz"):
         with pytest.raises(DataError):
             Pictures.load(path)
     with pytest.raises(DataError, match="no pictures"):
@@ -42,6 +43,22 @@ def test_pictures_are_composited_on_white_and_padded(tmp_path: Path) -> None:
     tall = load_picture(tmp_path / "tall.png", 8)
     assert tall[4, 4].max() < 10
     assert tall[4, 0].min() > 245
+
+
+def test_a_camera_s_picture_is_upright_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (16, 16), "white")
+    picture.paste("black", (0, 0, 16, 8))  # black above
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned to the right: what was above is at the right then
+    picture.save(tmp_path / "phone.jpg", exif=turned, quality=95)
+    shown = load_picture(tmp_path / "phone.jpg", 16)
+    assert shown[8, 12].max() < 30
+    assert shown[8, 3].min() > 225
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "phone.jpg").read_bytes()[:40])
+    (tmp_path / "words.png").write_text("no picture")
+    for name in ("torn.jpg", "words.png"):
+        with pytest.raises(DataError, match=name):
+            load_picture(tmp_path / name, 16)
 
 
 def test_a_concept_is_held_out_in_all_its_styles() -> None:

@@ -63,6 +63,8 @@ def test_a_smaller_size_comes_first_and_then_its_share(folder: Path, tmp_path: P
     assert set(seen) == {4, 16}
     assert trainer.samples == 4 * seen.count(4) + 2 * seen.count(16)
     assert len(trainer.network.centres) == 16
+    assert trainer.small is not None
+    assert trainer.small.timesteps is trainer.full.timesteps is trainer.recipe.timesteps
 
 
 def test_a_run_of_two_sizes_resumes_as_if_it_had_not_stopped(folder: Path, tmp_path: Path) -> None:

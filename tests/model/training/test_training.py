@@ -167,6 +167,37 @@ def test_rates_fall_in_a_copy_and_the_run_goes_on_untouched(folder: Path, tmp_pa
         falling(tmp_path / "nothing", tmp_path / "other", run.recipe, minutes=5)
 
 
+def test_only_minutes_end_a_copy_and_no_other_run_is_overwritten(folder: Path, tmp_path: Path) -> None:
+    pictures = folder_pictures(folder, 32)
+    run = small_trainer(pictures, tmp_path / "run", 2)
+    run.train_step()
+    run.step = 50  # far more than the recipe's steps
+    run.seconds = 600.0
+    run.save()
+    (tmp_path / "run" / "autoencoder").mkdir()
+    (tmp_path / "run" / "autoencoder" / "latents.json").write_text("{}")
+    recipe = falling(tmp_path / "run", tmp_path / "end", run.recipe, minutes=5)
+    assert recipe.rate(50, 600) == pytest.approx(1, abs=0.7)  # of the warm-up
+    assert recipe.progress(50, 600) < 1
+    assert recipe.progress(50, 900) == pytest.approx(1)
+    assert (tmp_path / "end" / "autoencoder" / "latents.json").read_text() == "{}"
+    small_trainer(pictures, tmp_path / "mine", 2).save()
+    kept = (tmp_path / "mine" / "state.pt").read_bytes()
+    for taken in ("mine", "run"):
+        with pytest.raises(DataError, match="holds another run"):
+            falling(tmp_path / "run", tmp_path / taken, run.recipe, minutes=5)
+    assert (tmp_path / "mine" / "state.pt").read_bytes() == kept
+
+
+def test_pictures_get_the_size_of_the_bundle_that_a_run_starts_with(folder: Path, tmp_path: Path) -> None:
+    train_autoencoder(folder_pictures(folder, 32), tmp_path / "autoencoder", replace(TINY_AUTOENCODER, steps=2))
+    first = train(folder_pictures(folder, 32), tmp_path, "first", steps=1)
+    larger = train(folder_pictures(folder, 64), tmp_path, "second", steps=1, start=first)
+    assert larger.manifest.size == (32, 32)
+    with pytest.raises(DataError, match="16 pixels, but first draws 32"):
+        train(folder_pictures(folder, 16), tmp_path, "third", steps=1, start=first)
+
+
 def test_minutes_end_a_run_and_its_learning_rate(folder: Path, tmp_path: Path) -> None:
     recipe = Recipe(steps=1_000_000, minutes=10, warm_up=1, constant_share=0.5)
     assert [recipe.rate(1000, 60 * minutes) for minutes in (0, 5, 7.5, 10)] == pytest.approx([1, 1, 0.51, 0.02])
@@ -232,7 +263,7 @@ def test_a_text_run_that_was_stopped_goes_on_as_if_it_had_not(folder: Path, tmp_
         network = build("text", 4, 8, 2, Size(width=64, depth=1))
         conditions = TextConditions(pictures, 8, tmp_path / "cache")
         latents = torch.randn(60, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        recipe = Recipe(steps=6, batch=8)
+        recipe = Recipe(steps=6, batch=8, sample_every=2)
         return Trainer(network, latents, torch.from_numpy(pictures.weights), conditions, recipe, tmp_path / out)
 
     stopped = trainer("a")
@@ -295,3 +326,23 @@ def test_measuring_moves_neither_weights_nor_random_numbers(folder: Path, tmp_pa
         assert torch.equal(value, before[name])
     trainer.average.values = {name: torch.zeros_like(value) for name, value in trainer.average.values.items()}
     assert validation.write(trainer) != first  # it measures the average
+
+
+class MinusNoise:
+    """Conditions of a network that believes that all pictures are 0 everywhere, and so sees nothing but noise."""
+
+    def predict(self, network: Any, picked: np.ndarray, noisy: torch.Tensor, times: torch.Tensor, drop: float) -> Any:
+        cells = -noisy.unflatten(-1, (4, -1))
+        return torch.cat([cells, torch.zeros_like(cells[..., :1])], dim=-1).flatten(2).flatten(0, 1)
+
+
+def test_the_error_at_the_start_is_a_share_of_the_variance_of_trained_pictures(folder: Path, tmp_path: Path) -> None:
+    pictures = folder_pictures(folder, 32)
+    train_autoencoder(pictures, tmp_path / "autoencoder", replace(TINY_AUTOENCODER, steps=2))
+    trainer = small_trainer(pictures, tmp_path / "run", 9)
+    latents = encode_pictures(pictures.where(pictures.trained()).images, tmp_path / "autoencoder")
+    trainer.full = replace(trainer.full, patches=trainer.network.grid.patchify(latents))
+    measured = Validation(pictures, None, tmp_path / "autoencoder", tmp_path / "cache", lambda _: MinusNoise())
+    found = measured.write(trainer)["trained_start"]
+    variance = (latents - latents.mean(dim=0)).square().mean()
+    assert found == pytest.approx((latents.square().mean() / variance).item(), rel=1e-3)
