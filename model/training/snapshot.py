@@ -32,12 +32,12 @@ def falling(run: Path, folder: Path, recipe: Recipe, minutes: float) -> Recipe:
         if (folder / STATE).exists():
             raise DataError(f"{folder} holds another run; name a new folder for the end of {run}")
         folder.mkdir(parents=True, exist_ok=True)
-        if (run / "autoencoder").exists():
-            shutil.copytree(run / "autoencoder", folder / "autoencoder", dirs_exist_ok=True)
         try:
             shutil.copyfile(run / STATE, folder / STATE)
         except FileNotFoundError as error:
             raise DataError(f"{run} has no state to continue from") from error
+        if (run / "autoencoder").exists():
+            shutil.copytree(run / "autoencoder", folder / "autoencoder", dirs_exist_ok=True)
         state = torch.load(folder / STATE, weights_only=True, mmap=True)
         mark.write_text(json.dumps({"step": state["step"], "minutes": state["seconds"] / 60}) + "\n")
     begun = json.loads(mark.read_text())["minutes"]
