@@ -23,7 +23,7 @@ FEW = 1000
 
 TableOut = Annotated[Path, typer.Option("--out", help="Picture table to write.")]
 
-TimestepsName = Literal["mixed", "noisy", "ltg", "sit", "uniform", "mean"]
+TimestepsName = Literal["mixed", "noisy", "noisiest", "wide", "ltg", "sit", "uniform", "mean"]
 
 
 @data_app.command("emoji")
@@ -131,7 +131,9 @@ def train_model_command(
     rate: Annotated[float, typer.Option(help="Factor for both learning rates; below 1 for fine-tuning.")] = 1.0,
     timesteps: Annotated[
         TimestepsName,
-        typer.Option(help="How training draws the timestep of each patch; `noisy` learns most from captions."),
+        typer.Option(
+            help="How training draws the timestep of each patch; `noisiest` learns captions fastest, `wide` ends a run."
+        ),
     ] = "mixed",
     batch: options.Batch = 64,
     width: options.Width = 192,
