@@ -145,7 +145,7 @@ def check_server(programs: Path, empty: Path) -> str:
 def check_worker(programs: Path, empty: Path) -> str:
     """Draws a picture with the wheel alone."""
     run(programs / "patchforge", "generate", PROMPT, "--seed", "7", "--out", "offline", cwd=empty)
-    assert _picture(empty / "offline").size == (64, 64)
+    assert _picture(empty / "offline").size == (256, 256)
     return f"a picture of {PROMPT!r}, without a server"
 
 
@@ -154,7 +154,7 @@ def check_all(programs: Path, empty: Path) -> str:
     with _running([programs / "patchforge", "serve"], empty, "ready for requests") as http:
         asked = (programs / "patchforge", "generate", PROMPT, "--seed", "7", "--model", "emoji-text", "--server", http)
         run(*asked, "--out", "online", cwd=empty)
-    assert _picture(empty / "online").size == (64, 64)
+    assert _picture(empty / "online").size == (256, 256)
     return f"a picture of {PROMPT!r}, over HTTP"
 
 

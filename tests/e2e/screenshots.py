@@ -46,7 +46,7 @@ async def begin(page: Page) -> None:
 
 async def run(page: Page) -> None:
     """Looking back at the middle of a run, with some pictures in the gallery."""
-    await page.select_option("#model", "emoji-text-256")
+    await page.select_option("#model", "emoji-text")
     for prompt in ("hamburger, 3d", "automobile, noto", "grinning face, 3d", "panda face, noto"):
         await draw(page, prompt, 7)
     scrubber, place = page.locator("#scrubber"), page.locator("#place")

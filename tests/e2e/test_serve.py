@@ -65,7 +65,7 @@ def test_a_native_job_from_submit_to_picture(http: httpx.Client) -> None:
     assert job["status"] == "completed"
     made = http.get(f"/v1/jobs/{job['id']}/image")
     assert made.headers["content-type"] == "image/png"
-    assert picture(made.content).shape == (64, 64, 3)
+    assert picture(made.content).shape == (256, 256, 3)
     report = job["report"]
     assert report["savings_ratio"] == pytest.approx(1 - report["patch_evaluations"] / report["dense_patch_evaluations"])
     assert 0.1 < report["savings_ratio"] < 0.9
@@ -137,8 +137,8 @@ async def test_a_burst_of_mixed_requests_gives_what_each_gives_alone(served: Ser
         {"model": "emoji-text", "prompt": "blue heart", "seed": 1, "sampler": "euler", "steps": 12, "guidance": 1},
         {"model": "emoji-text", "prompt": "tiger face", "seed": 2, "sampler": "look_ahead", "steps": 10},
         {"model": "emoji-text", "prompt": "pizza", "seed": 3, "n": 3},
-        {"model": "emoji-text-256", "prompt": "panda face, noto", "seed": 6},
-        {"model": "emoji-text-256", "prompt": "blue heart", "seed": 7, "width": 128, "height": 128},
+        {"model": "emoji-text", "prompt": "panda face, noto", "seed": 6},
+        {"model": "emoji-text", "prompt": "blue heart", "seed": 7, "width": 128, "height": 128},
         {"model": "emoji-class", "class_label": "food-fruit", "seed": 4},
         {"model": "emoji-class", "class_label": "cat-face", "seed": 5, "guidance": 1.5, "steps": 5},
     ]
@@ -203,7 +203,7 @@ def test_metrics_show_what_was_saved(http: httpx.Client) -> None:
 
 
 def test_leaving_a_synchronous_call_cancels_it(http: httpx.Client, served: Served) -> None:
-    slow = {"model": "emoji-text", "prompt": "castle", "n": 10, "steps": 100}
+    slow = {"model": "emoji-text", "prompt": "castle", "n": 4, "steps": 100}
 
     def left_after(seconds: float) -> bool:
         """Tells whether such a call was cancelled. A call that ends early may not have been accepted yet."""

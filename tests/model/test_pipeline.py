@@ -109,7 +109,7 @@ def test_what_is_read_does_not_depend_on_padding() -> None:
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_examples(Pipeline, tmp_path, monkeypatch)
     with Image.open(tmp_path / "apple.png") as picture:
-        assert picture.size == (64, 64)
+        assert picture.size == (256, 256)
 
 
 def test_pictures_come_in_order_with_their_seeds_and_costs(pipelines: dict[str, Pipeline]) -> None:
