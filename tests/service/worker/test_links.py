@@ -23,7 +23,7 @@ from patchforge.service.worker.outcomes import Outcome
 from patchforge.service.worker.worker import Worker
 from tests.patience import PATIENCE
 from tests.service.queue.kit import eventually, silenced
-from tests.service.worker.jobs import request
+from tests.service.worker.jobs import request, slow_down
 from tests.service.worker.test_source_images import source
 from tests.service.worker.test_worker import BUDGETS, first, running
 
@@ -98,12 +98,16 @@ async def test_a_server_that_stops_costs_only_its_own_jobs(
     queues: list[JobQueue],
     of_worker: list[JobQueue],
     pipelines: dict[str, Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     worker = Worker(both, of_worker, pipelines, BUDGETS)
+    stopped = asyncio.Event()
+    slow_down(worker, monkeypatch, until=stopped.is_set)
     async with running(worker):
         cut_off = await queues[1].submit(request(steps=200, n=10))
         await first(queues[1], cut_off.id, Started)
         servers[1].stop()
+        stopped.set()
         for _ in range(3):
             job = await queues[0].submit(request())
             assert isinstance(await first(queues[0], job.id, TERMINAL_EVENTS), Completed)
@@ -250,6 +254,7 @@ async def test_a_bell_that_a_busy_worker_hears_rings_on(
     worker = Worker(both.model_copy(update={"max_running": 1}), of_worker, pipelines, BUDGETS)
     async with running(worker):
         await eventually(lambda: waits(queues[1]))
+        slow_down(worker, monkeypatch)
         long = await queues[0].submit(request(steps=200, n=10))
         await first(queues[0], long.id, Started)
         second = asyncio.create_task(queues[1].wait_for_job(["tiny-class"], 60))  # an idle worker, next in line
@@ -290,6 +295,7 @@ async def test_a_bell_that_a_worker_hears_just_as_it_fills_up_rings_on(
         return bell
 
     monkeypatch.setattr(of_worker[1], "wait_for_job", fills_up_meanwhile)
+    slow_down(worker, monkeypatch)
     async with running(worker):
         await begin_long()
         await busy.wait()

@@ -16,7 +16,7 @@ from patchforge.service.settings import Settings
 from patchforge.service.worker.outcomes import Outcome
 from patchforge.service.worker.worker import Worker
 from tests.service.queue.kit import eventually, silenced
-from tests.service.worker.jobs import request
+from tests.service.worker.jobs import request, slow_down
 from tests.service.worker.test_worker import BUDGETS, events, first, running
 
 
@@ -69,6 +69,7 @@ async def test_a_refusal_does_not_overtake_the_news_that_the_job_is_ours_again(
     monkeypatch.setattr(queue, "deliver", watched_deliver)
     monkeypatch.setattr(queue, "keep", watched_keep)
     monkeypatch.setattr(worker.engine, "step", watched_step)
+    slow_down(worker, monkeypatch, until=heard.is_set)
     async with running(worker):
         job = await queue.submit(request(steps=100, sampler={"name": "dual_loop", "inner_steps": 4}))
         await first(queue, job.id, Started)

@@ -34,7 +34,7 @@ from patchforge.service.worker.outcomes import Outcome
 from patchforge.service.worker.worker import Worker
 from tests.patience import PATIENCE
 from tests.service.queue.kit import silenced
-from tests.service.worker.jobs import request
+from tests.service.worker.jobs import request, slow_down
 from tests.service.worker.test_source_images import source
 
 Running = Callable[..., object]
@@ -119,12 +119,17 @@ async def test_news_that_nobody_waits_for_goes_with_the_picture(
         assert calls[0] == ["publish"], "someone may wait for the news that it started"
 
 
-async def test_a_running_job_stops_when_cancelled(worker: Worker, queue: JobQueue) -> None:
+async def test_a_running_job_stops_when_cancelled(
+    worker: Worker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled = asyncio.Event()
+    slow_down(worker, monkeypatch, until=cancelled.is_set)
     async with running(worker):
         job = await queue.submit(request(steps=200))
         await first(queue, job.id, Preview)
         await queue.cancel(job.id)
         assert isinstance(await first(queue, job.id, TERMINAL_EVENTS), Cancelled)
+        cancelled.set()
         assert not worker.engine.jobs
         assert not worker.claims
         after = await queue.submit(request())
@@ -234,9 +239,10 @@ async def test_draining_finishes_what_runs(worker: Worker, queue: JobQueue) -> N
 
 
 async def test_draining_gives_back_what_it_cannot_finish(
-    settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline]
+    settings: Settings, queue: JobQueue, pipelines: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hasty = Worker(settings.model_copy(update={"drain_seconds": 0}), [queue], pipelines, BUDGETS)
+    slow_down(hasty, monkeypatch)
     async with running(hasty) as task:
         job = await queue.submit(request(steps=200, n=10))
         await first(queue, job.id, Preview)
@@ -300,6 +306,7 @@ async def test_a_worker_that_cannot_keep_its_claims_ends(
         raise ResponseError("WRONGTYPE")
 
     monkeypatch.setattr(queue, "keep", broken)
+    slow_down(worker, monkeypatch)
     await queue.submit(request(steps=200, n=10))
     with pytest.raises(ExceptionGroup):
         await asyncio.wait_for(worker.run(), PATIENCE)
@@ -338,6 +345,7 @@ async def test_a_worker_that_takes_over_its_own_job_goes_on_with_it(
 
     monkeypatch.setattr(queue, "keep", held_up)
     monkeypatch.setattr(queue, "claim", watched_claim)
+    slow_down(worker, monkeypatch, until=heard.is_set)
     async with running(worker):
         job = await queue.submit(request(steps=100, sampler={"name": "dual_loop", "inner_steps": 4}))
         await first(queue, job.id, Started)
