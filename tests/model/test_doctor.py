@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ def test_a_bundle_that_is_right(name: str, bundle_dir: Path, tmp_path: Path) -> 
     assert {each["ok"] for each in found.values()} == {True, None}
     assert found[f"{name}: packed as alone"]["ok"] is True
     assert found[f"{name}: samplers"]["found"] == "all 6 draw"
+    sizes = [f"{name}: {width}×{height}" for width, height in Pipeline.open(bundle_dir / name).grids]
+    assert sizes
+    for size in sizes:
+        drawn = re.fullmatch(r"([\d.]+) s a picture alone, its first preview after ([\d.]+) s", found[size]["found"])
+        assert drawn is not None
+        assert float(drawn[1]) >= float(drawn[2])
     assert "patches/s" in found[f"{name}: speed"]["found"]
     assert "float32" in found["matrix products"]["found"]
 
