@@ -281,7 +281,7 @@ class Pipeline:
         >>> [picture.seed for picture in made.pictures]
         [1, 2, 3, 4]
         >>> made.pictures[0].image.size
-        (64, 64)
+        (256, 256)
 
         Raises:
             ParameterError: an argument is out of range, or there is no such class, sampler or size.

@@ -35,7 +35,7 @@ class Setting:
     steps: int = 2000
     batch: int = 32
     seed: int = 0
-    size: int = 64
+    size: int = 128
     """Larger pictures are made as small, in pixels: at 256 patches a training takes four times as long."""
 
     def pictures(self, table: Pictures) -> Pictures:

@@ -80,7 +80,7 @@ def test_a_picture_from_containers_that_cannot_write(services: Services) -> None
         container.wait_for(READY[target])
         assert written_and_user(container) == ["/tmp", "10001 10001"]
     gateway, server = both["gateway"], ("--server", "http://127.0.0.1:8000", "--out", "/tmp/out")
-    for model, prompt, side in (("emoji-text", "red apple, 3d", 256), ("emoji-class", "cat face", 64)):
+    for model, prompt, side in (("emoji-text", "red apple, 3d", 256), ("emoji-class", "cat face", 256)):
         drawn = gateway.run("patchforge", "generate", prompt, "--model", model, "--seed", "7", *server)
         assert drawn.returncode == 0, drawn.stderr.decode()
         content = gateway.run("sh", "-c", "cat /tmp/out/*.png && rm -r /tmp/out").stdout

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 VERSION = "1.32"
 KUBECTL = shutil.which("kubectl")
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="no kubectl here, whose kustomize renders overlays")
-SHIPPED = ("emoji-class", "emoji-class-256", "emoji-text")
+SHIPPED = ("emoji-class", "emoji-text")
 Manifest = dict[str, Any]
 
 

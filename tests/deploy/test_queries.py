@@ -18,7 +18,7 @@ from tests.deploy.queries import Query, every_query, labels_relied_on, of_panels
 from tests.processes import eventually
 
 QUERIES = every_query()
-SHIPPED_MODELS = {"emoji-class", "emoji-class-256", "emoji-text"}
+SHIPPED_MODELS = {"emoji-class", "emoji-text"}
 CLOSED = {
     ("patchforge_requests_total", "status"): {status.value for status in JobStatus if status.terminal},
     ("patchforge_request_failures_total", "code"): {*FAILURE_CODES},

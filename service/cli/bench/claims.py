@@ -16,7 +16,11 @@ from patchforge.service.errors import InvalidRequest
 if TYPE_CHECKING:
     from patchforge.model.experiments.claims import Outcome
 
-COLUMNS = "", "evaluations", "Fréchet distance", "less LTG, Euler", "precision", "recall"
+COLUMNS = (
+    *("", "evaluations", "Fréchet distance", "less LTG, Euler", "precision", "recall", "sharpness", "less LTG, Euler"),
+    *("own Fréchet distance", "less LTG, Euler"),
+)
+COMPARED = "distance", "sharpness", "own distance"
 
 
 def claims(
@@ -32,7 +36,7 @@ def claims(
     batch: options.Batch = 32,
     width: options.Width = 128,
     depth: options.Depth = 4,
-    size: options.MaxSize = 64,
+    size: options.MaxSize = 128,
     pictures: Annotated[int, typer.Option(min=10, help="Pictures per row, from the same conditions and noise.")] = 500,
     evaluations: Annotated[int, typer.Option(min=4, help="Network evaluations per picture; a multiple of 4.")] = 32,
     out: options.Json = None,
@@ -42,7 +46,8 @@ def claims(
     """Test the paper's claims: train small models that differ only in timesteps, sample with equal evaluations."""
     from patchforge.model.device import prepare_cpu
     from patchforge.model.evaluation.judge import SHIPPED, Judge
-    from patchforge.model.experiments.claims import compare
+    from patchforge.model.evaluation.outside import OutsideJudge
+    from patchforge.model.experiments.claims import Judges, compare
     from patchforge.model.experiments.claims_training import TRAINED, Setting, train_claims
     from patchforge.model.training.data import Pictures
 
@@ -55,14 +60,15 @@ def claims(
         for name in TRAINED:
             if not schedule or name in schedule:
                 train_claims(table, latents_of, folder, setting, name)
-        assessor = Judge.load(judge or SHIPPED)
+        own = Judge.load(judge or SHIPPED)
+        judges = Judges(OutsideJudge(), own, own.record["created"])
         outcomes = []
-        for outcome in compare(table, assessor, folder, setting, pictures, evaluations):
+        for outcome in compare(table, judges, folder, setting, pictures, evaluations):
             outcomes.append(outcome)
-            Console(stderr=True).print(f"{outcome.label}: {outcome.distance}")
+            Console(stderr=True).print(f"{outcome.label}: {outcome.found['distance']}")
         rows = [_table_row(outcome) for outcome in outcomes]
         title = f"{steps} steps of {batch}, {pictures} pictures, no guidance, 95 % intervals"
-        print_table(title, COLUMNS, rows, width=140)
+        print_table(title, COLUMNS, rows, width=200)
         if out is not None:
             write_json(out, [outcome.figures() for outcome in outcomes])
         if doc is not None:
@@ -70,6 +76,11 @@ def claims(
 
 
 def _table_row(outcome: Outcome) -> tuple[str, ...]:
-    difference = "" if outcome.difference is None else f"{outcome.difference}"
-    count = str(outcome.evaluations or "")
-    return outcome.label, count, str(outcome.distance), difference, str(outcome.precision), str(outcome.recall)
+    found, less = outcome.found, outcome.differences
+    columns = ["distance", "precision", "recall", "sharpness", "own distance"]
+    cells = [outcome.label, str(outcome.evaluations or "")]
+    for name in columns:
+        cells.append(str(found[name]))
+        if name in COMPARED:
+            cells.append(str(less.get(name, "")))
+    return tuple(cells)

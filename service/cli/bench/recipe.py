@@ -29,7 +29,7 @@ def recipe(
     batch: options.Batch = 32,
     width: options.Width = 96,
     depth: options.Depth = 3,
-    size: options.MaxSize = 64,
+    size: options.MaxSize = 128,
     pictures: Annotated[int, typer.Option(min=10, help="Pictures per model, from the same classes and noise.")] = 500,
     out: options.Json = None,
     doc: options.Doc = None,

@@ -59,8 +59,15 @@ def test_the_command_trains_compares_resumes_and_fills_the_page(tmp_path: Path) 
     assert again.exit_code == 0, again.output
     assert open_bundle(folder / "ltg" / "ltg-bundle").manifest == trained  # it was not trained again
     rows = {row["key"]: row for row in json.loads(out.read_text())}
-    assert rows["sit"]["difference"]["low"] <= rows["sit"]["difference"]["value"]
-    assert "difference" not in rows["ltg"]
+    assert set(rows["sit"]["differences"]) == {"distance", "precision", "recall", "sharpness", "own distance"}
+    less = rows["sit"]["differences"]["distance"]
+    assert (
+        less["low"]
+        <= less["value"]
+        == pytest.approx(rows["sit"]["distance"]["value"] - rows["ltg"]["distance"]["value"], abs=1e-3)
+    )
+    assert rows["ltg"]["differences"] == {}
+    assert rows["real"]["sharpness"]["value"] == 1
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
