@@ -162,7 +162,7 @@ def compare(
     baseline = None
     for case in sorted(ready, key=lambda case: case.key != BASELINE):
         made, spent = _load_seen(judges, bundle_path(folder, case.schedule), case, split, folder, seed)
-        differences = {} if baseline is None else bounds.differences(made, baseline)
+        differences: dict[str, Interval] = {} if baseline is None else bounds.differences(made, baseline)
         yield Outcome(case.key, case.label, spent, bounds.figures(made), differences)
         baseline = made if case.key == BASELINE else baseline
 
