@@ -124,25 +124,26 @@ def psnr_to_cpu(pipeline: Pipeline) -> float:
 
 
 def picture_seconds(pipeline: Pipeline, grid: Grid) -> tuple[float, float]:
-    """Seconds from a new prompt to the first preview, and to the picture, with the bundle's defaults: medians.
-
-    The first preview shows the estimate of the first evaluation, by the decoder that a worker takes for it.
-    """
-    sampler = pipeline.default_sampler(grid=grid)
-    firsts, wholes = [], []
-    for number in range(ROUNDS):
-        started = time.perf_counter()
-        seen: list[float] = []
-
-        def show(runs: list[Trajectory], started: float = started, seen: list[float] = seen) -> None:
-            if not seen:
-                pipeline.preview(runs[0].state.estimate[None], grid)
-                seen.append(time.perf_counter() - started)
-
-        pipeline.sample(sampler, [_condition(pipeline, number)], [number], after_step=show)
-        wholes.append(time.perf_counter() - started)
-        firsts += seen
+    """Seconds from a new prompt to the first preview, and to the picture, with the bundle's defaults: medians."""
+    firsts, wholes = zip(*(_time_picture(pipeline, grid, number) for number in range(ROUNDS)), strict=True)
     return median(firsts), median(wholes)
+
+
+def _time_picture(pipeline: Pipeline, grid: Grid, number: int) -> tuple[float, float]:
+    """Seconds to the first preview and to the picture, which waits for it.
+
+    The preview shows the estimate of the first evaluation, by the decoder that a worker takes for it.
+    """
+    first: list[float] = []
+    sampler, started = pipeline.default_sampler(grid=grid), time.perf_counter()
+
+    def show(runs: list[Trajectory]) -> None:
+        if not first:
+            pipeline.preview(runs[0].state.estimate[None], grid)
+            first.append(time.perf_counter() - started)
+
+    pipeline.sample(sampler, [_condition(pipeline, number)], [number], after_step=show)
+    return first[0], time.perf_counter() - started
 
 
 def packed_rate(pipeline: Pipeline) -> float:

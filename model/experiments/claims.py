@@ -75,7 +75,7 @@ class Outcome:
     def figures(self) -> dict[str, Any]:
         """The result for JSON."""
         plain = {"key": self.key, "label": self.label, "evaluations": self.evaluations}
-        spans = {name.replace(" ", "_"): each.rounded() for name, each in self.found.items()}
+        spans = {name: each.rounded() for name, each in self.found.items()}
         return plain | spans | {"differences": {name: each.rounded() for name, each in self.differences.items()}}
 
 
@@ -107,11 +107,13 @@ class Bounds:
     """Real pictures to compare with: the whole reference, and as many of it as pictures are made."""
 
     whole: Gaussian
+    """The outside judge's."""
     own: Gaussian
+    """Our judge's."""
     same: Tensor
     """`(n, 1280)`: the outside judge's features."""
     energy: Tensor
-    """Mean gradient energy of the real pictures."""
+    """`()`: mean gradient energy of the real pictures."""
 
     def evidence(self, made: Seen) -> dict[str, Tensor]:
         """Measure each picture, `(n,)` each; recall: each real one."""
