@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from patchforge.model.errors import ParameterError
-from patchforge.model.samplers import Adaptive
+from patchforge.model.samplers import Adaptive, SmallFirst
+from patchforge.model.samplers.small_first import is_small
 from patchforge.model.trajectory import Change, Trajectory
 
 SURVIVAL = 0.9
 """Share of the unfinished patches expected to be unfinished one step later, to forecast what a path costs."""
 ROUNDING = 1e-9
+FEWEST_SMALL = 2
+"""A small picture that comes from fewer steps before the last is not worth refining."""
 FEWEST_GUIDED = 3
 """The outside judge finds two guided steps less like real pictures than three without guidance, for as much, and one
 less than one without, for half. They are sharper all the same (docs/samplers.md)."""
@@ -59,7 +62,8 @@ def fit(trajectory: Trajectory, left: float, unfinished: int) -> bool:
     would by itself. Uniform samplers keep their steps and land when the next one is too much.
 
     The path chosen before the first evaluation fits even if no patch finishes early, and so none has to: its tolerance
-    is 0. It leaves out guidance rather than take fewer than `FEWEST_GUIDED` steps.
+    is 0. It leaves out guidance rather than take fewer than `FEWEST_GUIDED` steps. If a sampler draws a small picture
+    first, and no way fits that refines it, the picture ends as this one, enlarged.
 
     Raises:
         ParameterError: `left` is not enough for the first evaluation.
@@ -68,15 +72,14 @@ def fit(trajectory: Trajectory, left: float, unfinished: int) -> bool:
     ahead = sampler.costs_ahead(state, unfinished)
     if not ahead or _forecast(ahead) <= left:
         return False
-    for steps, guided in _shorter_ways(trajectory, len(ahead)):
-        shorter = (sampler if guided else replace(sampler, guidance=1.0)).shorten(state, steps)
-        if shorter is None:
-            break
-        costs = shorter[0].costs_ahead(shorter[1], unfinished)
-        if (_forecast(costs) if state.evaluations else sum(costs)) <= left:
-            tolerance = None if state.evaluations or not isinstance(sampler, Adaptive) else 0.0
-            trajectory.change(Change(state.evaluations, steps, guided, tolerance))
-            return True
+    change = _way_that_fits(trajectory, left, unfinished, len(ahead))
+    if change is None and not state.evaluations and is_small(state) and left >= unfinished:
+        if trajectory.changes:
+            return False  # the small picture fits
+        change = _way_that_ends_small(trajectory, left, unfinished)
+    if change is not None:
+        trajectory.change(change)
+        return True
     only_lands = sampler.shorten(state, 1) is None
     if only_lands and ahead[0] <= left:
         return False
@@ -114,6 +117,39 @@ def _shorter_ways(trajectory: Trajectory, steps: int) -> list[tuple[int, bool]]:
         return [(fewer, True) for fewer in range(steps - 1, 0, -1)]
     guided = [(fewer, True) for fewer in range(steps - 1, FEWEST_GUIDED - 1, -1)]
     return guided + [(fewer, False) for fewer in range(steps, 0, -1)]
+
+
+def _way_that_fits(trajectory: Trajectory, left: float, unfinished: int, most: int) -> Change | None:
+    """The best way in at most `most` steps that costs at most `left`; None: none does."""
+    sampler, state = trajectory.sampler, trajectory.state
+    for steps, guided in _shorter_ways(trajectory, most):
+        shorter = (sampler if guided else replace(sampler, guidance=1.0)).shorten(state, steps)
+        if shorter is None:
+            break
+        if (
+            isinstance(sampler, SmallFirst)
+            and is_small(state)
+            and replace(sampler, steps=steps).last_small < FEWEST_SMALL
+        ):
+            continue
+        costs = shorter[0].costs_ahead(shorter[1], unfinished)
+        if (_forecast(costs) if state.evaluations else sum(costs)) <= left:
+            tolerance = None if state.evaluations or not isinstance(sampler, Adaptive) else 0.0
+            return Change(state.evaluations, steps, guided, tolerance)
+    return None
+
+
+def _way_that_ends_small(trajectory: Trajectory, left: float, unfinished: int) -> Change | None:
+    """The way with the best small picture that fits. It is only enlarged, because nothing is left to refine it."""
+    sampler = trajectory.sampler
+    if not isinstance(sampler, SmallFirst):
+        return None
+    for steps, guided in _shorter_ways(trajectory, sampler.evaluations):
+        way = replace(sampler, steps=steps, guidance=sampler.guidance if guided else 1.0)
+        enough = way.last_small >= FEWEST_SMALL or way.guidance == 1
+        if enough and way.small_cost(unfinished) <= left:
+            return Change(0, steps, guided, 0.0)
+    return None
 
 
 def _forecast(ahead: list[int]) -> float:

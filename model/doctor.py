@@ -139,7 +139,8 @@ def _time_picture(pipeline: Pipeline, grid: Grid, number: int) -> tuple[float, f
 
     def show(runs: list[Trajectory]) -> None:
         if not first:
-            pipeline.preview(runs[0].state.estimate[None], grid)
+            patches, of = runs[0].seen
+            pipeline.preview(patches[None], of)
             first.append(time.perf_counter() - started)
 
     pipeline.sample(sampler, [_condition(pipeline, number)], [number], after_step=show)

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from patchforge.class_names import NoSuchClass, match_class
@@ -28,7 +29,7 @@ from patchforge.model.networks.text_encoder import EncodedText
 from patchforge.model.networks.text_pft import TextPFT
 from patchforge.model.recent import Recent
 from patchforge.model.results import Picture, Report, Result
-from patchforge.model.samplers import Sampler, make_sampler
+from patchforge.model.samplers import Sampler, SmallFirst, State, make_sampler
 from patchforge.model.storage.bundle import Bundle, load_network_weights, open_bundle
 from patchforge.model.text_encoder import open_encoder
 from patchforge.model.trajectory import Trajectory
@@ -37,6 +38,9 @@ from patchforge.model.types import Grid
 
 TEXT_BYTES = 64 << 20
 """Memory for encoded prompts, and for refined ones, in bytes. Prompts often come again, with another seed."""
+
+SHARPEN = ImageFilter.UnsharpMask(radius=2, percent=100, threshold=0)
+"""What an enlarged picture lacks: without it, the finished one stays softer than real ones."""
 
 
 class Pipeline:
@@ -186,10 +190,15 @@ class Pipeline:
     ) -> Sampler[Any]:
         """Make a sampler for a grid, by default the model's own.
 
+        `small_until` is passed over where the model was not trained at half the size.
+
         Raises:
             ParameterError: no such sampler or option, or a value is out of range.
         """
-        return make_sampler(name, grid or self.grid, steps, guidance, **options)
+        sampler = make_sampler(name, grid or self.grid, steps, guidance, **options)
+        if isinstance(sampler, SmallFirst) and sampler.small.grid not in self.grids.values():
+            return make_sampler(name, sampler.grid, steps, guidance, **options | {"small_until": 0})
+        return sampler
 
     def default_sampler(
         self,
@@ -235,13 +244,19 @@ class Pipeline:
         """Clean latents `(b, P, D)` of a grid → pictures `(b, height, width, 3)` uint8, on the CPU."""
         return self.codec.decode((grid or self.grid).unpatchify(patches))
 
-    def preview(self, patches: Tensor, grid: Grid | None = None) -> Tensor:
-        """As `decode`, but by the preview decoder if the bundle has one: for a fraction of the cost, and softer."""
-        latents = (grid or self.grid).unpatchify(patches)
+    def preview(self, patches: Tensor, grid: Grid | None = None, shown_on: Grid | None = None) -> Tensor:
+        """As `decode`, but by the preview decoder if the bundle has one: for a fraction of the cost, and softer.
+
+        The pictures are as large as those of the grid `shown_on`, by default `grid`.
+        """
+        grid = grid or self.grid
+        latents = grid.unpatchify(patches)
         small = self.codec.preview(latents)
         if small is None:
-            return self.codec.decode(latents)
-        height, width = (side * self.manifest.autoencoder.downscale for side in latents.shape[-2:])
+            small = self.codec.decode(latents)
+        height, width = (side * self.manifest.autoencoder.downscale for side in (shown_on or grid).latent_shape[1:])
+        if small.shape[1:3] == (height, width):
+            return small
         large = F.interpolate(small.movedim(-1, 1).float(), (height, width), mode="bilinear", align_corners=False)
         return large.round().byte().movedim(1, -1).contiguous()
 
@@ -338,7 +353,21 @@ class Pipeline:
         """
         grid = sampler.grid
         noises = [self.noise(seed, grid) for seed in seeds]
-        runs = [Trajectory.begin(sampler, c, noise) for c, noise in zip(conditions, noises, strict=True)]
+        runs = [self.begin(sampler, c, noise) for c, noise in zip(conditions, noises, strict=True)]
         change = None if budget is None else partial(fit_all, budget=budget)
         advance_all(self.denoiser, runs, after_step, change)
         return self.decode(torch.stack([each.state.x for each in runs]), grid), runs
+
+    def begin(
+        self, sampler: Sampler[Any], condition: Condition, noise: Tensor, state: State | None = None
+    ) -> Trajectory:
+        """Start a picture from noise `(P, D)`, or from `state`."""
+        start = sampler.start(noise) if state is None else state
+        return Trajectory(sampler, condition, start, enlarge=partial(self.enlarge, sampler.grid))
+
+    def enlarge(self, grid: Grid, small: Tensor) -> Tensor:
+        """Enlarge a picture of half the size: `(P/4, D)` → `(P, D)` of `grid`. Its outlines are sharpened a little."""
+        [pixels] = self.decode(small[None], grid.half)
+        drawn = Image.fromarray(pixels.numpy())
+        large = drawn.resize((2 * drawn.width, 2 * drawn.height), Image.Resampling.BICUBIC).filter(SHARPEN)
+        return self.encode(torch.from_numpy(np.array(large))[None])[0]

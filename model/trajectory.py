@@ -11,7 +11,7 @@ from torch import Tensor
 from patchforge.model.denoiser import Condition, Denoiser, Evaluation, Memory
 from patchforge.model.errors import ParameterError
 from patchforge.model.samplers import Sampler, State
-from patchforge.model.types import Plan, Prediction
+from patchforge.model.types import Grid, Plan, Prediction
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Trajectory:
     """The sampler before the first change; None: there was none."""
     landing_error: Tensor | None = None
     """`(P,)`: the predicted error of the landing, root mean square per patch; None: it did not land."""
+    enlarge: Callable[[Tensor], Tensor] | None = None
+    """Enlarges a picture of half the size, `(P/4, D)` → `(P, D)`, for samplers that draw one first."""
 
     @property
     def predicted_error(self) -> Tensor:
@@ -95,25 +97,40 @@ class Trajectory:
 
     def evaluation(self, plan: Plan) -> Evaluation:
         """Join a plan with this picture's condition and cache slots."""
-        return Evaluation(plan, self.condition, self.memory, self.sampler.grid)
+        return Evaluation(plan, self.condition, self.memory, plan.grid or self.sampler.grid)
+
+    @property
+    def seen(self) -> tuple[Tensor, Grid]:
+        """The latest estimate of the clean picture, and its grid, which may be smaller than the sampler's."""
+        return self.sampler.seen(self.state)
 
     def advance(self, prediction: Prediction, cost: int) -> None:
         """Take the prediction for the last plan, which cost `cost` patch evaluations. Call `plan_next` afterwards."""
         self.state = self.sampler.advance(self.state, prediction)
         self.patch_evaluations += cost
 
+    def grow(self) -> None:
+        """Give the sampler its small picture at full size. Keys and values of the small one are dropped."""
+        if self.enlarge is None or self.state.enlarge is None:
+            raise ValueError("this trajectory cannot enlarge a picture")
+        self.state = self.sampler.enlarged(self.state, self.enlarge(self.state.enlarge))
+        self.memory = Memory()
+
 
 def plan_next(trajectories: Sequence[Trajectory]) -> list[Plan | None]:
     """Answer the questions of all samplers, then return each picture's next plan (None: finished).
 
     A question asks for values that lie on the device. One transfer answers all pictures' questions; a sampler may ask
-    again if it needs no evaluation in a step.
+    again if it needs no evaluation in a step. Small pictures that are ready are enlarged.
     """
     while asked := [(each, ask) for each in trajectories if (ask := each.state.question) is not None]:
         flat = torch.cat([question.flatten() for _, question in asked])
         answers = flat.cpu().split([question.numel() for _, question in asked])
         for (each, question), answer in zip(asked, answers, strict=True):
             each.state = each.sampler.answer(each.state, answer.view(question.shape))
+    for each in trajectories:
+        if each.state.enlarge is not None:
+            each.grow()
     return [each.plan() for each in trajectories]
 
 

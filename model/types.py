@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -27,6 +27,11 @@ class Grid:
     def patches(self) -> int:
         """P, the number of patches."""
         return self.rows * self.columns
+
+    @property
+    def half(self) -> Grid:
+        """The grid of a picture of half the size."""
+        return replace(self, rows=self.rows // 2, columns=self.columns // 2)
 
     @property
     def values(self) -> int:
@@ -73,6 +78,8 @@ class Plan:
     drift: Tensor | None = None
     """`(2, P)`, null branch first: how far to extrapolate each patch's cached keys and values, in units of the change
     between its last two evaluations. 0 for patches that are evaluated. None: no extrapolation."""
+    grid: Grid | None = None
+    """The grid of these patches. None: the sampler's."""
 
     @property
     def active(self) -> int:

@@ -14,7 +14,7 @@ from patchforge.model.evaluation.frechet import Interval
 from patchforge.model.evaluation.lineup import worse
 from patchforge.model.experiments.sampler_bench import PACK, Configuration, Gallery, picture_psnr
 from patchforge.model.pipeline import Pipeline
-from patchforge.model.trajectory import Trajectory, run
+from patchforge.model.trajectory import run
 
 ALONE = 16
 """Pictures that are drawn alone too, to see what packing changes."""
@@ -82,7 +82,7 @@ def _draw(pipeline: Pipeline, words: Sequence[str], configuration: Configuration
     pairs = [(pipeline.condition_on(prompt), pipeline.noise(seed + row)) for row, prompt in enumerate(words)]
 
     def draw(rows: slice) -> Tensor:
-        runs = [Trajectory.begin(sampler, *pair) for pair in pairs[rows]]
+        runs = [pipeline.begin(sampler, *pair) for pair in pairs[rows]]
         run(pipeline.denoiser, runs)
         return pipeline.decode(torch.stack([each.state.x for each in runs]))
 

@@ -102,8 +102,8 @@ class Row:
     """Seconds for `gflop` at this machine's peak for large matrix products in the same precision."""
     psnr: float
     """PSNR in dB, against multistep with `REFERENCE_STEPS` steps."""
-    finished_by_half: float
-    """Share of patches that are at t = 1 after half of the steps."""
+    finished_half_way: float
+    """Share of patches that finish by the evaluation at t = 0.5."""
     quality: PictureQuality | None = None
 
 
@@ -202,7 +202,7 @@ class SamplerBench:
             gflop=gflop,
             floor_seconds=gflop / self.peak,
             psnr=picture_psnr(pictures[0], self.reference),
-            finished_by_half=sum(halves) / len(halves),
+            finished_half_way=sum(halves) / len(halves),
             quality=self._quality(configuration, torch.cat(pictures)),
         )
 
@@ -238,17 +238,17 @@ class SamplerBench:
         return PictureQuality(self.gallery.figures(seen), differences)
 
     def _sample(self, configuration: Configuration, start: int, count: int = PACK) -> tuple[list[Trajectory], float]:
-        """Make a pack of pictures. Also return the share of patches that had finished after half of the steps."""
+        """Make a pack of pictures. Also return the share of patches that had finished half way."""
         options = dict(configuration.options)
         sampler = self.pipeline.sampler(configuration.sampler, guidance=self.guidance, **options)
         some: list[Condition] = self.conditions[start : start + count]
         noise = [self.pipeline.noise(seed) for seed in self.seeds[start : start + count]]
-        runs = [Trajectory.begin(sampler, c, n) for c, n in zip(some, noise, strict=True)]
+        runs = [self.pipeline.begin(sampler, c, n) for c, n in zip(some, noise, strict=True)]
         finished: dict[int, float] = {}
 
         def after_step(live: list[Trajectory]) -> None:
             for each in live:
-                if each.state.step <= sampler.steps / 2:  # counts steps, also those without an evaluation
+                if sampler.time(max(0, each.state.step - 1)) <= 0.5:  # the step that it has just done began there
                     finished[id(each)] = float((each.state.times >= 1).float().mean())
 
         run(self.pipeline.denoiser, runs, after_step)

@@ -13,6 +13,7 @@ from patchforge.model.samplers.euler import Euler
 from patchforge.model.samplers.heun import Heun
 from patchforge.model.samplers.look_ahead import LookAhead
 from patchforge.model.samplers.multistep import Multistep
+from patchforge.model.samplers.small_first import SmallFirst
 from patchforge.model.types import Grid
 
 SAMPLERS: dict[str, type[Sampler[Any]]] = {
@@ -33,21 +34,27 @@ __all__ = [
     "LookAhead",
     "Multistep",
     "Sampler",
+    "SmallFirst",
     "State",
     "make_sampler",
 ]
 
 
 def make_sampler(name: str, grid: Grid, steps: int, guidance: float, **options: Any) -> Sampler[Any]:
-    """Make a sampler.
+    """Make a sampler. `adaptive` with `small_until` above 0 is `SmallFirst`.
 
     Raises:
         ParameterError: no such sampler, no such option, or a value is out of range.
     """
     if name not in SAMPLERS:
         raise ParameterError("sampler", f"unknown: {name!r}; available: {', '.join(SAMPLERS)}")
-    taken = set(inspect.signature(SAMPLERS[name]).parameters)
+    kind = SAMPLERS[name]
+    if name == "adaptive" and options.get("small_until", 0) == 0:
+        options.pop("small_until", None)
+    elif name == "adaptive":
+        kind = SmallFirst
+    taken = set(inspect.signature(kind).parameters)
     for option in options:
         if option not in taken:
             raise ParameterError(option, f"not an option of {name}")
-    return SAMPLERS[name](grid=grid, steps=steps, guidance=guidance, **options)
+    return kind(grid=grid, steps=steps, guidance=guidance, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -187,7 +188,7 @@ class Adaptive(Sampler[AdaptiveState]):
 
     def shorten(
         self, state: AdaptiveState, steps: int, tolerance: float | None = None
-    ) -> tuple[Adaptive, AdaptiveState] | None:
+    ) -> tuple[Self, AdaptiveState] | None:
         """Take the rest of the way in `steps` steps: from noise with the same exponent, later of equal length."""
         sampler = self if tolerance is None else replace(self, tolerance=tolerance)
         begin = self._start_time(state, state.step)

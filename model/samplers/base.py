@@ -30,6 +30,8 @@ class State:
     """Number of network evaluations done."""
     question: Tensor | None = None
     """`(k, P)` bool, on the device: `Sampler.answer` needs it on the CPU before the next plan. None: no question."""
+    enlarge: Tensor | None = None
+    """`(P/4, D)`, a picture of half the size: `Sampler.enlarged` needs it at full size before the next plan."""
 
     @classmethod
     def initial(cls, noise: Tensor) -> Self:
@@ -106,6 +108,14 @@ class Sampler(Generic[S]):
         for the device serves many pictures.
         """
         raise NotImplementedError
+
+    def enlarged(self, state: S, clean: Tensor) -> S:
+        """Return the state after its small picture, `State.enlarge`, was enlarged to `clean` `(P, D)`."""
+        raise NotImplementedError
+
+    def seen(self, state: S) -> tuple[Tensor, Grid]:
+        """Return the latest estimate of the clean picture, and its grid, which may be smaller than the sampler's."""
+        return state.estimate, self.grid
 
     def land(self, state: S) -> S:
         """Finish the picture now: every unfinished patch leaps to t = 1, onto its latest estimate.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchforge.model.experiments.paper_forward import as_the_paper
 from patchforge.model.pipeline import Pipeline
-from patchforge.model.trajectory import Trajectory, run
+from patchforge.model.trajectory import run
 from patchforge.service.bench.engine_traffic import Arrival
 from patchforge.service.bench.policies import OneAtATime, RequestLevel, StepLevel
 from patchforge.service.messages.schemas import Job
@@ -239,7 +239,7 @@ def _draw_alone(pipeline: Pipeline, job: Job) -> list[Tensor]:
     condition, _ = pipeline.condition(request.prompt, request.class_label)
     drawn = []
     for index in range(request.n):
-        trajectory = Trajectory(sampler, condition, sampler.start(pipeline.noise((request.seed or 0) + index, grid)))
+        trajectory = pipeline.begin(sampler, condition, pipeline.noise((request.seed or 0) + index, grid))
         run(pipeline.denoiser, [trajectory])
         drawn.append(trajectory.state.x)
     return drawn

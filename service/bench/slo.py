@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from patchforge.model.pipeline import Pipeline
-from patchforge.model.trajectory import Trajectory, run
+from patchforge.model.trajectory import run
 from patchforge.service.bench.engine_traffic import Arrival, even_traffic
 from patchforge.service.bench.policies import RequestLevel
 from patchforge.service.messages.samplers import Multistep, Quality, preset
@@ -214,7 +214,7 @@ def _draw(pipeline: Pipeline, request: GenerationRequest) -> Tensor:
     options = request.sampler.model_dump() if request.sampler else {"name": "adaptive"}
     sampler = pipeline.sampler(options.pop("name"), request.steps or 1, request.guidance or 0.0, **options)
     condition, _ = pipeline.condition(request.prompt, request.class_label)
-    trajectory = Trajectory.begin(sampler, condition, pipeline.noise(request.seed or 0))
+    trajectory = pipeline.begin(sampler, condition, pipeline.noise(request.seed or 0))
     run(pipeline.denoiser, [trajectory])
     return trajectory.state.x
 

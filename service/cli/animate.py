@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from patchforge.model.pipeline import Pipeline
     from patchforge.model.trajectory import Trajectory
+    from patchforge.model.types import Grid
 
 SIDE = 256
 """Pixels on a side of one picture in the animation; smaller pictures are enlarged."""
@@ -74,14 +75,26 @@ class _Panels:
         """Add a frame after a step that advanced the runs in `live`; the first call has all runs, in order."""
         import torch
 
+        from patchforge.model.samplers.small_first import is_small
+
         self._runs = self._runs or live
         states = [run.state for run in self._runs]
-        pixels = self.pipeline.decode(torch.stack([state.estimate for state in states]))
+        pixels = torch.stack([self._decode(*run.seen) for run in self._runs])
         finished = torch.stack([(state.times >= 1).float().cpu() for state in states])
         captions = [
-            f"step {state.step} · {share:.0%} finished" for state, share in zip(states, finished.mean(1), strict=True)
+            f"step {run.state.evaluations} of {run.evaluations} · "
+            + ("half the size" if is_small(run.state) else f"{share:.0%} finished")
+            for run, share in zip(self._runs, finished.mean(1), strict=True)
         ]
         self.frames.append(self._compose(self._fade(pixels, finished), captions))
+
+    def _decode(self, patches: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """A picture `(height, width, 3)` uint8 of the model's own size, however small it is still drawn."""
+        import torch.nn.functional as F
+
+        small = self.pipeline.decode(patches[None], grid).movedim(-1, 1)
+        width, height = self.pipeline.manifest.size
+        return F.interpolate(small, (height, width), mode="nearest")[0].movedim(0, -1)
 
     def add_end(self, saved: list[float]) -> None:
         """Add the finished pictures, with what each of them saved."""

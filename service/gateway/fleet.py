@@ -182,6 +182,8 @@ def _share_of_usual(card: ModelCard, request: GenerationRequest) -> float:
     usual = card.usual_patch_evaluations or 2 * card.steps * own
     if isinstance(sampler, Adaptive) and isinstance(card.sampler, Adaptive):
         share = steps / card.steps / (2 if unguided and card.guidance != 1 else 1)
+        if sampler.small_until > card.sampler.small_until:
+            share /= 4  # at least: a quarter of the patches
     else:  # some evaluate more than once per step; only `adaptive` can leave guidance out
         share = steps * own * (1 if unguided or isinstance(sampler, Adaptive) else 2) / usual
     if request.budget is not None:

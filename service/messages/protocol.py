@@ -8,7 +8,7 @@ from pydantic import Field
 
 from patchforge.service.messages.base import Message
 from patchforge.service.messages.fit import Size
-from patchforge.service.messages.samplers import SAMPLERS
+from patchforge.service.messages.samplers import SAMPLERS, Adaptive, Sampler
 from patchforge.service.messages.schemas import GenerationRequest, ModelCard, OutputFormat
 
 PROTOCOL = 1
@@ -51,6 +51,7 @@ CAPABILITIES = frozenset(
         *(f"format.{name}" for name in OutputFormat),
         *_BY_FIELD.values(),
         "metadata",
+        "small_until",
     }
 )
 """What workers of this version can do."""
@@ -70,6 +71,7 @@ class CardDetails(Message):
     least_seconds_more: float | None = Field(None, exclude_if=lambda seconds: seconds is None)
     examples: list[str] = Field([])
     sizes: list[Annotated[Size, Field(strict=False)]] = Field([], exclude_if=lambda sizes: not sizes)
+    small_until: float = Field(0.0, exclude_if=lambda time: time == 0, description="Of the card's sampler.")
 
 
 class Announcement(Message):
@@ -82,15 +84,28 @@ class Announcement(Message):
 
 def split_card(card: ModelCard) -> tuple[ModelCard, CardDetails]:
     """A card as protocol 0 knows it, and the rest."""
-    fields = CardDetails.model_fields
-    rest = CardDetails.model_validate({name: getattr(card, name) for name in fields})
+    fields = CardDetails.model_fields.keys() - {"small_until"}
+    small_until = _small_until(card.sampler)
+    rest = CardDetails.model_validate({name: getattr(card, name) for name in fields} | {"small_until": small_until})
     plain = {name: ModelCard.model_fields[name].default for name in fields}
-    return card.model_copy(update=plain), rest
+    return card.model_copy(update=plain | {"sampler": _with_small_until(card.sampler, 0.0)}), rest
 
 
 def whole_card(card: ModelCard, details: CardDetails | None) -> ModelCard:
     """What `split_card` split."""
-    return card if details is None else card.model_copy(update=dict(details))
+    if details is None:
+        return card
+    update = dict(details)
+    update["sampler"] = _with_small_until(card.sampler, update.pop("small_until"))
+    return card.model_copy(update=update)
+
+
+def _small_until(sampler: Sampler | None) -> float:
+    return sampler.small_until if isinstance(sampler, Adaptive) else 0.0
+
+
+def _with_small_until(sampler: Sampler, time: float) -> Sampler:
+    return sampler.model_copy(update={"small_until": time}) if isinstance(sampler, Adaptive) else sampler
 
 
 def digest_need(digest: str) -> str:
@@ -111,6 +126,8 @@ def needs_of(request: GenerationRequest) -> frozenset[str]:
     needs = {f"format.{request.output_format}"}
     if request.sampler is not None:
         needs.add(f"sampler.{request.sampler.name}")
+    if _small_until(request.sampler):
+        needs.add("small_until")
     if not request.metadata:
         needs.add("metadata")
     if request.model_digest is not None:

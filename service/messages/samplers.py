@@ -37,6 +37,15 @@ class Adaptive(Request):
     )
     refresh: int = Field(0, ge=0, le=200, description="Evaluate all patches every `refresh` steps; 0 = never again.")
     exact: bool = Field(False, description="Evaluate every patch in every step, for comparison.")
+    small_until: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        exclude_if=lambda time: time == 0,
+        description="Steps up to this timestep are taken at half the size, on a quarter of the patches; then the "
+        "picture is enlarged and refined. 0 = never. Passed over where the model does not draw half the size, and when "
+        "a picture is edited.",
+    )
 
 
 class Euler(Request):

@@ -12,7 +12,7 @@ import torch
 
 from patchforge.model.errors import ParameterError
 from patchforge.model.pipeline import Pipeline
-from patchforge.model.trajectory import Change, Trajectory, plan_next
+from patchforge.model.trajectory import Change, plan_next
 from patchforge.model.types import Grid, Plan, Prediction
 from patchforge.service.errors import InvalidRequest
 from patchforge.service.messages.events import Preview
@@ -103,8 +103,8 @@ class Engine:
             for index in range(request.n):
                 seed = (request.seed or 0) + index
                 noise = pipeline.noise(seed, grid)
-                start = sampler.start(noise) if image is None else image.begin(sampler, noise)
-                run = Trajectory(sampler, condition, start)
+                start = None if image is None else image.begin(sampler, noise)
+                run = pipeline.begin(sampler, condition, noise, start)
                 path = [Change(**change.model_dump()) for change in request.path or ()]
                 pictures.append(LivePicture.begin(index, seed, run, request.budget, path, grid != pipeline.grid))
         except ParameterError as error:
@@ -319,17 +319,18 @@ class Engine:
 
     def _decode(self, due: list[tuple[LiveJob, LivePicture]]) -> list[Outcome]:
         """Decode pictures of one model, all finished or none. What is not finished becomes a preview."""
-        pipeline = self.pipelines[due[0][0].model]
-        decoder = pipeline.decode if due[0][1].done else pipeline.preview
+        pipeline, done = self.pipelines[due[0][0].model], due[0][1].done
 
         def decode(some: list[tuple[LiveJob, LivePicture]]) -> list[torch.Tensor]:
-            by_grid: dict[Grid, list[int]] = {}
+            by_grid: dict[tuple[Grid, Grid], list[int]] = {}
             for place, (_, picture) in enumerate(some):
-                by_grid.setdefault(picture.trajectory.sampler.grid, []).append(place)
+                grids = picture.shown[1], picture.trajectory.sampler.grid
+                by_grid.setdefault(grids, []).append(place)
             made: dict[int, torch.Tensor] = {}
-            for grid, places in by_grid.items():
-                latents = torch.stack([some[place][1].shown for place in places])
-                made |= dict(zip(places, decoder(latents, grid), strict=True))
+            for (grid, whole), places in by_grid.items():
+                latents = torch.stack([some[place][1].shown[0] for place in places])
+                drawn = pipeline.decode(latents, grid) if done else pipeline.preview(latents, grid, whole)
+                made |= dict(zip(places, drawn, strict=True))
             return [made[place] for place in range(len(some))]
 
         outcomes: list[Outcome] = []
@@ -382,7 +383,9 @@ def _build_preview(picture: LivePicture, png: bytes) -> Preview:
         times=times,
         finished_share=sum(value >= 1 for value in times) / len(times),
         patch_evaluations=run.patch_evaluations,
-        dense_patch_evaluations=sampler.grid.patches * sampler.branches * state.evaluations,
+        dense_patch_evaluations=min(
+            run.dense_patch_evaluations, sampler.grid.patches * sampler.branches * state.evaluations
+        ),
         b64_png=b64encode(png).decode(),
         grid=picture.told_grid,
     )

@@ -13,7 +13,7 @@ import torch
 from patchforge.model.budget import expected_cost, fit, lower, replay
 from patchforge.model.denoiser import Memory
 from patchforge.model.trajectory import Change, Trajectory
-from patchforge.model.types import Plan, Prediction
+from patchforge.model.types import Grid, Plan, Prediction
 from patchforge.service.messages.events import PatchesFinished
 from patchforge.service.messages.partials import PartialImages
 from patchforge.service.messages.schemas import ImageReport, Job, PathChange, Priority, SavingsReport
@@ -141,10 +141,10 @@ class LivePicture:
         return [grid.rows, grid.columns] if self.tells_grid else None
 
     @property
-    def shown(self) -> torch.Tensor:
-        """`(P, D)`: the finished picture, or the latest estimate of it."""
-        state = self.trajectory.state
-        return state.x if self.done else state.estimate
+    def shown(self) -> tuple[torch.Tensor, Grid]:
+        """The finished picture, or the latest estimate of it, as patches and their grid."""
+        run = self.trajectory
+        return (run.state.x, run.sampler.grid) if self.done else run.seen
 
     def status(self) -> torch.Tensor:
         """`(1 + 2·P,)` on the device: was the last prediction finite; then the patches' times and difficulty."""

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 
 from patchforge.model.budget import expected_cost, expected_costs, lower
 from patchforge.model.pipeline import Pipeline
-from patchforge.model.trajectory import Trajectory
 from patchforge.service.messages.schemas import MAX_IMAGES
 from patchforge.service.worker.live import LiveJob, LivePicture
 from patchforge.service.worker.pace import DECAY, Allowance, Backlog, Speed, Work, shares
@@ -177,7 +176,7 @@ def _usual_costs(pipeline: Pipeline, floor: float = 1.0) -> list[float]:
     defaults = pipeline.manifest.defaults
     options = defaults.sampler.model_dump()
     sampler = pipeline.sampler(options.pop("name"), defaults.steps, defaults.guidance, **options)
-    trajectory = Trajectory.begin(sampler, {}, pipeline.noise(0))
+    trajectory = pipeline.begin(sampler, {}, pipeline.noise(0))
     patches = pipeline.grid.patches
     lower(trajectory, floor * expected_cost(trajectory, patches), patches)
     return expected_costs(trajectory, patches)

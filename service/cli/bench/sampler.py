@@ -39,7 +39,7 @@ FAMILIES = "paper", "uniform", INTERVAL, "paper, cheaper", "adaptive", "adaptive
 SHARES = 0.5, 0.75, 1, 1.25, 1.5
 """Steps of the uniform samplers in the guidance interval, as shares of those of `standard`."""
 REAL = "real pictures of the same concepts in another style; FD of the prompts' own"
-COSTS = "sampler", "patch evaluations", "saved", "seconds", "GFLOP", "floor, s", "PSNR, dB", "finished by half"
+COSTS = "sampler", "patch evaluations", "saved", "seconds", "GFLOP", "floor, s", "PSNR, dB", "finished by t = 0.5"
 QUALITY = "found first", "cosine", "cosine − first row's", "sharpness", "FD", "FD − first row's", "worse in"
 VERDICT = "ours", "beside", "patch evaluations", "seconds"
 AS_GOOD = (
@@ -162,20 +162,29 @@ def standard_configuration(pipeline: Pipeline) -> Configuration:
 
 
 def _parts_of_adaptive(pipeline: Pipeline) -> list[Configuration]:
-    """Adaptive with one part left out: without skipping, without finishing, without a guidance interval."""
+    """Adaptive with one part left out: skipping, finishing, the guidance interval, the small picture at first."""
     standard, steps = _standard(pipeline)
     throughout = {"guidance_from": 0.0, "guidance_until": 1.0}
     parts: tuple[dict[str, float], ...] = ({"skip_tolerance": 0.0}, {"tolerance": 0.0}, throughout)
+    if standard.small_until:
+        parts += ({"small_until": 0.0},)
     return [_configuration(standard.model_copy(update=part), steps) for part in parts]
 
 
 def _uniform_with_interval(pipeline: Pipeline) -> list[Configuration]:
-    """Uniform steps of first and second order in the model's guidance interval: adaptive, but all patches alike."""
+    """Uniform steps of first and second order in the model's guidance interval: adaptive, but all patches alike.
+
+    If the model's pictures are small at first, so are half of these.
+    """
     standard, steps = _standard(pipeline)
     uniform = standard.model_copy(update={"tolerance": 0.0, "skip_tolerance": 0.0})
-    orders = [uniform.model_copy(update={"order": order}) for order in (1, 2)]
+    kinds = [
+        uniform.model_copy(update={"order": order, "small_until": until})
+        for until in dict.fromkeys([0.0, standard.small_until])
+        for order in (1, 2)
+    ]
     counts = sorted({max(1, round(share * steps)) for share in SHARES})
-    return [_configuration(each, count) for each in orders for count in counts]
+    return [_configuration(each, count) for each in kinds for count in counts]
 
 
 def _standard(pipeline: Pipeline) -> tuple[Adaptive, int]:
@@ -225,7 +234,7 @@ def table_of(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
 
 def _row_cells(row: Row) -> list[str]:
     figures = [f"{row.patch_evaluations:.0f}", f"{row.saved:.1%}", f"{row.seconds:.3f}", f"{row.gflop:.1f}"]
-    figures += [f"{row.floor_seconds:.3f}", f"{row.psnr:.1f}", f"{row.finished_by_half:.0%}"]
+    figures += [f"{row.floor_seconds:.3f}", f"{row.psnr:.1f}", f"{row.finished_half_way:.0%}"]
     if row.quality is not None:
         found, less = row.quality.figures, row.quality.differences
         figures += [
@@ -255,7 +264,8 @@ def leap_lines(bench: SamplerBench, pipeline: Pipeline) -> list[list[str]]:
 
     lines = []
     for configuration in _list_presets(pipeline):
-        served = pipeline.sampler("adaptive", guidance=bench.guidance, **configuration.options)
+        options = configuration.options | {"small_until": 0.0}  # leaps at full size, from every time
+        served = pipeline.sampler("adaptive", guidance=bench.guidance, **options)
         assert isinstance(served, AdaptiveSampler)
         for leap in measure_leaps(pipeline, bench.conditions, bench.seeds, served):
             ratios = map(str, (leap.by_both, leap.by_bend, leap.by_variance, leap.rank))

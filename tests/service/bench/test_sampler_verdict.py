@@ -113,6 +113,6 @@ def test_leaps_are_measured_with_the_presets_of_the_model(monkeypatch: pytest.Mo
     bench: Any = SimpleNamespace(conditions=[], seeds=[], guidance=3.0)
     assert leap_lines(bench, pipeline) == []
     draft, standard, high = [served for *_, served in asked]
-    assert standard == pipeline.default_sampler()
+    assert standard == pipeline.default_sampler(small_until=0.0), "leaps at full size, from every time"
     assert draft.steps < standard.steps < high.steps
     assert draft.guidance_until == high.guidance_until == standard.guidance_until < 1

@@ -18,7 +18,7 @@ from patchforge.service.messages.protocol import (
     whole_card,
 )
 from patchforge.service.messages.reading import written
-from patchforge.service.messages.samplers import SAMPLERS, Sampler
+from patchforge.service.messages.samplers import SAMPLERS, Adaptive, Sampler
 from patchforge.service.messages.schemas import GenerationRequest, ImageReport, JobError, OutputFormat
 from tests.service.queue.kit import DONE, REPORT, a_card, a_preview, a_request
 
@@ -147,7 +147,25 @@ def test_what_protocol_0_does_not_know_of_a_card_travels_apart() -> None:
 def test_so_is_every_option_of_a_sampler() -> None:
     union, _ = get_args(Sampler)
     newer = {name: kind.model_fields.keys() - OPTIONS[name] for kind in get_args(union) for name in [kind().name]}
-    assert newer == {name: set() for name in OPTIONS}, "decide for each, and write it down here"
+    assert newer.pop("adaptive") == {"small_until"}, "decide for each, and write it down here"
+    assert not any(newer.values()), "decide for each, and write it down here"
+
+
+def test_a_sampler_that_is_small_first_goes_to_workers_that_know_of_it() -> None:
+    """Others would end at the option, so it is written only if it is set."""
+    plain, small = Adaptive(), Adaptive(small_until=0.5)
+    assert needs_of(a_request(sampler=small)) - needs_of(a_request(sampler=plain)) == {"small_until"}
+    assert "small_until" in CAPABILITIES - FIRST
+    assert set(json.loads(plain.model_dump_json())) == OPTIONS["adaptive"]
+
+
+def test_that_a_card_is_small_first_travels_apart() -> None:
+    card = a_card("a").model_copy(update={"sampler": Adaptive(small_until=0.5)})
+    plain, rest = split_card(card)
+    assert set(json.loads(written(plain))["sampler"]) == OPTIONS["adaptive"]
+    assert whole_card(plain, CardDetails.model_validate_json(written(rest))) == card
+    assert whole_card(plain, None).sampler == Adaptive(), "what a worker of protocol 0 says"
+    assert "small_until" not in json.loads(written(split_card(a_card("a"))[1]))
 
 
 def test_todays_jobs_need_nothing_special() -> None:
