@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from patchforge.model.errors import ParameterError
-from patchforge.model.samplers import Adaptive, SmallFirst
-from patchforge.model.samplers.small_first import is_small
+from patchforge.model.samplers import Adaptive, Sampler, SmallFirst, State
+from patchforge.model.samplers.small_first import FEWEST_STEPS, is_small
 from patchforge.model.trajectory import Change, Trajectory
 
 SURVIVAL = 0.9
 """Share of the unfinished patches expected to be unfinished one step later, to forecast what a path costs."""
+LEFT_AFTER_LOOK = 0.4
+"""The same after the first look at an enlarged picture: 0.32 in `standard`, 0.73 in `high` (docs/samplers.md)."""
 ROUNDING = 1e-9
-FEWEST_SMALL = 2
-"""A small picture that comes from fewer steps before the last is not worth refining."""
 FEWEST_GUIDED = 3
 """The outside judge finds two guided steps less like real pictures than three without guidance, for as much, and one
 less than one without, for half. They are sharper all the same (docs/samplers.md)."""
@@ -22,10 +22,11 @@ less than one without, for half. They are sharper all the same (docs/samplers.md
 
 def expected_costs(trajectory: Trajectory, unfinished: int) -> list[float]:
     """Forecast the patch evaluations of each evaluation to come, if `unfinished` patches still move now."""
-    sampler = trajectory.sampler
-    survival = SURVIVAL if isinstance(sampler, Adaptive) and sampler.tolerance > 0 else 1.0
-    ahead = sampler.costs_ahead(trajectory.state, unfinished)
-    return [cost * survival**number for number, cost in enumerate(ahead)]
+    sampler, state = trajectory.sampler, trajectory.state
+    ahead = sampler.costs_ahead(state, unfinished)
+    if isinstance(sampler, Adaptive) and sampler.tolerance > 0:
+        return _fewer_and_fewer(ahead, sampler, state)
+    return [float(cost) for cost in ahead]
 
 
 def expected_cost(trajectory: Trajectory, unfinished: int) -> float:
@@ -42,7 +43,8 @@ def lower(trajectory: Trajectory, most: float, unfinished: int) -> bool:
     if expected_cost(trajectory, unfinished) <= most + ROUNDING:
         return False
     sampler, state, chosen = trajectory.sampler, trajectory.state, None
-    for steps, guided in _shorter_ways(trajectory, len(sampler.costs_ahead(state, unfinished))):
+    most = _most_steps(trajectory, sampler.costs_ahead(state, unfinished))
+    for steps, guided in _shorter_ways(trajectory, most):
         way = (sampler if guided else replace(sampler, guidance=1.0)).shorten(state, steps)
         if way is None:
             break
@@ -70,17 +72,18 @@ def fit(trajectory: Trajectory, left: float, unfinished: int) -> bool:
     """
     sampler, state = trajectory.sampler, trajectory.state
     ahead = sampler.costs_ahead(state, unfinished)
-    if not ahead or _forecast(ahead) <= left:
+    if not ahead or sum(_fewer_and_fewer(ahead, sampler, state)) <= left:
         return False
-    change = _way_that_fits(trajectory, left, unfinished, len(ahead))
-    if change is None and not state.evaluations and is_small(state) and left >= unfinished:
+    change = _way_that_fits(trajectory, left, unfinished, _most_steps(trajectory, ahead))
+    begins_small = is_small(state) and not state.evaluations
+    if change is None and begins_small and left >= unfinished:
         if trajectory.changes:
             return False  # the small picture fits
         change = _way_that_ends_small(trajectory, left, unfinished)
     if change is not None:
         trajectory.change(change)
         return True
-    only_lands = sampler.shorten(state, 1) is None
+    only_lands = not begins_small and sampler.shorten(state, 1) is None
     if only_lands and ahead[0] <= left:
         return False
     if not state.evaluations:
@@ -111,6 +114,26 @@ def replay(trajectory: Trajectory, changes: Sequence[Change]) -> bool:
     return True
 
 
+def check_path(trajectory: Trajectory, changes: Sequence[Change]) -> None:
+    """Check that a picture can take the path of an earlier run.
+
+    Raises:
+        ParameterError: it changes its steps while the picture is small.
+    """
+    sampler = trajectory.sampler
+    if isinstance(sampler, SmallFirst) and is_small(trajectory.state):
+        for change in changes:
+            if change.evaluation == 0:
+                sampler = replace(sampler, steps=change.steps) if change.steps >= FEWEST_STEPS else sampler
+            elif change.steps and change.evaluation <= sampler.last_small:
+                raise ParameterError("path", "has other steps from where the picture is still small; see `small_until`")
+
+
+def _most_steps(trajectory: Trajectory, ahead: list[int]) -> int:
+    """Steps of the rest of the way. The evaluations `ahead` are one more while the picture is small."""
+    return trajectory.sampler.steps if is_small(trajectory.state) else len(ahead)
+
+
 def _shorter_ways(trajectory: Trajectory, steps: int) -> list[tuple[int, bool]]:
     """List the ways to go on in at most `steps` steps, as (steps, guided), the best first."""
     if trajectory.state.evaluations or trajectory.sampler.guidance == 1:
@@ -126,14 +149,8 @@ def _way_that_fits(trajectory: Trajectory, left: float, unfinished: int, most: i
         shorter = (sampler if guided else replace(sampler, guidance=1.0)).shorten(state, steps)
         if shorter is None:
             break
-        if (
-            isinstance(sampler, SmallFirst)
-            and is_small(state)
-            and replace(sampler, steps=steps).last_small < FEWEST_SMALL
-        ):
-            continue
         costs = shorter[0].costs_ahead(shorter[1], unfinished)
-        if (_forecast(costs) if state.evaluations else sum(costs)) <= left:
+        if sum(_fewer_and_fewer(costs, *shorter) if state.evaluations else costs) <= left:
             tolerance = None if state.evaluations or not isinstance(sampler, Adaptive) else 0.0
             return Change(state.evaluations, steps, guided, tolerance)
     return None
@@ -144,13 +161,19 @@ def _way_that_ends_small(trajectory: Trajectory, left: float, unfinished: int) -
     sampler = trajectory.sampler
     if not isinstance(sampler, SmallFirst):
         return None
-    for steps, guided in _shorter_ways(trajectory, sampler.evaluations):
+    for steps, guided in _shorter_ways(trajectory, sampler.steps):
+        if steps < FEWEST_STEPS:
+            continue
         way = replace(sampler, steps=steps, guidance=sampler.guidance if guided else 1.0)
-        enough = way.last_small >= FEWEST_SMALL or way.guidance == 1
-        if enough and way.small_cost(unfinished) <= left:
+        if way.small_cost(unfinished) <= left:
             return Change(0, steps, guided, 0.0)
     return None
 
 
-def _forecast(ahead: list[int]) -> float:
-    return sum(cost * SURVIVAL**number for number, cost in enumerate(ahead))
+def _fewer_and_fewer(ahead: list[int], sampler: Sampler[State], state: State) -> list[float]:
+    """What each evaluation to come is expected to cost, of what it costs at most, since patches finish."""
+    first = sampler.until_full(state) if isinstance(sampler, SmallFirst) else 0
+    later = LEFT_AFTER_LOOK if first else 1.0
+    return [
+        cost if number < first else cost * later * SURVIVAL ** (number - first) for number, cost in enumerate(ahead)
+    ]

@@ -29,7 +29,8 @@ from patchforge.model.networks.text_encoder import EncodedText
 from patchforge.model.networks.text_pft import TextPFT
 from patchforge.model.recent import Recent
 from patchforge.model.results import Picture, Report, Result
-from patchforge.model.samplers import Sampler, SmallFirst, State, make_sampler
+from patchforge.model.samplers import Sampler, State, make_sampler
+from patchforge.model.samplers.small_first import check_small_until
 from patchforge.model.storage.bundle import Bundle, load_network_weights, open_bundle
 from patchforge.model.text_encoder import open_encoder
 from patchforge.model.trajectory import Trajectory
@@ -195,10 +196,12 @@ class Pipeline:
         Raises:
             ParameterError: no such sampler or option, or a value is out of range.
         """
-        sampler = make_sampler(name, grid or self.grid, steps, guidance, **options)
-        if isinstance(sampler, SmallFirst) and sampler.small.grid not in self.grids.values():
-            return make_sampler(name, sampler.grid, steps, guidance, **options | {"small_until": 0})
-        return sampler
+        grid = grid or self.grid
+        if name == "adaptive" and "small_until" in options:
+            check_small_until(options["small_until"])
+            even = grid.rows % 2 == grid.columns % 2 == 0
+            options["small_until"] *= even and grid.half in self.grids.values()
+        return make_sampler(name, grid, steps, guidance, **options)
 
     def default_sampler(
         self,

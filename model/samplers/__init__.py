@@ -13,7 +13,7 @@ from patchforge.model.samplers.euler import Euler
 from patchforge.model.samplers.heun import Heun
 from patchforge.model.samplers.look_ahead import LookAhead
 from patchforge.model.samplers.multistep import Multistep
-from patchforge.model.samplers.small_first import SmallFirst
+from patchforge.model.samplers.small_first import FEWEST_STEPS, SmallFirst, check_small_until
 from patchforge.model.types import Grid
 
 SAMPLERS: dict[str, type[Sampler[Any]]] = {
@@ -41,7 +41,7 @@ __all__ = [
 
 
 def make_sampler(name: str, grid: Grid, steps: int, guidance: float, **options: Any) -> Sampler[Any]:
-    """Make a sampler. `adaptive` with `small_until` above 0 is `SmallFirst`.
+    """Make a sampler. `adaptive` with `small_until` above 0 is `SmallFirst`, unless its steps are too few.
 
     Raises:
         ParameterError: no such sampler, no such option, or a value is out of range.
@@ -49,10 +49,12 @@ def make_sampler(name: str, grid: Grid, steps: int, guidance: float, **options: 
     if name not in SAMPLERS:
         raise ParameterError("sampler", f"unknown: {name!r}; available: {', '.join(SAMPLERS)}")
     kind = SAMPLERS[name]
-    if name == "adaptive" and options.get("small_until", 0) == 0:
-        options.pop("small_until", None)
-    elif name == "adaptive":
-        kind = SmallFirst
+    if name == "adaptive" and "small_until" in options:
+        check_small_until(options["small_until"])
+        if options["small_until"] and steps >= FEWEST_STEPS:
+            kind = SmallFirst
+        else:
+            del options["small_until"]
     taken = set(inspect.signature(kind).parameters)
     for option in options:
         if option not in taken:

@@ -14,6 +14,10 @@ from patchforge.model.samplers.adaptive import Adaptive, AdaptiveState
 from patchforge.model.samplers.base import State, require
 from patchforge.model.types import Grid, Plan, Prediction
 
+FEWEST_STEPS = 3
+"""With fewer, the small picture would come from one step before its last, and not be worth refining."""
+ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class SmallFirstState(AdaptiveState):
@@ -23,26 +27,26 @@ class SmallFirstState(AdaptiveState):
     """None: it has been enlarged, or there is none, because a picture is edited."""
     expected: Tensor | None = None
     """`(P, D)`: the estimate of the clean picture before the last evaluation at full size; the first is the enlarged
-    picture. None: there was no such evaluation."""
+    picture. None: it has not been enlarged."""
     lands: bool = False
     """Whether the picture is finished as soon as it is enlarged."""
 
 
 @dataclass(frozen=True)
 class SmallFirst(Adaptive):
-    """`Adaptive`, whose steps up to `small_until` are taken at half the size, where they cost a quarter.
+    """`Adaptive`, whose steps until `small_until` are taken at half the size, where they cost a quarter.
 
-    The last of these steps, at `small_until` or just before, gives an estimate of the small picture. Enlarged to the
-    full size, and with its noise added back as at `small_until`, it is what the remaining steps start from. Near noise
-    a model knows more of the prompt at the size where a picture has fewer patches (docs/samplers.md). This needs a
-    model that was trained at half the size too. When a picture is edited, all steps are taken at full size.
+    The last of these steps, the first at `small_until` or later, gives an estimate of the small picture. Enlarged, and
+    with its noise added back as at the time of that step, it is what this and the remaining steps at full size start
+    from. Near noise a model knows more of the prompt at the size where a picture has fewer patches (docs/samplers.md).
+    This needs a model that was trained at half the size too.
     """
 
     small_until: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.small_until < 1, "small_until", "must be at least 0 and below 1")
+        check_small_until(self.small_until)
         require(self.grid.rows % 2 == self.grid.columns % 2 == 0, "small_until", "needs even numbers of patches")
 
     @cached_property
@@ -53,8 +57,9 @@ class SmallFirst(Adaptive):
 
     @property
     def last_small(self) -> int:
-        """The last step that is taken at half the size. It is taken again at full size, from `small_until`."""
-        return max(step for step in range(self.steps) if self.time(step) <= self.small_until)
+        """The last step that is taken at half the size. It is taken again at full size, from the same time."""
+        late = (step for step in range(self.steps) if self.time(step) >= self.small_until - ROUNDING)
+        return next(late, self.steps - 1)
 
     @property
     def evaluations(self) -> int:
@@ -98,7 +103,7 @@ class SmallFirst(Adaptive):
         return replace(
             state,
             small=small,
-            times=self.small_until * self._spread(small.times),
+            times=self.time(self.last_small) * self._spread(small.times),
             difficulty=self._spread(small.difficulty),
             question=None if over else small.question,
             enlarge=small.estimate if over else None,
@@ -109,12 +114,23 @@ class SmallFirst(Adaptive):
         if state.lands:
             done = torch.ones_like(state.times)
             return replace(state, x=clean, estimate=clean, times=done, small=None, enlarge=None, step=self.steps)
-        begun = self.start_from(state.x, clean, torch.full_like(state.times, self.small_until))
-        return replace(begun, evaluations=state.evaluations, difficulty=state.difficulty)
+        begin = self.time(self.last_small)
+        return replace(
+            SmallFirstState.initial(state.x),
+            x=torch.lerp(state.x, clean, begin),
+            times=torch.full_like(state.times, begin),
+            estimate=clean,
+            expected=clean,
+            difficulty=state.difficulty,
+            begin=begin,
+            step=self.last_small,
+            evaluations=state.evaluations,
+        )
 
     def _finish_patches(self, state: AdaptiveState) -> AdaptiveState:
-        assert isinstance(state, SmallFirstState)
-        return super()._finish_patches(replace(state, expected=state.estimate))
+        if isinstance(state, SmallFirstState) and state.expected is not None:
+            state = replace(state, expected=state.estimate)
+        return super()._finish_patches(state)
 
     def leap_errors(self, state: AdaptiveState, time: float) -> tuple[Tensor, Tensor]:
         """As in `Adaptive`. Where a path is too short to show its bend: how much its last evaluation changed its end.
@@ -122,8 +138,7 @@ class SmallFirst(Adaptive):
         At first this is what the evaluation changed in the enlarged picture, so plain patches finish on their first.
         """
         bend, expected = super().leap_errors(state, time)
-        assert isinstance(state, SmallFirstState)
-        if state.expected is None:
+        if not isinstance(state, SmallFirstState) or state.expected is None:
             return bend, expected
         changed = (state.estimate - state.expected).square().mean(dim=1).sqrt()
         return torch.where(bend.isinf(), changed + self._future_guidance_error(state, time), bend), expected
@@ -149,8 +164,16 @@ class SmallFirst(Adaptive):
             return super().costs_ahead(state, unfinished)
         before = self.small.costs_ahead(small, unfinished // 4)[: self.last_small + 1 - small.step]
         assert isinstance(state, SmallFirstState)
-        later = replace(state, small=None, step=self.last_small, begin=self.small_until)
+        later = replace(state, small=None, step=self.last_small, begin=self.time(self.last_small))
         return before + super().costs_ahead(later, unfinished)
+
+    def until_full(self, state: State) -> int:
+        """Number of evaluations to come until the first one at full size is over; 0: it is."""
+        if not isinstance(state, SmallFirstState) or (state.small is None and state.expected is None):
+            return 0
+        if state.small is not None:
+            return self.last_small + 1 - state.small.step + 1
+        return 1 if state.conditional is None else 0
 
     def small_cost(self, patches: int) -> int:
         """Patch evaluations of the steps at half the size, at most, for a picture of so many patches."""
@@ -160,10 +183,10 @@ class SmallFirst(Adaptive):
     def shorten(
         self, state: AdaptiveState, steps: int, tolerance: float | None = None
     ) -> tuple[Self, AdaptiveState] | None:
-        """As in `Adaptive`. While the picture is small, only before the first evaluation."""
+        """As in `Adaptive`. While the picture is small: before the first evaluation, and in `FEWEST_STEPS` at least."""
         if _small(state) is None:
             return super().shorten(state, steps, tolerance)
-        if state.evaluations:
+        if state.evaluations or steps < FEWEST_STEPS:
             return None
         return replace(self, steps=steps, tolerance=self.tolerance if tolerance is None else tolerance), state
 
@@ -171,6 +194,15 @@ class SmallFirst(Adaptive):
         """`(P/4,)` → `(P,)`: repeat the value of each patch for the four in its place."""
         rows = values.unflatten(0, (self.small.grid.rows, self.small.grid.columns))
         return rows.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
+
+
+def check_small_until(time: float) -> None:
+    """Check the option.
+
+    Raises:
+        ParameterError: it is out of range.
+    """
+    require(0 <= time < 1, "small_until", "must be at least 0 and below 1")
 
 
 def is_small(state: State) -> bool:

@@ -32,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "steps": 8,
     "guidance": 3.0,
 }
+SMALL_FIRST = DEFAULTS | {"sampler": DEFAULTS["sampler"] | {"small_until": 0.5}}
+"""For models that are trained at half their size too."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Export:
         if isinstance(trainer.network, TextPFT):
             config["image_size"] = side  # the weights serve every size that they were trained at
         by_text, classes = self.kind == "text", self.drawn.class_names
+        sizes, half = self._smaller_sizes(trainer), self.drawn.real.shape[1] // 2
         fields = {
             "name": self.out.name.removesuffix("-bundle"),
             "description": "Text-to-image" if by_text else f"{len(classes)} classes",
@@ -98,10 +101,10 @@ class Export:
             },
             "autoencoder": {"downscale": downscale},
             "text_encoder": {"kind": "minilm", "max_tokens": MAX_TOKENS, "mask_padding": True} if by_text else None,
-            "sizes": self._smaller_sizes(trainer),
+            "sizes": sizes,
             "class_names": [] if by_text else classes,
             "licence": self.licence,
-            "defaults": DEFAULTS,
+            "defaults": SMALL_FIRST if (half, half) in sizes else DEFAULTS,
             "examples": list(dict.fromkeys(self.drawn.prompts if by_text else self.drawn.classes))[:EXAMPLES],
             "training": self._describe_run(trainer),
             "created": int(time.time()),

@@ -63,9 +63,19 @@ def budget_of(request: GenerationRequest, card: ModelCard) -> int | None:
     """Returns a request's budget in patch evaluations. A share never means less than one look at every patch."""
     if request.budget_share is None:
         return request.budget
+    return max(_least_budget(request, card), round(request.budget_share * _usual_cost(request, card)))
+
+
+def _usual_cost(request: GenerationRequest, card: ModelCard) -> float:
+    """Patch evaluations that the model's own choice takes for such a picture.
+
+    If it is small first, this was measured so. Other sizes and edited pictures are not: for these it is at most that.
+    """
     patches, own = prod(card.drawn_grid(request)), prod(card.grid)
-    usual = card.usual_patch_evaluations or 2 * card.steps * own
-    return max(_least_budget(request, card), round(request.budget_share * usual * patches / own))
+    small_first = isinstance(card.sampler, Adaptive) and card.sampler.small_until > 0
+    if card.usual_patch_evaluations is None or (small_first and (patches != own or request.image is not None)):
+        return 2 * card.steps * patches
+    return card.usual_patch_evaluations * patches / own
 
 
 def _least_budget(request: GenerationRequest, card: ModelCard) -> int:

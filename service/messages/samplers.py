@@ -40,9 +40,9 @@ class Adaptive(Request):
     small_until: float = Field(
         0.0,
         ge=0,
-        lt=1,
+        le=0.95,
         exclude_if=lambda time: time == 0,
-        description="Steps up to this timestep are taken at half the size, on a quarter of the patches; then the "
+        description="Until this timestep, steps are taken at half the size, on a quarter of the patches; then the "
         "picture is enlarged and refined. 0 = never. Passed over where the model does not draw half the size, and when "
         "a picture is edited.",
     )

@@ -95,6 +95,8 @@ class Engine:
             size = drawn_size(pipeline, request)
             grid = pipeline.grids[size]
             options = request.sampler.model_dump()
+            if source is not None:
+                options.pop("small_until", None)  # an edited picture is worked on at full size
             name, steps, guidance = options.pop("name"), request.steps or 1, request.guidance or 0.0
             sampler = pipeline.sampler(name, steps, guidance, grid=grid, **options)
             condition, truncated = pipeline.condition(request.prompt, request.class_label, request.negative_prompt)

@@ -10,8 +10,9 @@ from typing import Literal
 
 import torch
 
-from patchforge.model.budget import expected_cost, fit, lower, replay
+from patchforge.model.budget import check_path, expected_cost, fit, lower, replay
 from patchforge.model.denoiser import Memory
+from patchforge.model.samplers.small_first import is_small
 from patchforge.model.trajectory import Change, Trajectory
 from patchforge.model.types import Grid, Plan, Prediction
 from patchforge.service.messages.events import PatchesFinished
@@ -76,6 +77,7 @@ class LivePicture:
         picture = cls(
             index, seed, trajectory, None, times, difficulty, finished_at, finite, patches, budget, path, tells_grid
         )
+        check_path(trajectory, path)
         if not bool((times >= 1).all()):
             picture.change_path()
             picture.asked = picture.within_budget(expected_cost(trajectory, len(times)))
@@ -116,6 +118,8 @@ class LivePicture:
         if self.done:
             return 0
         sampler, made = self.trajectory.sampler, self.trajectory.state.evaluations
+        if is_small(self.trajectory.state):
+            return sum(sampler.costs_ahead(self.trajectory.state, self.unfinished))
         return self.unfinished * sampler.branches * max(1, sampler.evaluations - made)
 
     @property

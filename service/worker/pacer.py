@@ -74,7 +74,7 @@ class Pacer:
         costs = [expected_costs(picture.trajectory, picture.unfinished) for _, picture in going]
         packs = dict.fromkeys(self.speeds, 0.0)
         for (live, _), cost in zip(going, costs, strict=True):
-            packs[live.model] += sum(cost[:1])
+            packs[live.model] += max(cost, default=0.0)
         rates = {name: self._rate(name, pack) for name, pack in packs.items()}
         gains = _gains([picture for _, picture in going])
         works = [

@@ -1,6 +1,6 @@
 // The form: builds requests, takes its limits from the server, and shows errors beside their fields.
 
-import { SamplerPicker, samplersOf } from "./knobs.js";
+import { agree, SamplerPicker, samplersOf } from "./knobs.js";
 import { ModelPanel } from "./models.js";
 import { drawnGrid, SizePicker } from "./size.js";
 import { base64, SourcePicker, STARTERS } from "./source.js";
@@ -68,7 +68,7 @@ export class Form {
       if ($(field).value !== "" && Number($(field).value) !== value) request[field] = Number($(field).value);
     }
     const first = this.first.read();
-    if (Object.entries(first).some(([knob, value]) => sampler[knob] !== value)) request.sampler = first;
+    if (!agree(first, sampler)) request.sampler = first;
     return this.comparing ? [request, { ...request, sampler: this.second.read() }] : [request];
   }
 
@@ -195,10 +195,10 @@ export class Form {
   }
 
   #showPreset() {
-    const shown = { ...this.first.read(), steps: Number($("steps").value) };
+    const shown = this.first.read();
     for (const radio of $("presets").querySelectorAll("input")) {
       const { sampler, steps } = this.card.presets[radio.value];
-      radio.checked = Object.entries({ ...sampler, steps }).every(([key, value]) => shown[key] === value);
+      radio.checked = steps === Number($("steps").value) && agree(shown, sampler);
     }
   }
 }

@@ -34,6 +34,11 @@ function knob(name, property) {
   };
 }
 
+// Whether two samplers are the same. The server leaves some knobs out where they are 0.
+export function agree(one, other) {
+  return Object.keys({ ...one, ...other }).every((knob) => (one[knob] ?? 0) === (other[knob] ?? 0));
+}
+
 const sentence = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");
 const plain = (text) => text.split("\n\n")[0].replaceAll("`", "").replaceAll(/[\n_]/g, " ").replace(PAPER, "");
 

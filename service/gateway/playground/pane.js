@@ -2,6 +2,7 @@
 
 import { PatchCanvas } from "./canvas.js";
 import { enlarged, LARGE, nameOf, save } from "./files.js";
+import { agree } from "./knobs.js";
 import { finishedShare } from "./run.js";
 
 const WORDS = {
@@ -120,7 +121,7 @@ const seconds = (value) => (value === null || value === undefined ? "–" : `${v
 function settings({ seed, n, steps, guidance, strength, width, height, sampler, negative_prompt: negative }, { presets = {} }) {
   const seeds = n > 1 ? `seeds ${seed} to ${seed + n - 1}` : `seed ${seed}`;
   const quality = Object.keys(presets).find((name) => presets[name].steps === steps
-    && Object.entries(presets[name].sampler).every(([knob, value]) => sampler[knob] === value));
+    && agree(presets[name].sampler, sampler));
   const { name: _, ...knobs } = sampler;
   const words = Object.entries(knobs).filter(([, value]) => !quality && value !== false && value !== null)
     .map(([knob, value]) => `${knob.replaceAll("_", " ")}${value === true ? "" : ` ${value}`}`);

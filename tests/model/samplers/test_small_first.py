@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from patchforge.model.budget import fit_all, replay
+from patchforge.model.budget import check_path, fit_all, lower, replay
 from patchforge.model.errors import ParameterError
 from patchforge.model.pipeline import Pipeline
 from patchforge.model.samplers import Adaptive, SmallFirst
@@ -149,6 +150,48 @@ def test_where_half_the_size_is_not_native_it_is_passed_over(pipelines: dict[str
     assert type(text.sampler("adaptive", **OPTIONS)) is SmallFirst
     assert type(text.sampler("adaptive", grid=text.grids[16, 16], **OPTIONS)) is Adaptive
     assert type(by_class.sampler("adaptive", **OPTIONS)) is Adaptive
+
+
+def test_where_the_size_cannot_be_halved_it_is_passed_over(pipeline: Pipeline) -> None:
+    odd = replace(pipeline.grid, rows=3)
+    assert type(pipeline.sampler("adaptive", grid=odd, **OPTIONS)) is Adaptive
+
+
+def test_with_too_few_steps_it_is_passed_over(pipeline: Pipeline) -> None:
+    kinds = [type(pipeline.sampler("adaptive", **(OPTIONS | {"steps": steps}))) for steps in (1, 2, 3)]
+    assert kinds == [Adaptive, Adaptive, SmallFirst]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_load_lowers_it_until_nothing_is_left_to_lower(pipeline: Pipeline, guidance: float) -> None:
+    trajectory = begun(pipeline, steps=9, guidance=guidance)
+    changes = [lower(trajectory, 1.0, 16) for _ in range(4)]
+    assert changes == [True, False, False, False]
+    assert trajectory.sampler.steps == 3
+    run(pipeline.denoiser, [trajectory])
+    assert trajectory.patch_evaluations == 3 * 4 + 16
+
+
+@pytest.mark.parametrize("small_until", [1 / 3, 0.33, 0.5, 2 / 7])
+@pytest.mark.parametrize("steps", [3, 6, 7])
+def test_full_size_begins_at_the_time_of_a_step(pipeline: Pipeline, steps: int, small_until: float) -> None:
+    trajectory = begun(pipeline, steps=steps, small_until=small_until)
+    ahead = trajectory.sampler.costs_ahead(trajectory.state, 16)
+    made = steps_of(pipeline, trajectory)
+    large = [plan.times[0] * steps for plan, _ in made if plan.latent.shape[0] == 16]
+    assert large == pytest.approx(range(round(large[0]), steps))
+    assert large[0] / steps >= small_until - 1e-6
+    assert [cost for _, cost in made] == ahead
+
+
+def test_a_path_that_changes_a_small_picture_is_refused(pipeline: Pipeline) -> None:
+    for change in (Change(1, 2), Change(2, 1, guided=False)):
+        with pytest.raises(ParameterError) as refused:
+            check_path(begun(pipeline), [change])
+        assert refused.value.field == "path"
+    check_path(begun(pipeline), [Change(0, 6), Change(3, 0)])
+    check_path(begun(pipeline), [Change(3, 1)])
+    check_path(begun(pipeline, small_until=0.0), [Change(1, 2)])
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])

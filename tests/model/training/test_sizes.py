@@ -129,6 +129,8 @@ def test_a_text_model_of_two_sizes_is_two_bundles(folder: Path, tmp_path: Path) 
     small = open_bundle(tmp_path / "words" / "words-16-bundle")
     assert [each.manifest.latent.height for each in (done, small)] == [8, 4]
     assert [each.manifest.native_sizes for each in (done, small)] == [((32, 32), (16, 16)), ((16, 16),)]
+    samplers = [each.manifest.defaults.sampler.model_dump() for each in (done, small)]
+    assert [sampler.get("small_until") for sampler in samplers] == [0.5, None], "where it draws half the size too"
     for bundle in (done, small):
         pipeline = Pipeline.open(bundle.folder)
         made, _ = pipeline.sample(pipeline.default_sampler(steps=2), [pipeline.condition_on("red")], [0])

@@ -47,6 +47,7 @@ def test_jobs_of_all_kinds_end_as_on_the_cpu(there: Engine, pipelines: dict[str,
     jobs: list[tuple[Job, Source | None]] = [
         (job(n=2, sampler="adaptive", steps=6), None),
         (job(model="tiny-text", sampler={"name": "dual_loop", "quantile": 0.4, "inner_steps": 4}), None),
+        (job(model="tiny-text", sampler={"name": "adaptive", "small_until": 0.5}, steps=4), None),
         (job(image="sha256:x", mask="sha256:x", sampler="adaptive"), Source(picture, encoded(left))),
         (job(image="sha256:x", strength=0.5, sampler="adaptive"), Source(picture, None)),
     ]
@@ -54,7 +55,7 @@ def test_jobs_of_all_kinds_end_as_on_the_cpu(there: Engine, pipelines: dict[str,
     for one, other in zip(reports(found), reports(expected), strict=True):
         assert one == other
     made, wanted = drawn(found), drawn(expected)
-    assert len(made) == 5
+    assert len(made) == 6
     for key, pixels in wanted.items():
         assert np.abs(made[key] - pixels).max() <= 1
     assert any(isinstance(each, PreviewMade) for each in found)

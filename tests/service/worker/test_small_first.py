@@ -8,8 +8,10 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from patchforge.service.messages.source import Source
 from patchforge.service.worker.engine import Engine
 from patchforge.service.worker.outcomes import JobBroken, JobDone, PatchesMade, PictureMade, PreviewMade
+from tests.service.gateway.pictures import encoded, gradient
 from tests.service.worker.jobs import job
 from tests.service.worker.test_engine import engine, pixels, run
 
@@ -72,6 +74,19 @@ def test_a_budget_is_kept_and_its_path_repeats_the_picture(engine: Engine) -> No
         again = job(**ASKED, path=[change.model_dump() for change in image.path])
         engine.admit(again)
         assert np.array_equal(pixels(run(engine), again.id), pixels(outcomes, first.id))
+
+
+def test_an_edited_picture_is_drawn_as_without_it(engine: Engine) -> None:
+    """Also where patches may finish on what their first evaluation changes."""
+    drawn = []
+    for small_until in (0.5, 0.0):
+        sampler = {"name": "adaptive", "tolerance": 0.5, "small_until": small_until}
+        edit = job(**ASKED | {"sampler": sampler, "steps": 6}, image="sha256:x", strength=0.7)
+        engine.admit(edit, Source(encoded(gradient(32, 32)), None))
+        outcomes = run(engine)
+        [done] = [outcome for outcome in outcomes if isinstance(outcome, JobDone)]
+        drawn.append((pixels(outcomes, edit.id).tolist(), done.report.images[0].finished_at))
+    assert drawn[0] == drawn[1]
 
 
 def test_pictures_without_previews_are_the_same(engine: Engine) -> None:
