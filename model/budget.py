@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from patchforge.model.errors import ParameterError
 from patchforge.model.samplers import Adaptive, Sampler, SmallFirst, State
@@ -43,8 +44,8 @@ def lower(trajectory: Trajectory, most: float, unfinished: int) -> bool:
     if expected_cost(trajectory, unfinished) <= most + ROUNDING:
         return False
     sampler, state, chosen = trajectory.sampler, trajectory.state, None
-    most = _most_steps(trajectory, sampler.costs_ahead(state, unfinished))
-    for steps, guided in _shorter_ways(trajectory, most):
+    steps_left = _most_steps(trajectory, sampler.costs_ahead(state, unfinished))
+    for steps, guided in _shorter_ways(trajectory, steps_left):
         way = (sampler if guided else replace(sampler, guidance=1.0)).shorten(state, steps)
         if way is None:
             break
@@ -120,7 +121,7 @@ def check_path(trajectory: Trajectory, changes: Sequence[Change]) -> None:
     Raises:
         ParameterError: it changes its steps while the picture is small.
     """
-    sampler = trajectory.sampler
+    sampler: Sampler[Any] = trajectory.sampler
     if isinstance(sampler, SmallFirst) and is_small(trajectory.state):
         for change in changes:
             if change.evaluation == 0:
@@ -170,7 +171,7 @@ def _way_that_ends_small(trajectory: Trajectory, left: float, unfinished: int) -
     return None
 
 
-def _fewer_and_fewer(ahead: list[int], sampler: Sampler[State], state: State) -> list[float]:
+def _fewer_and_fewer(ahead: list[int], sampler: Sampler[Any], state: State) -> list[float]:
     """What each evaluation to come is expected to cost, of what it costs at most, since patches finish."""
     first = sampler.until_full(state) if isinstance(sampler, SmallFirst) else 0
     later = LEFT_AFTER_LOOK if first else 1.0
