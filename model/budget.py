@@ -14,7 +14,7 @@ from patchforge.model.trajectory import Change, Trajectory
 SURVIVAL = 0.9
 """Share of the unfinished patches expected to be unfinished one step later, to forecast what a path costs."""
 LEFT_AFTER_LOOK = 0.4
-"""The same after the first look at an enlarged picture: 0.32 in `standard`, 0.73 in `high` (docs/samplers.md)."""
+"""The same after the first look at an enlarged picture: 0.29 in `standard`, 0.72 in `high` (docs/samplers.md)."""
 ROUNDING = 1e-9
 FEWEST_GUIDED = 3
 """The outside judge finds two guided steps less like real pictures than three without guidance, for as much, and one

@@ -200,7 +200,8 @@ class Pipeline:
         if name == "adaptive" and "small_until" in options:
             check_small_until(options["small_until"])
             even = grid.rows % 2 == grid.columns % 2 == 0
-            options["small_until"] *= even and grid.half in self.grids.values()
+            if not (even and grid.half in self.grids.values()):
+                del options["small_until"]
         return make_sampler(name, grid, steps, guidance, **options)
 
     def default_sampler(

@@ -110,7 +110,10 @@ class Sampler(Generic[S]):
         raise NotImplementedError
 
     def enlarged(self, state: S, clean: Tensor) -> S:
-        """Return the state after its small picture, `State.enlarge`, was enlarged to `clean` `(P, D)`."""
+        """Return the state after its small picture, `State.enlarge`, was enlarged to `clean` `(P, D)`.
+
+        Only for samplers that ask for it, as with `answer`.
+        """
         raise NotImplementedError
 
     def seen(self, state: S) -> tuple[Tensor, Grid]:

@@ -17,6 +17,7 @@ from patchforge.model.types import Grid, Plan, Prediction
 FEWEST_STEPS = 3
 """With fewer, the small picture would come from one step before its last, and not be worth refining."""
 ROUNDING = 1e-9
+"""A step this close to `small_until` counts as being there."""
 
 
 @dataclass(frozen=True)
